@@ -1,0 +1,9 @@
+"""prunesearch: find the smallest speech encoder a speech-LLM can live with.
+
+    study.toml -> StudyConfig -> study -> Candidate -> model -> short fine-tune -> RunRecord -> front -> report
+
+`candidate`, `config` and `record` hold the nouns; `speech` and `model` the system under search; `training` turns a
+candidate into a record; `search` proposes candidates; `report` compares records; `launch` and `plan` put them together.
+"""
+
+__version__ = "0.1.0"

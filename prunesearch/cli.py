@@ -1,0 +1,205 @@
+"""The command line: parse, load, call, print. Each command is one call into the package.
+
+Nothing heavy is imported before a command runs: `prunesearch --help` must not wait for torch.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunesearch import __version__
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from prunesearch.record import RunRecord
+
+app = typer.Typer(
+    help="Find the smallest speech encoder a speech-LLM can live with: layers to remove, LoRA rank to repair with.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Study = Annotated[Path, typer.Argument(metavar="STUDY", help="A study file, or a folder with a study.toml in it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+StorageUrl = Annotated[str | None, typer.Option("--storage", metavar="URL", help="Optuna storage; default: a journal file.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"prunesearch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The new study's name.")],
+    folder: Annotated[Path, typer.Option("--in", help="Where studies live.")] = Path("studies"),
+) -> None:
+    """Write a commented study file to start from."""
+    from prunesearch.template import write_study_file
+
+    path = write_study_file(folder, name)
+    typer.echo(f"wrote {path}; edit it, then: prunesearch validate {path.parent}")
+
+
+@app.command()
+def validate(
+    study: Study,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print the full configuration, defaults and all.")] = False,
+) -> None:
+    """Check a study file: all mistakes at once, one line each."""
+    from prunesearch.config import load_study
+
+    config = load_study(study)
+    if resolved:
+        typer.echo(config.model_dump_json(indent=2))
+    else:
+        typer.echo(f"{config.source} is valid: {config.name}, fingerprint {config.fingerprint()}")
+
+
+@app.command()
+def plan(study: Study, as_json: Json = False) -> None:
+    """Show what will be run: parameters by group, the size of the space, steps. Trains nothing."""
+    from prunesearch.config import load_study
+    from prunesearch.plan import plan as make_plan
+
+    made = make_plan(load_study(study))
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        from prunesearch.display import plan_tables
+
+        _print(plan_tables(made))
+
+
+@app.command()
+def launch(
+    study: Study,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
+    trials: Annotated[int | None, typer.Option(min=1, help="Candidates in the whole study, baselines included.")] = None,
+    storage: StorageUrl = None,
+) -> None:
+    """Run a study, or go on with one. Kill it at any time: launched again, it loses nothing that was completed."""
+    from prunesearch.launch import launch as run
+
+    with _Display() as display:
+        config = run(study, workers, trials, storage, display)
+    typer.echo(f"done: prunesearch report {config.folder}")
+
+
+@app.command()
+def status(study: Study, storage: StorageUrl = None, as_json: Json = False) -> None:
+    """Show how far a study has come."""
+    from prunesearch.launch import status as read_status
+
+    found = read_status(study, storage)
+    if as_json:
+        _print_json(found)
+    else:
+        from prunesearch.display import status_tables
+
+        _print(status_tables(found))
+
+
+@app.command()
+def report(study: Study, as_json: Json = False) -> None:
+    """Compare what was found with the baselines: tables, plots (PNG, SVG, PDF), an HTML page, CSV and JSON."""
+    from prunesearch.config import load_study
+    from prunesearch.report import write_report
+    from prunesearch.report.tables import render, to_json
+
+    config = load_study(study)
+    comparison = write_report(config)
+    if as_json:
+        _print_json(to_json(comparison))
+    else:
+        _print(render(comparison))
+        typer.echo(f"report: {config.run_folder / 'report' / 'report.html'}")
+
+
+class _Display:
+    """Progress bars on a terminal; a line per finished candidate anywhere."""
+
+    def __init__(self) -> None:
+        self._bars: Progress | None = None
+        self._study: TaskID | None = None
+        self._task: TaskID | None = None
+        self._begin = time.monotonic()
+
+    def __enter__(self) -> "_Display":
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self._bars = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._study = self._bars.add_task("candidates", total=None)
+        self._task = self._bars.add_task("loading models", total=None)
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._bars
+        self._bars.stop()
+
+    def progress(self, what: str, done: int, of: int) -> None:
+        assert self._bars
+        assert self._task is not None
+        self._bars.update(self._task, description=what, completed=done, total=of)
+
+    def finished(self, record: "RunRecord", settled: int, of: int) -> None:
+        assert self._bars
+        assert self._study is not None
+        self._bars.update(self._study, completed=settled, total=of)
+        wer = f"{100 * record.dev.errors.wer:6.2f} %" if record.dev else "   —    "
+        params, label = record.parameters.speech / 1e6, record.name or record.candidate.key
+        note = "" if record.state == "complete" else f"  {record.state}: {record.reason}"
+        minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
+        line = f"{minutes:3d}:{seconds:02d} {settled:4d}/{of} dev WER {wer} {params:8.2f} M  {label}{note}"
+        self._console.print(line, highlight=False)
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    # piped output is not wrapped to a narrow default
+    Console(width=None if sys.stdout.isatty() else 160).print(renderable)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0; 2 for the user's mistakes, one line each; 1 for ours, with a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("stopped: launch again to go on", err=True)
+        sys.exit(130)
+    except Exception as error:
+        # StudyError is looked up late: its module must not be imported for --help
+        from prunesearch.config import StudyError
+
+        if not isinstance(error, StudyError):
+            raise
+        for line in error.lines:
+            typer.echo(line, err=True)
+        sys.exit(2)

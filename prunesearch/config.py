@@ -1,0 +1,384 @@
+"""A study file (TOML) as frozen, validated data. Defaults live here and nowhere else.
+
+Every mistake is reported at once: key path, rule, value, nearest valid name.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+
+from prunesearch.candidate import Candidate
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Objective = Literal["speech_params", "encoder_params", "total_params"]
+
+
+class StudyError(ValueError):
+    """The user's study file, or what it points to, is wrong. `lines` holds one message for each mistake."""
+
+    def __init__(self, lines: list[str]):
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class EncoderConfig(_Section):
+    """A Whisper checkpoint: a folder (relative to the study file, `${VARIABLES}` expanded) or a hub name."""
+
+    model: str
+    revision: str | None = None
+
+    @field_validator("model")
+    @classmethod
+    def _variables_are_set(cls, value: str) -> str:
+        return _with_variables_checked(value)
+
+
+class LlmConfig(_Section):
+    """Any decoder-only causal LM: a folder or a hub name. LoRA's alpha is `lora_alpha_per_rank` times its rank."""
+
+    model: str
+    revision: str | None = None
+    prompt: str = "Transcribe speech to text.\n"
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    lora_alpha_per_rank: Positive = 2.0
+    lora_dropout: Fraction = 0.1
+
+    @field_validator("model")
+    @classmethod
+    def _variables_are_set(cls, value: str) -> str:
+        return _with_variables_checked(value)
+
+
+class ProjectorConfig(_Section):
+    """`stack` encoder positions are concatenated, then Linear, ReLU, dropout, Linear, LayerNorm."""
+
+    stack: Count = 5
+    hidden: Count = 2048
+    dropout: Fraction = 0.1
+
+
+class DataConfig(_Section):
+    """JSONL manifests, one utterance a line: `audio`, `text`, and optionally `language`, `group`, `id`."""
+
+    train: str
+    dev: str
+    test: str
+    min_seconds: Annotated[float, Field(ge=0)] = 0.1
+    max_seconds: Positive = 30.0
+    max_train_utterances: Count | None = None
+    max_dev_utterances: Count | None = None
+    max_test_utterances: Count | None = None
+    pad_to_seconds: Positive | None = Field(None, description="pad each recording with silence to a multiple of this")
+    group: str | None = Field(None, description="the manifest's column to group results by: speaker, accent, gender, …")
+    skip_unreadable: bool = False
+
+    @field_validator("train", "dev", "test")
+    @classmethod
+    def _manifest_exists(cls, value: str, info: ValidationInfo) -> str:
+        path = _locate(_with_variables_checked(value), _context(info, "folder"))
+        if not Path(path).is_file():
+            raise ValueError(f"must be an existing manifest: there is no file {path}")
+        return value
+
+
+class TextConfig(_Section):
+    """`paper`: lowercase, punctuation out, apostrophes kept. `whisper`: Whisper's normalisers. `none`: as written."""
+
+    normalizer: Literal["paper", "whisper", "none"] = "paper"
+
+
+class AnchorConfig(_Section):
+    """The unpruned encoder's projector, trained once without LoRA; every candidate starts from it."""
+
+    steps: Count = 400
+    learning_rate: Positive = 1e-3
+
+
+class TrainingConfig(_Section):
+    """The short fine-tune that every candidate and every baseline gets, with the same data in the same order."""
+
+    init: Literal["anchor", "scratch"] = "anchor"
+    steps: Count = 100
+    batch_size: Count = 8
+    learning_rate: Positive = 1e-3
+    lora_learning_rate: Positive | None = Field(None, description="default: learning_rate")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Positive = 1.0
+    warmup: Fraction = 0.05
+    final_learning_rate: Fraction = Field(0.1, description="of the peak; the decay is a cosine")
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0
+    rungs: tuple[Fraction, ...] = Field((), description="fractions of the steps after which dev WER is measured")
+    rung_margin: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="WER by which a smaller or equal candidate must be ahead at a rung to end a trial there"
+    )
+
+    @field_validator("rungs")
+    @classmethod
+    def _rungs_rise_below_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < rung < 1 for rung in value):
+            raise ValueError("each rung must lie between 0 and 1: it is a fraction of the steps")
+        if list(value) != sorted(set(value)):
+            raise ValueError("rungs must rise")
+        return value
+
+
+class DecodingConfig(_Section):
+    """Greedy when `beams` is 1. An utterance's limit is `tokens_per_second` of audio plus `extra_tokens`."""
+
+    beams: Count = 1
+    tokens_per_second: Positive = 12.0
+    extra_tokens: Count = 8
+    max_tokens: Count = 128
+    batch_size: Count = 64
+
+
+class FixedCandidate(_Section):
+    """A candidate to evaluate in any case, after the baselines."""
+
+    removed_layers: tuple[int, ...] = ()
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("removed_layers")
+    @classmethod
+    def _layers_exist(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        return _checked_layers(value, info)
+
+
+class SearchConfig(_Section):
+    """Which candidates there are, how they are proposed, and how many of them are evaluated (baselines included)."""
+
+    removable_layers: tuple[int, ...] | Literal["all"] = "all"
+    max_removed: Count | None = Field(None, description="default: half of the removable layers")
+    lora_ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0, 4, 8, 16)
+    baseline_lora_rank: Annotated[int, Field(ge=1)] = 8
+    params_objective: Objective = "speech_params"
+    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    startup_trials: Count = 12
+    trials: Count = 40
+    fixed: tuple[FixedCandidate, ...] = ()
+
+    @field_validator("removable_layers")
+    @classmethod
+    def _layers_exist(cls, value: Any, info: ValidationInfo) -> Any:
+        return value if value == "all" else _checked_layers(value, info)
+
+    @field_validator("lora_ranks")
+    @classmethod
+    def _some_rank(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or list(value) != sorted(set(value)):
+            raise ValueError("lora_ranks must rise and hold at least one rank (0 is: no LoRA)")
+        return value
+
+    @field_validator("max_removed")
+    @classmethod
+    def _something_stays(cls, value: int | None, info: ValidationInfo) -> int | None:
+        depth = _context(info, "encoder_layers")
+        layers = info.data.get("removable_layers", "all")
+        most = depth if layers == "all" else len(layers)
+        if value is not None and most is not None and value > most:
+            raise ValueError(f"must not exceed the number of removable layers, {most}")
+        return value
+
+
+class StorageConfig(_Section):
+    """An Optuna storage URL; by default a journal file in the study's run folder."""
+
+    url: str | None = None
+
+
+class StudyConfig(_Section):
+    """A whole study. Relative paths start where its file lies."""
+
+    name: str
+    preset: Literal["paper"] | None = None
+    seed: int = 0
+    encoder: EncoderConfig
+    llm: LlmConfig
+    projector: ProjectorConfig = ProjectorConfig()
+    data: DataConfig
+    text: TextConfig = TextConfig()
+    anchor: AnchorConfig = AnchorConfig()
+    training: TrainingConfig = TrainingConfig()
+    decoding: DecodingConfig = DecodingConfig()
+    search: SearchConfig = SearchConfig()
+    storage: StorageConfig = StorageConfig()
+    _source: Path = PrivateAttr(default=Path("study.toml"))
+
+    @property
+    def source(self) -> Path:
+        """The study file."""
+        return self._source
+
+    @property
+    def folder(self) -> Path:
+        return self._source.parent
+
+    @property
+    def run_folder(self) -> Path:
+        """Everything that the study writes lies here."""
+        return self.folder / "run"
+
+    def locate(self, value: str) -> str:
+        """A path or hub name of the study file, ready to open: variables expanded, relative to the study file."""
+        return _locate(value, self.folder)
+
+    def removable(self, encoder_layers: int) -> tuple[int, ...]:
+        """The layers that a candidate may lose."""
+        layers = self.search.removable_layers
+        return tuple(range(encoder_layers)) if layers == "all" else tuple(sorted(layers))
+
+    def max_removed(self, encoder_layers: int) -> int:
+        removable = len(self.removable(encoder_layers))
+        most = self.search.max_removed if self.search.max_removed is not None else max(1, removable // 2)
+        return min(most, removable, encoder_layers - 1)
+
+    def fixed_candidates(self) -> list[Candidate]:
+        return [Candidate(f.removed_layers, f.lora_rank) for f in self.search.fixed]
+
+    def definition(self) -> dict[str, Any]:
+        """What makes two records comparable: everything but where the study is stored and how long it goes on."""
+        return self.model_dump(mode="json", exclude={"storage": True, "search": {"trials", "fixed", "sampler", "startup_trials"}})
+
+    def fingerprint(self) -> str:
+        text = json.dumps(self.definition(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # arXiv 2603.27981 and the authors' released configurations
+    "paper": {
+        "projector": {"stack": 5, "hidden": 2048, "dropout": 0.1},
+        "llm": {"lora_alpha_per_rank": 2.0, "lora_dropout": 0.1},
+        "data": {"min_seconds": 0.5, "max_seconds": 30.0, "pad_to_seconds": 1.0},
+        "text": {"normalizer": "paper"},
+        "training": {
+            "init": "scratch",
+            "learning_rate": 1e-4,
+            "weight_decay": 0.01,
+            "clip": 1.0,
+            "warmup": 0.05,
+            "final_learning_rate": 0.1,
+        },
+        "decoding": {"beams": 2, "max_tokens": 128},
+        "seed": 42,
+    }
+}
+
+
+def load_study(path: str | Path) -> StudyConfig:
+    """Read a study file, or the `study.toml` of a folder. Raises StudyError with every mistake in it."""
+    path = Path(path)
+    file = path / "study.toml" if path.is_dir() else path
+    if not file.is_file():
+        raise StudyError([f"there is no study file {file}: `prunesearch init NAME` writes one"])
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError([f"{file} is not valid TOML: {error}"]) from None
+    return parse_study(raw, file)
+
+
+def parse_study(raw: dict[str, Any], source: Path) -> StudyConfig:
+    """The study that a TOML table, read from the file `source`, describes. Raises StudyError with every mistake in it."""
+    folder = source.parent
+    preset = raw.get("preset")
+    merged = _merge(PRESETS.get(preset, {}) if isinstance(preset, str) else {}, raw)
+    merged.setdefault("name", folder.resolve().name)
+    context = {"folder": folder, "encoder_layers": _local_encoder_layers(merged, folder)}
+    try:
+        study = StudyConfig.model_validate_json(json.dumps(merged, default=str), context=context)
+    except ValidationError as error:
+        raise StudyError([_explain(e) for e in error.errors()]) from None
+    study._source = source
+    return study
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _locate(value: str, folder: Path | None) -> str:
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    beside = (folder or Path(".")) / expanded
+    return str(beside) if beside.exists() or Path(expanded).suffix == ".jsonl" else expanded
+
+
+def _with_variables_checked(value: str) -> str:
+    for match in re.finditer(r"\$\{(\w+)\}", value):
+        if match[1] not in os.environ:
+            raise ValueError(f"names the environment variable {match[1]}, which is not set: export {match[1]}=…")
+    return value
+
+
+def _context(info: ValidationInfo, key: str) -> Any:
+    return (info.context or {}).get(key)
+
+
+def _checked_layers(layers: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+    Candidate(layers)  # none negative, none twice
+    depth = _context(info, "encoder_layers")
+    if depth is not None and any(i >= depth for i in layers):
+        raise ValueError(f"must lie in [0, {depth}): the encoder has {depth} layers, and indices are zero-based")
+    return layers
+
+
+def _local_encoder_layers(raw: dict[str, Any], folder: Path) -> int | None:
+    """The encoder's depth where its config.json is at hand; a hub model's is checked when it is opened."""
+    encoder = raw.get("encoder")
+    model = encoder.get("model") if isinstance(encoder, dict) else None
+    file = Path(_locate(model, folder)) / "config.json" if isinstance(model, str) else None
+    if file is None or not file.is_file():
+        return None
+    layers = json.loads(file.read_text(encoding="utf-8")).get("encoder_layers")
+    return layers if isinstance(layers, int) else None
+
+
+def _explain(error: Any) -> str:
+    """One line: key path, rule, value, nearest valid name."""
+    *parents, last = error["loc"]
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        fields = list(_section_at(parents).model_fields)
+        near = difflib.get_close_matches(str(last), fields, n=1)
+        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(fields)}")
+    if error["type"] == "missing":
+        return f"{path}: this key is required"
+    rule = error["msg"].removeprefix("Value error, ")
+    rule = rule.removeprefix("Input should be ") if error["type"] == "literal_error" else rule
+    line = f"{path}: {rule[0].lower() + rule[1:]}"
+    line += "" if ", got " in rule else f", got {error['input']!r}"
+    if error["type"] == "literal_error":
+        allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        near = difflib.get_close_matches(str(error["input"]), allowed, n=1)
+        line = f"{path}: must be {error['ctx']['expected']}, got {error['input']!r}"
+        line += f"; did you mean {near[0]!r}?" if near else ""
+    return line
+
+
+def _section_at(path: list[Any]) -> type[BaseModel]:
+    section: type[BaseModel] = StudyConfig
+    for name in path:
+        if isinstance(name, int):
+            continue
+        annotation: Any = section.model_fields[name].annotation
+        inner = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(a for a in inner if isinstance(a, type) and issubclass(a, BaseModel))
+    return section

@@ -1,0 +1,46 @@
+"""Plans and states of studies as terminal tables."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from prunesearch.plan import Plan
+
+
+def plan_tables(plan: Plan) -> Group:
+    """Parameters by group for the baselines and the fixed candidates, and what the study will run."""
+    counts = Table(title=f"{plan.study}: parameters", caption="reductions against unpruned")
+    counts.add_column("system")
+    for column in ("encoder", "projector", "LoRA", "LLM", "speech side", "− encoder", "− speech side", "− whole system"):
+        counts.add_column(column, justify="right")
+    for name, p in plan.named.items():
+        saved = [f"{100 * share:.2f} %" for share in plan.reduction(name).values()]
+        counts.add_row(name, *(f"{n:,}" for n in (p.encoder, p.projector, p.lora, p.llm, p.speech)), *saved)
+    run = Table(title="what will be run", show_header=False)
+    for label, value in (
+        ("encoder layers", f"{plan.encoder_layers}, {plan.layer_params:,} parameters each"),
+        ("candidates in the space", f"{plan.candidates:,}"),
+        ("candidates to evaluate", f"{plan.trials} (the {len(plan.named)} above first)"),
+        ("steps", f"anchor {plan.anchor_steps}, then {plan.steps} each, batch {plan.batch_size}"),
+    ):
+        run.add_row(label, value)
+    return Group(counts, run)
+
+
+def status_tables(found: dict[str, Any]) -> Group:
+    """Trials by state, workers, and the front so far."""
+    states = ", ".join(f"{count} {state}" for state, count in found["states"].items() if count)
+    head = Table(title=f"{found['study']}: {found['settled']} of {found['trials']} candidates", show_header=False)
+    head.add_row("trials", states or "none yet")
+    for worker in found["running"]:
+        word = "working on" if worker["alive"] else "lost; was working on"
+        head.add_row(f"{worker['host']}, process {worker['pid']}", f"{word} {worker['candidate']}")
+    front = Table(title="front so far (dev)")
+    front.add_column("candidate")
+    front.add_column("WER", justify="right")
+    front.add_column("parameters", justify="right")
+    for row in found["front"]:
+        candidate, wer, params = row.values()
+        front.add_row(str(candidate), f"{100 * wer:.2f} %", f"{params:,.0f}")
+    return Group(head, front)

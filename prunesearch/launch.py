@@ -1,0 +1,200 @@
+"""Run a study: prepare it once, let workers evaluate candidates, then decode the test split for those that count."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from optuna.trial import TrialState
+
+from prunesearch.candidate import Candidate
+from prunesearch.config import StudyConfig, StudyError, load_study
+from prunesearch.record import RunRecord, read_records
+from prunesearch.search.space import SearchSpace
+from prunesearch.search.storage import open_storage
+from prunesearch.search.study import open_study, settled
+from prunesearch.search.worker import OnRung, work
+
+
+class Watcher(Protocol):
+    """Who is told how it goes: a progress display, a log, or nobody."""
+
+    def progress(self, what: str, done: int, of: int) -> None: ...
+
+    def finished(self, record: RunRecord, settled: int, of: int) -> None: ...
+
+
+class Nobody:
+    """Is told everything and says nothing."""
+
+    def progress(self, what: str, done: int, of: int) -> None:
+        pass
+
+    def finished(self, record: RunRecord, settled: int, of: int) -> None:
+        pass
+
+
+def launch(
+    source: str | Path,
+    workers: int = 1,
+    trials: int | None = None,
+    storage: str | None = None,
+    watcher: Watcher | None = None,
+) -> StudyConfig:
+    """Run the study file's study, or go on with it, until `trials` candidates have an outcome.
+
+    One worker is this process; more are processes of their own, which share the processor's threads (or take one GPU
+    each). At the end the front and the baselines are decoded on test. Raises StudyError for the user's mistakes.
+    """
+    config = load_study(source)
+    watcher = watcher or Nobody()
+    trials = trials or config.search.trials
+    if workers <= 1:
+        _Worker.open(config, storage, watcher).run(trials)
+    else:
+        _run_workers(config, workers, trials, storage, watcher)
+    _test_those_that_count(config, storage, watcher)
+    return config
+
+
+@dataclass
+class _Worker:
+    """A workshop at work on a study."""
+
+    workshop: Any  # training.workshop.Workshop: torch is imported only when a worker starts
+    study: Any
+    space: SearchSpace
+    watcher: Watcher
+
+    @classmethod
+    def open(cls, config: StudyConfig, storage: str | None, watcher: Watcher) -> "_Worker":
+        from prunesearch.training.workshop import Workshop
+
+        workshop = Workshop.open(config, watcher.progress)
+        _ = workshop.corpora  # a mistake in a manifest is told before anything is created
+        space = SearchSpace.of(config, workshop.depth)
+        study = open_study(config, open_storage(storage or config.storage.url, config.run_folder), space)
+        return cls(workshop, study, space, watcher)
+
+    def run(self, trials: int) -> None:
+        from prunesearch.plan import params_of_candidates
+        from prunesearch.training.evaluate import evaluate
+
+        config, workshop = self.workshop.config, self.workshop
+        if config.training.init == "anchor":
+            workshop.anchor()
+
+        def evaluated(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+            return evaluate(workshop, candidate, name, on_rung)
+
+        params_of = params_of_candidates(config)
+        work(
+            self.study, self.space, evaluated, lambda c: params_of(c).of(config.search.params_objective),
+            config.search.params_objective, trials, config.run_folder / "claim.lock", config.training.rung_margin,
+            on_record=lambda number, record: self.watcher.finished(record, settled(self.study), trials),
+        )  # fmt: skip
+
+
+def _work_in_own_process(source: Path, number: int, workers: int, trials: int, storage: str | None) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    _Worker.open(load_study(source), storage, Nobody()).run(trials)
+
+
+def _run_workers(config: StudyConfig, workers: int, trials: int, storage: str | None, watcher: Watcher) -> None:
+    """Create the study here, then let the processes work, and tell the watcher of each record as it appears."""
+    from prunesearch.plan import encoder_layers
+
+    space = SearchSpace.of(config, encoder_layers(config))
+    study = open_study(config, open_storage(storage or config.storage.url, config.run_folder), space)
+    source = config.source
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_work_in_own_process, args=(source, i, workers, trials, storage)) for i in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    told = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
+    try:
+        while any(p.is_alive() for p in processes):
+            time.sleep(1)
+            told |= _tell_news(config, study, told, trials, watcher)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    _tell_news(config, study, told, trials, watcher)
+    if failed := [p for p in processes if p.exitcode]:
+        raise RuntimeError(f"{len(failed)} of {workers} workers ended with exit code {failed[0].exitcode}; launch again to go on")
+
+
+def _tell_news(config: StudyConfig, study: Any, told: set[int], trials: int, watcher: Watcher) -> set[int]:
+    records = {r.candidate.key: r for r in read_records(config.run_folder / "records")}
+    news = set()
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.PRUNED]):
+        record = records.get(trial.user_attrs.get("candidate", ""))
+        if trial.number not in told and record:
+            watcher.finished(record, settled(study), trials)
+            news.add(trial.number)
+    watcher.progress("candidates", settled(study), trials)
+    return news
+
+
+def _test_those_that_count(config: StudyConfig, storage: str | None, watcher: Watcher) -> None:
+    """Decode the test split for the baselines and the front, where that was not done before."""
+    from prunesearch.report.front import pareto_front
+    from prunesearch.training.evaluate import decode_test
+    from prunesearch.training.workshop import Workshop
+
+    records = read_records(config.run_folder / "records")
+    complete = [r for r in records if r.state == "complete"]
+    front = pareto_front(complete, config.search.params_objective)
+    due = [r for r in complete if (r in front or r.name) and r.test is None]
+    if not due:
+        return
+    workshop = Workshop.open(config, watcher.progress)
+    for done, record in enumerate(due):
+        watcher.progress("decoding test", done, len(due))
+        decode_test(workshop, record)
+
+
+def status(source: str | Path, storage: str | None = None) -> dict[str, Any]:
+    """How far a study has come: trials by state, who is working on what, and the best so far. Reads only."""
+    config = load_study(source)
+    if storage is None and config.storage.url is None and not (config.run_folder / "journal.log").exists():
+        raise StudyError([f"{config.name} has not been launched yet: `prunesearch launch {config.source}`"])
+    import optuna
+
+    from prunesearch.search.study import Lease
+
+    try:
+        study = optuna.load_study(study_name=config.name, storage=open_storage(storage or config.storage.url, config.run_folder))
+    except KeyError:
+        raise StudyError([f"the storage holds no study named {config.name}"]) from None
+    trials = study.get_trials(deepcopy=False)
+    counts = {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState}
+    running = [
+        {"trial": t.number, "candidate": t.user_attrs.get("candidate"), "pid": lease.pid, "host": lease.host, "alive": lease.is_held()}
+        for t in trials
+        if t.state == TrialState.RUNNING and (lease := Lease.of(t))
+    ]
+    best = [
+        {"candidate": t.user_attrs.get("candidate"), "dev_wer": t.values[0], config.search.params_objective: t.values[1]}
+        for t in sorted(study.best_trials, key=lambda t: t.values[1])
+    ]
+    return {
+        "study": config.name,
+        "settled": settled(study),
+        "trials": config.search.trials,
+        "states": counts,
+        "running": running,
+        "front": best,
+    }
+
+

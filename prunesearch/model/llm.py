@@ -1,0 +1,98 @@
+"""A frozen causal LM and its tokenizer; LoRA put on it and taken off again."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from prunesearch.config import LlmConfig
+
+
+@dataclass(frozen=True)
+class Llm:
+    """The model, and what is needed to talk to it. `bos` is empty where the tokenizer puts nothing before a text."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    bos: tuple[int, ...]
+    prompt: tuple[int, ...]
+    eos: int
+    pad: int
+
+    def tokens(self, text: str) -> list[int]:
+        """The text's tokens and the end of sequence: what the LLM is taught to write."""
+        return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.eos]
+
+
+def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype) -> Llm:
+    """Load from a folder or the hub; safetensors only, no remote code. Raises OSError when there is no such model."""
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision or "main")
+    model = AutoModelForCausalLM.from_pretrained(
+        source, revision=config.revision or "main", dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+    )
+    model.requires_grad_(False).eval()
+    eos = tokenizer.eos_token_id
+    return Llm(
+        model=model,
+        tokenizer=tokenizer,
+        bos=tuple(t for t in tokenizer("").input_ids if t == tokenizer.bos_token_id),
+        prompt=tuple(tokenizer(config.prompt, add_special_tokens=False).input_ids),
+        eos=eos,
+        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos,
+    )
+
+
+def embedding_scale(model: PreTrainedModel) -> float:
+    """Standard deviation of what the LLM's embedding layer puts out, over (at most) 4,096 tokens of the vocabulary."""
+    embedding = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
+    ids = torch.linspace(0, vocabulary - 1, min(vocabulary, 4096), device=embedding.weight.device).long()
+    with torch.no_grad():
+        scale: Tensor = embedding(ids).float().std()
+    return float(scale)
+
+
+@contextmanager
+def lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Iterator[Any]:
+    """The model with a fresh LoRA of the rank (the bare model for rank 0); taken off at the end.
+
+    alpha / rank is constant, as in the published work, so that a rank changes capacity and not the size of the step.
+    """
+    if rank == 0:
+        yield llm.model
+        return
+    torch.manual_seed(seed)
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=round(rank * config.lora_alpha_per_rank),
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it by its old name
+        adapted = get_peft_model(llm.model, settings)
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        if hasattr(llm.model, "peft_config"):
+            del llm.model.peft_config
+
+
+def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters by name; empty without LoRA."""
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def pad_tokens(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    """(B, S), padded on the right."""
+    width = max(map(len, sequences))
+    return torch.tensor([[*s, *[value] * (width - len(s))] for s in sequences])

@@ -1,0 +1,66 @@
+"""SLAM-ASR: [bos] audio embeddings, prompt, text -> causal LM. The encoder's states come in; the encoder stands apart.
+
+Shapes: B batch, T encoder positions, A audio embeddings, P prompt tokens, S text tokens, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunesearch.model.llm import Llm, pad_tokens
+from prunesearch.model.projector import Projector
+
+
+@dataclass
+class SlamAsr:
+    """A projector and an LLM (with or without LoRA on it)."""
+
+    projector: Projector
+    llm: Llm
+    model: Any  # llm.model, or the same with a LoRA
+
+    def prefix(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """What the text follows: (B, T, D), (B,) -> embeddings (B, W, D), mask (B, W).
+
+        Padding stands on the left, so that every prompt ends in the last column: generation goes on from there, and
+        the logits that training needs are the last ones.
+        """
+        audio, audio_lengths = self.projector(states, lengths)
+        embedding = self.llm.model.get_input_embeddings()
+        batch, device = audio.shape[0], audio.device
+
+        def embedded(ids: tuple[int, ...]) -> Tensor:
+            tokens = embedding(torch.tensor(ids, dtype=torch.long, device=device)).to(audio.dtype)
+            return tokens.expand(batch, len(ids), -1)
+
+        spoken = torch.cat([embedded(self.llm.bos), audio], dim=1)
+        spoken_lengths = audio_lengths + len(self.llm.bos)
+        width = spoken.shape[1]
+        source = torch.arange(width, device=device) - (width - spoken_lengths[:, None])  # (B, width): negative is padding
+        shifted = spoken.gather(1, source.clamp(min=0)[..., None].expand_as(spoken))
+        mask = source >= 0
+        prompt_mask = mask.new_ones(batch, len(self.llm.prompt))
+        return torch.cat([shifted * mask[..., None], embedded(self.llm.prompt)], 1), torch.cat([mask, prompt_mask], 1).long()
+
+    def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+        """(B, T, D), (B,), text (B, S) -> (B, S, V): the prediction of each text token, and of nothing else."""
+        prefix, mask = self.prefix(states, lengths)
+        text = self.llm.model.get_input_embeddings()(tokens[:, :-1]).to(prefix.dtype)
+        mask = torch.cat([mask, mask.new_ones(text.shape[:2])], 1)  # padding on the right is never attended to: causal
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = self.model(
+            inputs_embeds=torch.cat([prefix, text], 1),
+            attention_mask=mask,
+            position_ids=positions,
+            logits_to_keep=tokens.shape[1],
+            use_cache=False,
+        )
+        return out.logits
+
+    def loss(self, states: Tensor, lengths: Tensor, texts: list[list[int]]) -> Tensor:
+        """Cross-entropy, mean over the batch's text tokens (nats)."""
+        labels = pad_tokens(texts, -100).to(states.device)
+        logits = self.logits(states, lengths, labels.clamp(min=0))
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)

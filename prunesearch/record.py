@@ -1,0 +1,190 @@
+"""What became of a candidate: word errors, parameters, cost and provenance; written and read whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from prunesearch.candidate import Candidate
+
+SCHEMA_VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WordErrors(_Frozen):
+    """Corpus counts. Corpus-level `wer` is a fraction: all errors over all reference words."""
+
+    substitutions: int = 0
+    deletions: int = 0
+    insertions: int = 0
+    reference_words: int = 0
+
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def wer(self) -> float:
+        return self.errors / max(1, self.reference_words)
+
+    def __add__(self, other: "WordErrors") -> "WordErrors":
+        return WordErrors(**{name: getattr(self, name) + getattr(other, name) for name in WordErrors.model_fields})
+
+
+class UtteranceResult(_Frozen):
+    """One decoded utterance, after normalisation."""
+
+    id: str
+    reference: str
+    hypothesis: str
+    errors: WordErrors
+    language: str | None = None
+    group: str | None = None
+    looped: bool = False
+
+
+class SplitResult(_Frozen):
+    """A decoded split: the counts, by language too, and how often the LLM looped or said nothing (fractions)."""
+
+    errors: WordErrors
+    utterances: int
+    by_language: dict[str, WordErrors] = {}
+    loop_rate: float = 0.0
+    empty_rate: float = 0.0
+
+    @classmethod
+    def of(cls, results: Sequence[UtteranceResult]) -> "SplitResult":
+        by_language: dict[str, WordErrors] = {}
+        for result in results:
+            if result.language:
+                by_language[result.language] = by_language.get(result.language, WordErrors()) + result.errors
+        count = max(1, len(results))
+        return cls(
+            errors=sum((r.errors for r in results), WordErrors()),
+            utterances=len(results),
+            by_language=dict(sorted(by_language.items())),
+            loop_rate=sum(r.looped for r in results) / count,
+            empty_rate=sum(not r.hypothesis for r in results) / count,
+        )
+
+
+class Parameters(_Frozen):
+    """Parameter counts by group, of the model as built."""
+
+    encoder: int
+    projector: int
+    lora: int
+    llm: int
+
+    @property
+    def speech(self) -> int:
+        """What a deployment adds to the LLM that it already has."""
+        return self.encoder + self.projector + self.lora
+
+    @property
+    def total(self) -> int:
+        return self.speech + self.llm
+
+    def of(self, objective: str) -> int:
+        """The count an objective names: `encoder_params`, `speech_params` or `total_params`."""
+        return int(getattr(self, objective.removesuffix("_params")))
+
+
+class Rung(_Frozen):
+    """Dev errors after a part of the steps."""
+
+    step: int
+    errors: WordErrors
+
+
+class Cost(_Frozen):
+    """Seconds of wall time and bytes at the peak. Never the same twice: left out when records are compared."""
+
+    trial_seconds: float = 0.0  # all of it
+    train_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+class RunRecord(_Frozen):
+    """One candidate's outcome. `name` is a baseline's name; `dev` is None when the run failed (and the last
+    rung's when it was pruned), `test` when not decoded."""
+
+    schema_version: int = SCHEMA_VERSION
+    study: str
+    name: str | None = None
+    removed_layers: tuple[int, ...]
+    lora_rank: int
+    seed: int
+    state: Literal["complete", "pruned", "failed"]
+    reason: str | None = None
+    steps: int
+    dev: SplitResult | None
+    test: SplitResult | None = None
+    rungs: tuple[Rung, ...] = ()
+    losses: tuple[float, ...] = ()  # training cross-entropy per target token, nats, every tenth step
+    parameters: Parameters
+    cost: Cost = Cost()
+    provenance: dict[str, Any] = {}
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(self.removed_layers, self.lora_rank)
+
+    def outcome(self) -> dict[str, Any]:
+        """Everything that a second run of the same candidate must reproduce."""
+        return self.model_dump(mode="json", exclude={"cost", "provenance"})
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file appears whole or not at all, also when the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def record_folder(records: Path, candidate: Candidate) -> Path:
+    return records / candidate.key
+
+
+def write_record(records: Path, record: RunRecord) -> None:
+    """`records/<key>/record.json`, replaced as a whole."""
+    path = record_folder(records, record.candidate) / "record.json"
+    write_atomically(path, record.model_dump_json(indent=1) + "\n")
+
+
+def read_record(records: Path, candidate: Candidate) -> RunRecord | None:
+    path = record_folder(records, candidate) / "record.json"
+    return RunRecord.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def read_records(records: Path) -> list[RunRecord]:
+    """All records, by key."""
+    paths = sorted(records.glob("*/record.json"))
+    return [RunRecord.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def write_utterances(records: Path, candidate: Candidate, split: str, results: Iterable[UtteranceResult]) -> None:
+    """`records/<key>/<split>.jsonl`: one utterance a line."""
+    lines = (json.dumps(r.model_dump(mode="json"), ensure_ascii=False) for r in results)
+    write_atomically(record_folder(records, candidate) / f"{split}.jsonl", "\n".join(lines) + "\n")
+
+
+def read_utterances(records: Path, candidate: Candidate, split: str) -> list[UtteranceResult] | None:
+    """The split's utterances, in the corpus' order; None when it was not decoded."""
+    path = record_folder(records, candidate) / f"{split}.jsonl"
+    if not path.exists():
+        return None
+    return [UtteranceResult.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]

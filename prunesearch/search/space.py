@@ -1,0 +1,81 @@
+"""The candidates of a study, and how Optuna sees them: one boolean per layer, one category for the rank."""
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+
+from prunesearch.candidate import Candidate, baselines
+from prunesearch.config import StudyConfig
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Any at most `max_removed` of the `removable` layers, with any of the `ranks`.
+
+    `named` are evaluated in any case: the baselines (by name) and the study's fixed candidates (by key). They need not
+    lie within the space.
+    """
+
+    removable: tuple[int, ...]
+    max_removed: int
+    ranks: tuple[int, ...]
+    named: Mapping[str, Candidate]
+
+    @classmethod
+    def of(cls, config: StudyConfig, encoder_layers: int) -> "SearchSpace":
+        named = baselines(encoder_layers, config.search.baseline_lora_rank)
+        taken = set(named.values())
+        named |= {c.key: c for c in config.fixed_candidates() if c not in taken}
+        return cls(config.removable(encoder_layers), config.max_removed(encoder_layers), config.search.lora_ranks, named)
+
+    @property
+    def size(self) -> int:
+        """How many candidates there are (named ones outside the space not counted)."""
+        return sum(math.comb(len(self.removable), k) for k in range(self.max_removed + 1)) * len(self.ranks)
+
+    def holds(self, candidate: Candidate) -> bool:
+        layers = set(candidate.removed_layers)
+        return layers <= set(self.removable) and len(layers) <= self.max_removed and candidate.lora_rank in self.ranks
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's parameters. Wide enough for every named candidate; the sampler keeps to the space."""
+        layers = sorted({*self.removable, *(i for c in self.named.values() for i in c.removed_layers)})
+        ranks = sorted({*self.ranks, *(c.lora_rank for c in self.named.values())})
+        bits: dict[str, BaseDistribution] = {f"remove_{i}": CategoricalDistribution([False, True]) for i in layers}
+        return bits | {"lora_rank": CategoricalDistribution(ranks)}
+
+    def params(self, candidate: Candidate) -> dict[str, Any]:
+        """The candidate as Optuna's parameters."""
+        bits = {n: int(n.removeprefix("remove_")) in candidate.removed_layers for n in self.distributions if n != "lora_rank"}
+        return bits | {"lora_rank": candidate.lora_rank}
+
+    @staticmethod
+    def candidate(params: Mapping[str, Any]) -> Candidate:
+        """The inverse of `params`."""
+        layers = tuple(int(n.removeprefix("remove_")) for n, removed in params.items() if n.startswith("remove_") and removed)
+        return Candidate(layers, int(params["lora_rank"]))
+
+    def draw(self, rng: random.Random) -> Candidate:
+        """A random candidate: first how many layers go, then which. Sizes are equally likely, else small sets are rare."""
+        count = rng.randint(0, self.max_removed)
+        return Candidate(tuple(rng.sample(self.removable, count)), rng.choice(self.ranks))
+
+    def repaired(self, candidate: Candidate, rng: random.Random) -> Candidate:
+        """The candidate with layers put back, at random, until it lies in the space."""
+        layers = [i for i in candidate.removed_layers if i in self.removable]
+        rank = candidate.lora_rank if candidate.lora_rank in self.ranks else rng.choice(self.ranks)
+        return Candidate(tuple(rng.sample(layers, min(len(layers), self.max_removed))), rank)
+
+    def everything(self) -> "list[Candidate]":
+        """The whole space, for when it is nearly used up. Raises OverflowError for a space too large to list."""
+        if self.size > 200_000:
+            raise OverflowError(f"{self.size} candidates are too many to list")
+        from itertools import combinations
+
+        sets = [s for k in range(self.max_removed + 1) for s in combinations(self.removable, k)]
+        return [Candidate(s, rank) for s in sets for rank in self.ranks]

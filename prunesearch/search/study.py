@@ -1,0 +1,123 @@
+"""The Optuna study: created once, its definition pinned, the baselines enqueued first, lost trials brought back."""
+
+import json
+import os
+import socket
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from prunesearch.candidate import Candidate
+from prunesearch.config import StudyConfig, StudyError
+from prunesearch.search.sampler import is_settled, is_taken, make_sampler
+from prunesearch.search.space import SearchSpace
+
+LEASE_SECONDS = 60.0  # a running trial whose lease is older than this is lost
+
+
+def open_study(config: StudyConfig, storage: BaseStorage, space: SearchSpace) -> optuna.Study:
+    """Create the study with its named candidates, or load it and check that it is the same one.
+
+    Raises StudyError, naming what differs, when the stored study was made from another definition.
+    """
+    sampler = make_sampler(config.search.sampler, space, config.seed, config.search.startup_trials)
+    study = optuna.create_study(
+        study_name=config.name, storage=storage, sampler=sampler, directions=["minimize", "minimize"], load_if_exists=True
+    )
+    stored = study.user_attrs.get("definition")
+    if stored is None:
+        study.set_user_attr("definition", json.dumps(config.definition()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(["dev_wer", config.search.params_objective])
+    elif changed := _differences(json.loads(stored), config.definition()):
+        raise StudyError(
+            [f"{path}: this study was started with {old!r}, the study file now says {new!r}" for path, old, new in changed]
+            + ["records of two definitions cannot be compared: put the old value back, or rename the study and its folder"]
+        )
+    taken = {t.user_attrs.get("candidate") for t in study.get_trials(deepcopy=False)}
+    for name, candidate in space.named.items():
+        if candidate.key not in taken:
+            enqueue(study, space, candidate, name)
+    return study
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}".strip("."))]
+    return [] if old == new else [(path, old, new)]
+
+
+def enqueue(study: optuna.Study, space: SearchSpace, candidate: Candidate, name: str | None) -> None:
+    """Have the candidate evaluated before anything that the sampler proposes."""
+    attrs = {"candidate": candidate.key} | ({"name": name} if name else {})
+    study.enqueue_trial(space.params(candidate), user_attrs=attrs)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Who evaluates a trial, and when they were last heard of (seconds since 1970)."""
+
+    host: str
+    pid: int
+    renewed: float
+
+    @classmethod
+    def mine(cls) -> "Lease":
+        return cls(socket.gethostname(), os.getpid(), time.time())
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> "Lease | None":
+        stored = trial.user_attrs.get("lease")
+        return cls(**stored) if stored else None
+
+    def write(self, study: optuna.Study, trial_id: int) -> None:
+        study._storage.set_trial_user_attr(trial_id, "lease", vars(self))
+
+    def is_held(self) -> bool:
+        """Whether the lease is fresh and, where that can be seen, its process alive: a dead one need not be waited for."""
+        if time.time() - self.renewed > LEASE_SECONDS:
+            return False
+        if self.host != socket.gethostname():
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
+
+
+def bring_back_lost(study: optuna.Study, space: SearchSpace) -> list[str]:
+    """End running trials whose worker is gone, and enqueue their candidates again. Returns the candidates' keys.
+
+    To be called under the study's lock. What was ended but not enqueued, by a process killed in between, is caught by
+    the next call: the rule is that every lost candidate must have a later trial.
+    """
+    lost = []
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        lease = Lease.of(trial)
+        if lease is None or not lease.is_held():
+            study._storage.set_trial_user_attr(trial._trial_id, "ended", "lost")
+            study.tell(trial.number, state=TrialState.FAIL)
+    trials = study.get_trials(deepcopy=False)
+    taken = {t.user_attrs.get("candidate") for t in trials if is_taken(t)}
+    for trial in trials:
+        key = trial.user_attrs.get("candidate")
+        if trial.user_attrs.get("ended") == "lost" and key and key not in taken:
+            enqueue(study, space, Candidate.from_key(key), trial.user_attrs.get("name"))
+            taken.add(key)
+            lost.append(key)
+    return lost
+
+
+def settled(study: optuna.Study) -> int:
+    """How many candidates have an outcome."""
+    return sum(map(is_settled, study.get_trials(deepcopy=False)))

@@ -1,0 +1,50 @@
+"""Word errors as counts, per utterance; rates only ever of summed counts."""
+
+import jiwer
+
+from prunesearch.record import UtteranceResult, WordErrors
+from prunesearch.speech.corpus import Utterance
+
+
+def count_errors(reference: str, hypothesis: str) -> WordErrors:
+    """Substitutions, deletions and insertions of a minimal word alignment (Levenshtein; jiwer). Texts are normalised."""
+    if not reference or not hypothesis:
+        return WordErrors(
+            deletions=len(reference.split()), insertions=len(hypothesis.split()), reference_words=len(reference.split())
+        )
+    found = jiwer.process_words(reference, hypothesis)
+    return WordErrors(
+        substitutions=found.substitutions,
+        deletions=found.deletions,
+        insertions=found.insertions,
+        reference_words=found.hits + found.substitutions + found.deletions,
+    )
+
+
+def longest_repetition(words: list[str], longest_phrase: int = 4) -> int:
+    """How many times in a row some phrase of one to `longest_phrase` words occurs, at most."""
+    best = 1
+    for size in range(1, longest_phrase + 1):
+        run = 0
+        for i in range(size, len(words)):
+            run = run + 1 if words[i] == words[i - size] else 0
+            best = max(best, run // size + 1)
+    return best
+
+
+def is_loop(reference: str, hypothesis: str) -> bool:
+    """A phrase said four times in a row or more, and oftener than in the reference: an LLM that does not stop."""
+    return longest_repetition(hypothesis.split()) > max(3, longest_repetition(reference.split()))
+
+
+def score(utterance: Utterance, hypothesis: str) -> UtteranceResult:
+    """The normalised hypothesis beside the utterance's reference."""
+    return UtteranceResult(
+        id=utterance.id,
+        reference=utterance.reference,
+        hypothesis=hypothesis,
+        errors=count_errors(utterance.reference, hypothesis),
+        language=utterance.language,
+        group=utterance.group,
+        looped=is_loop(utterance.reference, hypothesis),
+    )

@@ -1,0 +1,33 @@
+"""Which utterances meet in which step: the same for every candidate of a study."""
+
+import random
+from collections.abc import Sequence
+
+MEGABATCH = 50  # batches whose utterances are sorted by length together: enough to waste little, few enough to mix
+
+
+def plan_batches(lengths: Sequence[float], batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """`steps` batches of utterance indices, epoch after epoch, each epoch in a new order, neighbours in length together.
+
+    An epoch's last batch may be smaller. Depends on nothing but the arguments.
+    """
+    plan: list[list[int]] = []
+    epoch = 0
+    while len(plan) < steps:
+        rng = random.Random(f"{seed} {epoch}")
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        batches: list[list[int]] = []
+        for start in range(0, len(order), MEGABATCH * batch_size):
+            together = sorted(order[start : start + MEGABATCH * batch_size], key=lambda i: lengths[i])
+            batches += [together[i : i + batch_size] for i in range(0, len(together), batch_size)]
+        rng.shuffle(batches)
+        plan += batches
+        epoch += 1
+    return plan[:steps]
+
+
+def by_length(lengths: Sequence[float], batch_size: int) -> list[list[int]]:
+    """Every index once, in batches of neighbours in length, the longest first (if memory runs out, it does so at once)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,0 +1,43 @@
+"""Where and how precisely to compute."""
+
+import contextlib
+import random
+import resource
+import sys
+
+import numpy as np
+import torch
+
+from prunesearch.config import StudyError
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bf16 where the GPU or the processor computes in it, else fp32. Raises StudyError for a bf16 that is not there."""
+    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else bool(torch.cpu._is_avx512_bf16_supported())
+    if precision == "bf16" and not has_bf16:
+        raise StudyError([f'training.precision: "bf16" is not supported by this {device.type}; "auto" or "fp32" is'])
+    return torch.bfloat16 if has_bf16 and precision != "fp32" else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """bf16 arithmetic with fp32 weights; nothing where the dtype is fp32."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
+    torch.manual_seed(seed)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that the process (CPU) or its allocator (GPU) has held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

@@ -1,0 +1,178 @@
+"""From a candidate to its record, top to bottom: prune, encode, fine-tune, decode, score."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+from prunesearch import __version__
+from prunesearch.candidate import Candidate
+from prunesearch.model.llm import lora
+from prunesearch.model.parameters import count_parameters
+from prunesearch.model.slam import SlamAsr
+from prunesearch.record import (
+    Cost,
+    Rung,
+    RunRecord,
+    SplitResult,
+    WordErrors,
+    read_record,
+    record_folder,
+    write_record,
+    write_utterances,
+)
+from prunesearch.training.decode import transcribe
+from prunesearch.training.device import peak_memory_bytes
+from prunesearch.training.finetune import Diverged, Progressed, Pruned, finetune, restore, trainable
+from prunesearch.training.workshop import Workshop, save_weights
+
+OnRung = Callable[[int, WordErrors], bool]  # step, dev errors -> whether to stop here
+
+
+def _keep_going(step: int, errors: WordErrors) -> bool:
+    return False
+
+
+def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, on_rung: OnRung = _keep_going) -> RunRecord:
+    """Train and score a candidate under the study's budget, and write its record, utterances and weights.
+
+    A candidate that has a record already is not trained again; one that was killed goes on from its checkpoint.
+    A run whose loss is no longer finite is recorded as failed; one that `on_rung` stops, as pruned.
+    """
+    config, records = workshop.config, workshop.config.run_folder / "records"
+    if finished := read_record(records, candidate):
+        return finished
+    folder = record_folder(records, candidate)
+    device, dtype, dev = workshop.device, workshop.dtype, workshop.corpora["dev"]
+    begin = time.perf_counter()
+
+    encoder = workshop.pruned_encoder(candidate)
+    projector = workshop.start(workshop.fresh_projector())
+    with lora(workshop.llm, candidate.lora_rank, config.llm, config.seed) as model:
+        slam = SlamAsr(projector, workshop.llm, model)
+        parameters = count_parameters(encoder, projector, model)
+
+        started = time.perf_counter()
+        train_states = workshop.encoded(encoder, "train", [i for batch in workshop.budget.batches for i in batch])
+        dev_states = workshop.encoded(encoder, "dev", workshop.used("dev"))
+        encode_seconds = time.perf_counter() - started
+
+        decoded: list[SplitResult] = []
+        decode_seconds = 0.0
+
+        def decode_dev() -> SplitResult:
+            nonlocal decode_seconds
+            started = time.perf_counter()
+            results = transcribe(slam, dev_states, dev, workshop.used("dev"), config, device, dtype, workshop.progress)
+            write_utterances(records, candidate, "dev", results)
+            decoded.append(SplitResult.of(results))
+            decode_seconds += time.perf_counter() - started
+            return decoded[-1]
+
+        def at_rung(progressed: Progressed) -> None:
+            errors = decode_dev().errors
+            progressed.rungs.append((progressed.step, errors.model_dump()))
+            if on_rung(progressed.step, errors):
+                raise Pruned(progressed)
+
+        budget, label = workshop.budget, name or candidate.key
+        rung_steps = {round(fraction * budget.steps) or 1 for fraction in config.training.rungs}
+        progressed = Progressed()
+        state: Literal["complete", "pruned", "failed"] = "complete"
+        reason = None
+        try:
+            progressed = finetune(
+                slam, train_states, workshop.targets, budget, config.training, device, dtype, folder / "checkpoint.pt",
+                rungs={step: at_rung for step in rung_steps},
+                on_step=lambda step, loss: workshop.progress(f"{label}, loss {loss:.2f}", step, budget.steps),
+            )  # fmt: skip
+            decode_dev()
+        except Pruned as stop:
+            progressed, state, reason = stop.args[0], "pruned", f"dominated at step {stop.args[0].step}"
+        except Diverged as stop:
+            state, reason = "failed", str(stop)
+        save_weights(folder / "weights.safetensors", slam)
+
+    record = RunRecord(
+        study=config.name,
+        name=name,
+        removed_layers=candidate.removed_layers,
+        lora_rank=candidate.lora_rank,
+        seed=config.seed,
+        state=state,
+        reason=reason,
+        steps=progressed.step,
+        dev=decoded[-1] if decoded and state != "failed" else None,
+        rungs=tuple(Rung(step=step, errors=WordErrors(**errors)) for step, errors in progressed.rungs),
+        losses=tuple(progressed.losses),
+        parameters=parameters,
+        cost=Cost(
+            train_seconds=round(progressed.seconds, 2),
+            encode_seconds=round(encode_seconds, 2),
+            decode_seconds=round(decode_seconds, 2),
+            trial_seconds=round(time.perf_counter() - begin, 2),
+            peak_memory_bytes=peak_memory_bytes(device),
+        ),
+        provenance=provenance(workshop),
+    )
+    write_record(records, record)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return record
+
+
+def decode_test(workshop: Workshop, record: RunRecord) -> RunRecord:
+    """The record with its test errors, from the weights that it was trained to. A test split is decoded once, ever."""
+    if record.test is not None:
+        return record
+    config, records = workshop.config, workshop.config.run_folder / "records"
+    encoder = workshop.pruned_encoder(record.candidate)
+    with lora(workshop.llm, record.lora_rank, config.llm, config.seed) as model:
+        slam = SlamAsr(workshop.fresh_projector(), workshop.llm, model)
+        restore(trainable(slam), load_file(record_folder(records, record.candidate) / "weights.safetensors"))
+        slam.projector.eval()
+        model.eval()
+        indices = workshop.used("test")
+        states = workshop.encoded(encoder, "test", indices)
+        results = transcribe(
+            slam, states, workshop.corpora["test"], indices, config, workshop.device, workshop.dtype, workshop.progress
+        )
+    write_utterances(records, record.candidate, "test", results)
+    tested = record.model_copy(update={"test": SplitResult.of(results)})
+    write_record(records, tested)
+    return tested
+
+
+@cache
+def _commit() -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except FileNotFoundError:  # no git on this machine
+        return {"commit": None, "dirty": None}
+
+
+def provenance(workshop: Workshop) -> dict[str, Any]:
+    """By what, on what and from what a record was made."""
+    device = workshop.device
+    return {
+        "prunesearch": __version__,
+        **_commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optuna", "jiwer")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(workshop.dtype).removeprefix("torch."),
+        "fingerprint": workshop.config.fingerprint(),
+        "config": workshop.config.model_dump(mode="json", exclude={"storage"}),
+    }

@@ -1,0 +1,183 @@
+"""What all candidates of a study share: models, corpora, cached states, the plan of batches, and the anchor."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from transformers import AutoFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from prunesearch.candidate import Candidate, baselines
+from prunesearch.config import StudyConfig, StudyError
+from prunesearch.model.encoder import load_encoder, remove_layers
+from prunesearch.model.llm import Llm, embedding_scale, load_llm
+from prunesearch.model.projector import Projector
+from prunesearch.model.slam import SlamAsr
+from prunesearch.record import SplitResult, write_atomically
+from prunesearch.speech.corpus import Split, Utterance, load_corpus
+from prunesearch.training.batches import plan_batches
+from prunesearch.training.decode import transcribe
+from prunesearch.training.device import pick_device, pick_dtype
+from prunesearch.training.features import Progress, StateStore, finish_encoding, prefix_states
+from prunesearch.training.finetune import Budget, Progressed, finetune, trainable
+
+
+def _silent(what: str, done: int, of: int) -> None:
+    pass
+
+
+@dataclass
+class Workshop:
+    """One per worker. Models are loaded when it is opened; states and anchor when they are first asked for."""
+
+    config: StudyConfig
+    device: torch.device
+    dtype: torch.dtype
+    encoder: WhisperEncoder
+    extractor: Any
+    llm: Llm
+    progress: Progress = _silent
+
+    @classmethod
+    def open(cls, config: StudyConfig, progress: Progress = _silent) -> "Workshop":
+        """Load the study's models. Raises StudyError when one of them cannot be had."""
+        device = pick_device()
+        dtype = pick_dtype(config.training.precision, device)
+        try:
+            encoder = load_encoder(config.locate(config.encoder.model), config.encoder.revision, dtype)
+            extractor = AutoFeatureExtractor.from_pretrained(
+                config.locate(config.encoder.model), revision=config.encoder.revision or "main"
+            )
+            llm = load_llm(config.locate(config.llm.model), config.llm, dtype)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise StudyError([f"a model cannot be loaded: {reason}", "give a local folder, or a hub name and a network"]) from error
+        encoder.requires_grad_(False).eval().to(device)
+        llm.model.to(device)
+        workshop = cls(config, device, dtype, encoder, extractor, llm, progress)
+        if outside := [i for i in config.removable(workshop.depth) if i >= workshop.depth]:
+            raise StudyError([f"search.removable_layers: must lie in [0, {workshop.depth}), got {outside[0]}"])
+        return workshop
+
+    @property
+    def depth(self) -> int:
+        return len(self.encoder.layers)
+
+    @cached_property
+    def shared_depth(self) -> int:
+        """The layers before the first one that any candidate may lose: the same for all."""
+        fixed = [*baselines(self.depth, 0).values(), *self.config.fixed_candidates()]
+        return min([*self.config.removable(self.depth), *(i for c in fixed for i in c.removed_layers)])
+
+    @cached_property
+    def corpora(self) -> dict[Split, list[Utterance]]:
+        return {split: load_corpus(self.config, split) for split in ("train", "dev", "test")}
+
+    @cached_property
+    def targets(self) -> list[list[int]]:
+        return [self.llm.tokens(u.target) for u in self.corpora["train"]]
+
+    def _budget(self, steps: int, rate: float, lora_rate: float, purpose: str) -> Budget:
+        seconds = [u.seconds for u in self.corpora["train"]]
+        seed = int.from_bytes(hashlib.sha256(f"{self.config.seed} {purpose}".encode()).digest()[:3])
+        return Budget(plan_batches(seconds, self.config.training.batch_size, steps, seed), rate, lora_rate, seed)
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The one budget of baselines and candidates."""
+        training = self.config.training
+        lora_rate = training.lora_learning_rate or training.learning_rate
+        return self._budget(training.steps, training.learning_rate, lora_rate, "candidate")
+
+    @cached_property
+    def anchor_budget(self) -> Budget:
+        anchor = self.config.anchor
+        return self._budget(anchor.steps, anchor.learning_rate, anchor.learning_rate, "anchor")
+
+    def used(self, split: Split) -> list[int]:
+        """The utterances that the study touches: all of dev and test; of train, those that some step draws."""
+        if split != "train":
+            return list(range(len(self.corpora[split])))
+        budgets = [self.budget, self.anchor_budget] if self.config.training.init == "anchor" else [self.budget]
+        return sorted({i for budget in budgets for batch in budget.batches for i in batch})
+
+    def prefix(self, split: Split) -> StateStore:
+        """The states that all candidates share, from the study's cache."""
+        return prefix_states(
+            self.config.run_folder / "features", split, self.corpora[split], self.used(split), self.encoder,
+            self.shared_depth, self.extractor, self.config, self.device, self.dtype, self.progress,
+        )  # fmt: skip
+
+    def encoded(self, encoder: WhisperEncoder, split: Split, indices: Sequence[int]) -> StateStore:
+        """A candidate's encoder states for some utterances."""
+        scratch = self.config.run_folder / "scratch"
+        return finish_encoding(self.prefix(split), encoder, self.shared_depth, indices, scratch, self.device, self.progress)
+
+    def pruned_encoder(self, candidate: Candidate) -> WhisperEncoder:
+        return remove_layers(self.encoder, candidate.removed_layers)
+
+    def fresh_projector(self) -> Projector:
+        """A new projector, the same for every candidate; warm from the anchor where the study says so."""
+        settings = self.config.projector
+        torch.manual_seed(self.config.seed)
+        widths = self.encoder.config.d_model, self.llm.model.get_input_embeddings().embedding_dim
+        projector = Projector(*widths, settings.stack, settings.hidden, settings.dropout, embedding_scale(self.llm.model))
+        return projector.to(self.device)
+
+    def start(self, projector: Projector) -> Projector:
+        """The projector as the study's `training.init` has candidates begin."""
+        if self.config.training.init == "anchor":
+            projector.load_state_dict(load_file(self.anchor()))
+        return projector
+
+    def anchor(self) -> Path:
+        """The anchor's weights: the unpruned encoder's projector, trained once without LoRA, whoever comes first."""
+        folder = self.config.run_folder / "anchor"
+        weights = folder / "projector.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if weights.exists():
+                return weights
+            slam = SlamAsr(self.fresh_projector(), self.llm, self.llm.model)
+            encoder = self.pruned_encoder(Candidate())
+            train = self.encoded(encoder, "train", sorted({i for b in self.anchor_budget.batches for i in b}))
+            steps = self.anchor_budget.steps
+            done = finetune(
+                slam, train, self.targets, self.anchor_budget, self.config.training, self.device, self.dtype,
+                folder / "checkpoint.pt", on_step=lambda step, loss: self.progress(f"anchor, loss {loss:.2f}", step, steps),
+            )  # fmt: skip
+            results = transcribe(
+                slam, self.encoded(encoder, "dev", self.used("dev")), self.corpora["dev"], self.used("dev"),
+                self.config, self.device, self.dtype,
+            )  # fmt: skip
+            self._write_anchor_log(folder, done, SplitResult.of(results))
+            partial = folder / "projector.partial"
+            save_file({name: p.detach().cpu().contiguous() for name, p in slam.projector.state_dict().items()}, partial)
+            partial.replace(weights)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        return weights
+
+    def _write_anchor_log(self, folder: Path, done: Progressed, dev: SplitResult) -> None:
+        log = {
+            "steps": done.step,
+            "train_seconds": round(done.seconds, 1),
+            "losses": done.losses,
+            "dev_wer": dev.errors.wer,
+            "dev": dev.model_dump(),
+        }
+        write_atomically(folder / "anchor.json", json.dumps(log, indent=1) + "\n")
+
+
+def save_weights(path: Path, slam: SlamAsr) -> None:
+    """Projector and LoRA, as safetensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({name: p.detach().cpu().contiguous() for name, p in trainable(slam).items()}, partial)
+    partial.replace(path)

@@ -1,0 +1,90 @@
+"""Synthetic speakers: a phrase, said by espeak-ng in one of many voices, in a room, with noise. Mono, 16 kHz.
+
+A *voice variant* of espeak-ng changes formants, breathiness, tremor and pitch range. Variants are dealt to the splits
+once and for all, so that dev and test are spoken by voices which nothing was ever trained on.
+"""
+
+import io
+import random
+import subprocess
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLE_RATE = 16_000
+
+ACCENTS = {
+    "da": ("da",),
+    "nl": ("nl",),
+    "en": ("en-gb", "en-us", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc"),
+}
+
+# Variants that stay intelligible; the whispered, demonic and effect voices are left out.
+VARIANTS = {
+    "test": "Andy Annie f3 gustave Hugo klatt3 linda m4 norbert pedro steph zac".split(),
+    "dev": "Alicia ed f5 iven3 john klatt5 m6 robert sandro Lee".split(),
+    "train": (
+        "adam Alex Andrea antonio aunty belinda benjamin boris caleb david Denis Diogo edward edward2 Gene Gene2 announcer "
+        "Henrique iven iven2 iven4 Jacky kaukovalta marcelo Marco Mario max Michael michel miguel Mike Nguyen pablo paul "
+        "quincy rob steph2 steph3 anika f1 f2 f4 grandma grandpa klatt klatt2 klatt4 klatt6 m1 m2 m3 m5 m7 m8 shelby "
+        "travis victor robosoft robosoft3 robosoft5"
+    ).split(),
+}
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A speaker: espeak-ng's accent and variant, words per minute and pitch (0 to 99)."""
+
+    accent: str
+    variant: str
+    speed: int
+    pitch: int
+
+    @classmethod
+    def draw(cls, language: str, split: str, rng: random.Random) -> "Voice":
+        return cls(rng.choice(ACCENTS[language]), rng.choice(VARIANTS[split]), rng.randint(135, 190), rng.randint(25, 75))
+
+
+def say(text: str, voice: Voice) -> np.ndarray:
+    """The clean recording, float32 in [-1, 1], (samples,)."""
+    command = ["espeak-ng", "-v", f"{voice.accent}+{voice.variant}", "-s", str(voice.speed), "-p", str(voice.pitch)]
+    wav = subprocess.run([*command, "--stdout", text], check=True, capture_output=True).stdout
+    samples, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
+    samples = soxr.resample(samples, rate, SAMPLE_RATE)
+    loud = np.flatnonzero(np.abs(samples) > 1e-3)
+    return samples[max(0, loud[0] - 800) : loud[-1] + 1600]
+
+
+def _fast_length(samples: int) -> int:
+    return 1 << (samples - 1).bit_length()
+
+
+def in_a_room(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Convolved with exponentially decaying noise: a room of 0.1 to 0.4 s reverberation time (Polack's model)."""
+    seconds = rng.uniform(0.1, 0.4)
+    t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    response = rng.standard_normal(len(t)) * np.exp(-6.9 * t / seconds) * rng.uniform(0.02, 0.08)
+    response[0] = 1.0
+    size = _fast_length(len(samples) + len(response) - 1)
+    wet = np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(response, size), size)
+    return wet[: len(samples)]
+
+
+def with_noise(samples: np.ndarray, decibels: float, rng: np.random.Generator) -> np.ndarray:
+    """Coloured noise (spectrum 1/f^a, a from 0 to 1.5) at the given signal-to-noise ratio."""
+    spectrum = np.fft.rfft(rng.standard_normal(_fast_length(len(samples))))
+    spectrum /= np.maximum(np.arange(len(spectrum)), 20.0) ** (rng.uniform(0, 1.5) / 2)
+    noise = np.fft.irfft(spectrum)[: len(samples)]
+    noise *= np.sqrt(np.mean(samples**2) / np.mean(noise**2)) * 10 ** (-decibels / 20)
+    return samples + noise
+
+
+def record(text: str, language: str, split: str, rng: random.Random, noise: tuple[float, float]) -> tuple[np.ndarray, Voice]:
+    """One recording of the phrase by a voice of the split, float32 (samples,), peak at 0.7; and who spoke."""
+    voice = Voice.draw(language, split, rng)
+    generator = np.random.default_rng(rng.randrange(2**32))
+    samples = with_noise(in_a_room(say(text, voice), generator), rng.uniform(*noise), generator)
+    return (0.7 * samples / np.abs(samples).max()).astype(np.float32), voice
