@@ -251,7 +251,9 @@ class StudyConfig(_Section):
 
     def definition(self) -> dict[str, Any]:
         """What makes two records comparable: everything but where the study is stored and how long it goes on."""
-        return self.model_dump(mode="json", exclude={"storage": True, "search": {"trials", "fixed", "sampler", "startup_trials"}})
+        return self.model_dump(
+            mode="json", exclude={"storage": True, "search": {"trials", "fixed", "sampler", "startup_trials"}}
+        )
 
     def fingerprint(self) -> str:
         text = json.dumps(self.definition(), sort_keys=True)

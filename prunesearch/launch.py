@@ -2,7 +2,6 @@
 
 import multiprocessing
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,7 +130,9 @@ def _run_workers(config: StudyConfig, workers: int, trials: int, storage: str | 
             process.join()
     _tell_news(config, study, told, trials, watcher)
     if failed := [p for p in processes if p.exitcode]:
-        raise RuntimeError(f"{len(failed)} of {workers} workers ended with exit code {failed[0].exitcode}; launch again to go on")
+        raise RuntimeError(
+            f"{len(failed)} of {workers} workers ended with exit code {failed[0].exitcode}; launch again to go on"
+        )
 
 
 def _tell_news(config: StudyConfig, study: Any, told: set[int], trials: int, watcher: Watcher) -> set[int]:
@@ -174,13 +175,21 @@ def status(source: str | Path, storage: str | None = None) -> dict[str, Any]:
     from prunesearch.search.study import Lease
 
     try:
-        study = optuna.load_study(study_name=config.name, storage=open_storage(storage or config.storage.url, config.run_folder))
+        study = optuna.load_study(
+            study_name=config.name, storage=open_storage(storage or config.storage.url, config.run_folder)
+        )
     except KeyError:
         raise StudyError([f"the storage holds no study named {config.name}"]) from None
     trials = study.get_trials(deepcopy=False)
     counts = {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState}
     running = [
-        {"trial": t.number, "candidate": t.user_attrs.get("candidate"), "pid": lease.pid, "host": lease.host, "alive": lease.is_held()}
+        {
+            "trial": t.number,
+            "candidate": t.user_attrs.get("candidate"),
+            "pid": lease.pid,
+            "host": lease.host,
+            "alive": lease.is_held(),
+        }
         for t in trials
         if t.state == TrialState.RUNNING and (lease := Lease.of(t))
     ]
@@ -196,5 +205,3 @@ def status(source: str | Path, storage: str | None = None) -> dict[str, Any]:
         "running": running,
         "front": best,
     }
-
-

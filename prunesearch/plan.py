@@ -9,6 +9,8 @@ from prunesearch.config import StudyConfig, StudyError
 from prunesearch.record import Parameters
 from prunesearch.search.space import SearchSpace
 
+MODEL_HINT = "give a local folder, or a hub name and a network"
+
 
 def _architectures(config: StudyConfig) -> tuple[Any, Any]:
     """The two models' configurations. Raises StudyError when one cannot be read."""
@@ -18,8 +20,7 @@ def _architectures(config: StudyConfig) -> tuple[Any, Any]:
         encoder = AutoConfig.from_pretrained(config.locate(config.encoder.model), revision=config.encoder.revision or "main")
         llm = AutoConfig.from_pretrained(config.locate(config.llm.model), revision=config.llm.revision or "main")
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError([f"a model's configuration cannot be read: {reason}", "give a local folder, or a hub name and a network"])
+        raise StudyError([f"a model's configuration cannot be read: {str(error).splitlines()[0]}", MODEL_HINT]) from error
     if not hasattr(encoder, "encoder_layers") or not hasattr(encoder, "num_mel_bins"):
         raise StudyError([f"encoder.model: must be a Whisper checkpoint, got one of type {encoder.model_type!r}"])
     return encoder, llm

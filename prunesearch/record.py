@@ -121,6 +121,7 @@ class RunRecord(_Frozen):
     schema_version: int = SCHEMA_VERSION
     study: str
     name: str | None = None
+    encoder_layers: int  # of the unpruned encoder
     removed_layers: tuple[int, ...]
     lora_rank: int
     seed: int
@@ -187,4 +188,5 @@ def read_utterances(records: Path, candidate: Candidate, split: str) -> list[Utt
     path = record_folder(records, candidate) / f"{split}.jsonl"
     if not path.exists():
         return None
-    return [UtteranceResult.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # not splitlines(): a hypothesis may hold one of Unicode's other line ends
+    return [UtteranceResult.model_validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -70,12 +70,11 @@ STUDY: dict[str, Any] = {
 }
 
 
-def as_toml(table: dict[str, Any]) -> str:
-    lines = [f"{k} = {json.dumps(v)}" for k, v in table.items() if not isinstance(v, dict)]
-    for name, section in table.items():
-        if isinstance(section, dict):
-            lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in section.items())]
-    return "\n".join(lines) + "\n"
+def as_toml(value: Any) -> str:
+    """Tables are written inline, below the top one."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {as_toml(v)}" for k, v in value.items()) + "}"
+    return "[" + ", ".join(map(as_toml, value)) + "]" if isinstance(value, list) else json.dumps(value)
 
 
 def write_study(folder: Path, toy: Path, **sections: dict[str, Any]) -> Path:
@@ -88,7 +87,7 @@ def write_study(folder: Path, toy: Path, **sections: dict[str, Any]) -> Path:
     for name, section in sections.items():
         table.setdefault(name, {}).update(section)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.toml").write_text(as_toml(table))
+    (folder / "study.toml").write_text("".join(f"{k} = {as_toml(v)}\n" for k, v in table.items()))
     return folder / "study.toml"
 
 

@@ -70,7 +70,9 @@ class CandidateSampler(BaseSampler):
             raise SpaceExhausted
         return self._space.params(rng.choice(left))
 
-    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
         raise RuntimeError(f"{param_name} is not a parameter of this study")
 
 

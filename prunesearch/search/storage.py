@@ -53,6 +53,6 @@ def open_storage(url: str | None, run_folder: Path) -> BaseStorage:
     try:
         return optuna.storages.get_storage(url)
     except Exception as error:
-        kind = url.split("://")[0]
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise StudyError([f"storage.url: the {kind} storage cannot be opened ({reason.replace(url, kind + '://…')})"]) from error
+        shown = url.split("://")[0] + "://…"  # a URL may hold a password
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].replace(url, shown)
+        raise StudyError([f"storage.url: {shown} cannot be opened ({reason})"]) from error

@@ -90,7 +90,7 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
         try:
             progressed = finetune(
                 slam, train_states, workshop.targets, budget, config.training, device, dtype, folder / "checkpoint.pt",
-                rungs={step: at_rung for step in rung_steps},
+                rungs=dict.fromkeys(rung_steps, at_rung),
                 on_step=lambda step, loss: workshop.progress(f"{label}, loss {loss:.2f}", step, budget.steps),
             )  # fmt: skip
             decode_dev()
@@ -103,6 +103,7 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
     record = RunRecord(
         study=config.name,
         name=name,
+        encoder_layers=workshop.depth,
         removed_layers=candidate.removed_layers,
         lora_rank=candidate.lora_rank,
         seed=config.seed,

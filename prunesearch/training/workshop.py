@@ -58,7 +58,9 @@ class Workshop:
             llm = load_llm(config.locate(config.llm.model), config.llm, dtype)
         except OSError as error:
             reason = str(error).splitlines()[0]
-            raise StudyError([f"a model cannot be loaded: {reason}", "give a local folder, or a hub name and a network"]) from error
+            raise StudyError(
+                [f"a model cannot be loaded: {reason}", "give a local folder, or a hub name and a network"]
+            ) from error
         encoder.requires_grad_(False).eval().to(device)
         llm.model.to(device)
         workshop = cls(config, device, dtype, encoder, extractor, llm, progress)

@@ -56,13 +56,14 @@ def make_study(out: Path) -> None:
         (out / split).mkdir(parents=True, exist_ok=True)
         jobs = [(i, split, language, text) for i, (language, text) in enumerate(pairs)]
         with ProcessPoolExecutor() as pool, (out / f"{split}.jsonl").open("w") as manifest:
-            for (i, _, language, text), (samples, variant, accent) in zip(jobs, pool.map(speak, jobs, chunksize=16), strict=True):
+            for (i, _, language, text), (samples, variant, accent) in zip(
+                jobs, pool.map(speak, jobs, chunksize=16), strict=True
+            ):
                 name = f"{split}/{i:04d}.opus"
                 # 0.976 is about 12 kbit/s: speech stays clear, and the whole corpus fits in a few megabytes
                 soundfile.write(out / name, samples, SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=0.976)
                 row = {"audio": name, "text": text, "language": language, "speaker": variant, "accent": accent}
                 manifest.write(json.dumps(row | {"duration": round(len(samples) / SAMPLE_RATE, 3)}, ensure_ascii=False) + "\n")
-
 
 
 def _mel(job: tuple[int, str, str, str]) -> np.ndarray:

@@ -110,7 +110,10 @@ def main(data: Path, llm: Path, out: Path, minutes: float) -> None:
             running = 0.98 * running + 0.02 * np.array([attention.item(), aligned.item()])
             step += 1
             if step % 100 == 0:
-                print(f"epoch {epoch} step {step} {done:.0%} attention {running[0]:.3f} ctc {running[1]:.3f} lr {lr:.1e}", flush=True)
+                print(
+                    f"epoch {epoch} step {step} {done:.0%} attention {running[0]:.3f} ctc {running[1]:.3f} lr {lr:.1e}",
+                    flush=True,
+                )
         model.eval()
         with torch.no_grad():
             attention, aligned = losses(sorted(held_out), augment=False)

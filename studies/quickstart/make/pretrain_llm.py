@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from phrases import LANGUAGES, draw
 from make_corpus import phrases_of_every_split
+from phrases import LANGUAGES, draw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,0 +1,53 @@
+"""Records in, report out: the front, the paired differences and the tables of a study. Never trains, never proposes."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from prunesearch.config import StudyConfig
+from prunesearch.report.comparison import Best, Comparison, Contrast, Reductions, compare
+from prunesearch.report.front import non_dominated, pareto_front
+from prunesearch.report.statistics import Difference, paired_bootstrap
+from prunesearch.report.tables import render, to_csv, to_json, verdict
+
+__all__ = [
+    "Best",
+    "Comparison",
+    "Contrast",
+    "Difference",
+    "Reductions",
+    "compare",
+    "non_dominated",
+    "paired_bootstrap",
+    "pareto_front",
+    "render",
+    "to_csv",
+    "to_json",
+    "verdict",
+    "write_report",
+]
+
+
+def write_report(config: StudyConfig) -> Comparison:
+    """Compare the study's records and write `run/report/`: front.{png,svg,pdf} and report.{html,csv,json}.
+
+    All files are made beside the folder first and then moved in, so that a reader never meets half a file.
+    """
+    from prunesearch.report.page import render_page
+    from prunesearch.report.plots import write_figures
+
+    comparison = compare(config.run_folder / "records", config.search.params_objective, config.name)
+    report = config.run_folder / "report"
+    report.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=config.run_folder, prefix=".report.") as name:
+        made = Path(name)
+        write_figures(comparison, made)
+        (made / "report.html").write_text(render_page(comparison), encoding="utf-8")
+        (made / "report.csv").write_text(to_csv(comparison), encoding="utf-8")
+        (made / "report.json").write_text(
+            json.dumps(to_json(comparison), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        for file in made.iterdir():
+            os.replace(file, report / file.name)
+    return comparison

@@ -1,0 +1,165 @@
+"""Everything a report says, computed from a study's records: the front, the baselines, and what lies between them."""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from prunesearch.candidate import BASELINE_NAMES, Candidate
+from prunesearch.record import Parameters, RunRecord, read_records, read_utterances
+from prunesearch.report.front import dev_wer, pareto_front
+from prunesearch.report.statistics import Counts, Difference, paired_bootstrap
+
+Split = Literal["test", "dev"]
+
+# What the published comparison claims, and the last one the control that it lacked: LoRA on both sides.
+CLAIMS = (("top2", "unpruned"), ("top2+lora", "unpruned"), ("top2+lora", "unpruned+lora"))
+TO_BEAT = "top2+lora"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """`system`'s WER less that of `reference`, on the utterances of `split`; None where either lacks them."""
+
+    system: RunRecord
+    reference: RunRecord
+    split: Split | None
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of the `tried` candidates (complete or ended at a rung) that lost the same number of layers."""
+
+    record: RunRecord
+    tried: int
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """Parameters saved against the unpruned system without LoRA, as fractions; negative where LoRA adds more."""
+
+    encoder: float
+    speech: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A study's records, sorted by the part they play. Baselines also take their place on or off the front."""
+
+    study: str
+    objective: str
+    unpruned: Parameters | None  # of the whole system without LoRA
+    baselines: dict[str, RunRecord]  # complete ones only
+    front: tuple[RunRecord, ...]  # fewest parameters first, as all tuples here
+    others: tuple[RunRecord, ...]  # complete, off the front
+    pruned: tuple[RunRecord, ...]
+    failed: tuple[RunRecord, ...]
+    dominating: tuple[Contrast, ...]  # on the front, no more parameters than top2+lora, lower dev WER
+    best_by_removed: dict[int, Best]
+    differences: tuple[Contrast, ...]
+
+    @property
+    def complete(self) -> tuple[RunRecord, ...]:
+        return _by_params((*self.front, *self.others), self.objective)
+
+    @property
+    def winner(self) -> Contrast | None:
+        """The dominating record that dev chooses; test is not asked."""
+        return min(self.dominating, key=lambda c: dev_wer(c.system), default=None)
+
+    def reductions(self, record: RunRecord) -> Reductions | None:
+        """None while the unpruned system's size is unknown."""
+        if self.unpruned is None:
+            return None
+        groups = ("encoder", "speech", "total")
+        return Reductions(*(1 - getattr(record.parameters, g) / max(1, getattr(self.unpruned, g)) for g in groups))
+
+
+def compare(records_folder: Path, objective: str, study_name: str) -> Comparison:
+    """Compare a study's records, as many as there are. Selection looks at dev; differences at test where it is decoded.
+
+    Raises ValueError when two records to be compared were decoded on different utterances.
+    """
+    records = read_records(records_folder)
+    front = pareto_front(records, objective)
+    on_front = {r.candidate for r in front}
+    complete, pruned, failed = (_in_state(state, records, objective) for state in ("complete", "pruned", "failed"))
+    named = {r.name: r for r in complete}
+    baselines = {name: named[name] for name in BASELINE_NAMES if name in named}
+    to_beat = baselines.get(TO_BEAT)
+    read: _Reader = functools.cache(functools.partial(_read_utterances, records_folder))
+    return Comparison(
+        study=study_name,
+        objective=objective,
+        unpruned=next((r.parameters.model_copy(update={"lora": 0}) for r in records if not r.removed_layers), None),
+        baselines=baselines,
+        front=tuple(front),
+        others=tuple(r for r in complete if r.candidate not in on_front),
+        pruned=pruned,
+        failed=failed,
+        dominating=tuple(_contrast(r, to_beat, read) for r in front if to_beat and _beats(r, to_beat, objective)),
+        best_by_removed=_best_by_removed(complete, pruned),
+        differences=tuple(
+            _contrast(baselines[system], baselines[reference], read)
+            for system, reference in CLAIMS
+            if system in baselines and reference in baselines
+        ),
+    )
+
+
+def _in_state(state: str, records: list[RunRecord], objective: str) -> tuple[RunRecord, ...]:
+    return _by_params((r for r in records if r.state == state), objective)
+
+
+def _by_params(records: Iterable[RunRecord], objective: str) -> tuple[RunRecord, ...]:
+    return tuple(sorted(records, key=lambda r: (r.parameters.of(objective), r.candidate.key)))
+
+
+def _beats(record: RunRecord, other: RunRecord, objective: str) -> bool:
+    return record.parameters.of(objective) <= other.parameters.of(objective) and dev_wer(record) < dev_wer(other)
+
+
+def _best_by_removed(complete: tuple[RunRecord, ...], pruned: tuple[RunRecord, ...]) -> dict[int, Best]:
+    best: dict[int, Best] = {}
+    for count in sorted({len(r.removed_layers) for r in complete}):
+        finished, stopped = ([r for r in some if len(r.removed_layers) == count] for some in (complete, pruned))
+        best[count] = Best(min(finished, key=dev_wer), len(finished) + len(stopped))
+    return best
+
+
+class _Utterances(NamedTuple):
+    """Counts of a decoded split, sorted by utterance id; both arrays: (utterances,)."""
+
+    ids: tuple[str, ...]
+    errors: Counts
+    reference_words: Counts
+
+
+_Reader = Callable[[Candidate, Split], _Utterances | None]
+
+
+def _read_utterances(records_folder: Path, candidate: Candidate, split: Split) -> _Utterances | None:
+    results = sorted(read_utterances(records_folder, candidate, split) or [], key=lambda r: r.id)
+    if not results:
+        return None
+    counts = np.array([(r.errors.errors, r.errors.reference_words) for r in results], dtype=np.int64)  # (utterances, 2)
+    return _Utterances(tuple(r.id for r in results), counts[:, 0], counts[:, 1])
+
+
+def _contrast(system: RunRecord, reference: RunRecord, read: _Reader) -> Contrast:
+    """On test if both were decoded there, else on dev."""
+    splits: tuple[Split, ...] = ("test", "dev")
+    for split in splits:
+        ours, theirs = read(system.candidate, split), read(reference.candidate, split)
+        if ours is None or theirs is None:
+            continue
+        if ours.ids != theirs.ids or not np.array_equal(ours.reference_words, theirs.reference_words):
+            keys = f"{system.candidate.key} and {reference.candidate.key}"
+            raise ValueError(f"{keys} were not decoded on the same {split} utterances: evaluate both with one study file")
+        return Contrast(system, reference, split, paired_bootstrap(ours.errors, theirs.errors, ours.reference_words))
+    return Contrast(system, reference, None, None)

@@ -1,0 +1,159 @@
+"""The report as one HTML file that needs no network: verdict, a front to point at, and the tables."""
+
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+
+from prunesearch.record import RunRecord
+from prunesearch.report.comparison import Comparison
+from prunesearch.report.plots import BASELINE_MARKERS, place, place_stopped
+from prunesearch.report.tables import (
+    OBJECTIVES,
+    Table,
+    error_kinds,
+    sizes,
+    tables,
+    title,
+    verdict,
+    wer_percent,
+)
+
+SYMBOLS = {"s": "square-open", "D": "diamond-open", "^": "triangle-up-open", "v": "triangle-down-open"}
+
+# The figure's text and hover boxes take the page's colours, so that one figure serves light and dark.
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1c; --soft: #5d5d5d; --paper: #ffffff; --line: #dddddd; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --soft: #a6a6a6; --paper: #161618; --line: #3a3a3e; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.2rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+ul { padding-left: 1.2rem; margin: 0 0 1rem; }
+figure { margin: 0 0 1.5rem; }
+.plot { height: min(32rem, 80vh); overflow: hidden; }
+.plot text { fill: var(--ink) !important; }
+.plot .hoverlayer path { fill: var(--paper) !important; stroke: var(--soft) !important; }
+.scroll { overflow-x: auto; margin: 1.5rem 0 .3rem; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; font-size: 1rem; padding-bottom: .3rem; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { white-space: nowrap; }
+td.wrap { white-space: normal; min-width: 8rem; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
+thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
+tbody th { font-weight: 500; }
+small, figcaption { display: block; color: var(--soft); font-size: .8rem; max-width: 46rem; }
+"""
+
+
+def render_page(comparison: Comparison) -> str:
+    """The whole page. Everything that comes from data is escaped; plotly.js is inlined once."""
+    name = escape(comparison.study)
+    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict(comparison))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name} – prunesearch</title><style>{STYLE}</style></head>\n"
+        f"<body><main><h1>{name}</h1>\n<ul>{said}</ul>\n{_plot(comparison)}\n"
+        + "\n".join(_html(table) for table in tables(comparison))
+        + "\n</main></body></html>\n"
+    )
+
+
+def _plot(comparison: Comparison) -> str:
+    if not comparison.complete:
+        return "<p>No candidate is complete yet.</p>"
+    plot = _figure(comparison).to_html(
+        full_html=False,
+        include_plotlyjs=True,
+        default_height="100%",
+        div_id="front",
+        config={"displayModeBar": False, "responsive": True},
+    )
+    note = (
+        "Bottom left is better. Point at a candidate for its layers, first to last: ■ kept, □ removed. "
+        "Drag to zoom, double-click to see everything."
+    )
+    return f'<figure><div class="plot">{plot}</div><figcaption>{note}</figcaption></figure>'
+
+
+def _figure(comparison: Comparison) -> go.Figure:
+    objective = comparison.objective
+    figure = go.Figure()
+
+    def add(name: str, records: list[RunRecord], **style: Any) -> None:
+        placed = [(r, p) for r in records if (p := place_stopped(r, objective))]
+        if placed:
+            xs, ys = zip(*(p for _, p in placed), strict=True)
+            hover = [_hover(comparison, r) for r in (r for r, _ in placed)]
+            figure.add_scatter(x=xs, y=ys, name=name, hovertext=hover, hoverinfo="text", **style)
+
+    grey, ink = "#8a8a8a", "#3b6fb6"
+    add("ended at a rung", list(comparison.pruned), mode="markers", marker={"symbol": "x-thin-open", "color": grey, "size": 6})
+    add("dominated", list(comparison.others), mode="markers", marker={"color": grey, "size": 7, "opacity": 0.6})
+    add(
+        "front",
+        list(comparison.front),
+        mode="lines+markers",
+        line={"shape": "hv", "color": ink, "width": 1.5},
+        marker={"color": ink, "size": 10},
+    )
+    for name, record in comparison.baselines.items():
+        marker = {"symbol": SYMBOLS[BASELINE_MARKERS[name]], "size": 15, "color": "#d55e00", "line": {"width": 2}}
+        add(name, [record], mode="markers", marker=marker)
+    axis = {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "automargin": True}
+    focus = [place(r, objective)[1] for r in (*comparison.front, *comparison.baselines.values())]
+    span = max(focus) - min(focus) or 0.1 * max(focus) or 1.0
+    noun = OBJECTIVES[objective].split(" (")[0]
+    figure.update_layout(
+        xaxis={**axis, "title": f"{noun.capitalize()}, millions"},
+        yaxis={**axis, "title": "Dev WER, %", "range": [min(focus) - 0.15 * span, max(focus) + 0.6 * span]},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        hoverlabel={"align": "left"},
+        margin={"l": 10, "r": 10, "t": 10, "b": 10},
+    )
+    return figure
+
+
+def _hover(comparison: Comparison, record: RunRecord) -> str:
+    groups = zip(("encoder", "speech", "total"), sizes(comparison, record), strict=True)
+    lines = [
+        f"<b>{escape(title(record))}</b>" + (" (ended at a rung)" if record.state == "pruned" else ""),
+        strip(record),
+        f"LoRA rank {record.lora_rank}" if record.lora_rank else "no LoRA",
+        *_measured(record),
+        *(f"{group} {size} M ({change})" for group, (size, change) in groups),
+    ]
+    return "<br>".join(lines)
+
+
+def _measured(record: RunRecord) -> list[str]:
+    if record.dev is None:
+        return [f"WER dev {100 * rung.errors.wer:.2f} % at step {rung.step}" for rung in record.rungs[-1:]]
+    wers = f"WER dev {wer_percent(record.dev)} %, test {wer_percent(record.test)} %"
+    kinds = f"S/D/I {error_kinds(record)}".removesuffix(" *")
+    return [wers, f"{kinds} per 100 reference words on {'test' if record.test else 'dev'}"]
+
+
+def strip(record: RunRecord) -> str:
+    """The encoder's layers, first to last: ■ kept, □ removed."""
+    return "".join("□" if i in record.removed_layers else "■" for i in range(record.encoder_layers))
+
+
+def _html(table: Table) -> str:
+    def row(cells: tuple[str, ...]) -> str:
+        first, *rest = map(escape, cells)
+        wraps = [' class="wrap"' if column == "removed" else "" for column in table.columns[1:]]
+        tail = "".join(f"<td{wrap}>{cell}</td>" for wrap, cell in zip(wraps, rest, strict=True))
+        return f'<tr><th scope="row">{first}</th>{tail}</tr>'
+
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
+    body = "\n".join(map(row, table.rows))
+    note = f"<small>{escape(table.note)}</small>" if table.note else ""
+    return (
+        f'<div class="scroll" tabindex="0"><table><caption>{escape(table.title)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}"
+    )

@@ -1,0 +1,202 @@
+"""The front as a figure for a paper: parameters across, dev WER upwards; bottom left is better."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
+
+from prunesearch.record import RunRecord
+from prunesearch.report.comparison import Comparison
+from prunesearch.report.front import dev_wer
+from prunesearch.report.tables import OBJECTIVES, title
+
+BASELINE_MARKERS = {"unpruned": "s", "unpruned+lora": "D", "top2": "^", "top2+lora": "v"}
+INK, FAINT = "#222222", "#8a8a8a"
+LOG_FROM = 4.0  # a front whose worst WER is this many times its best is read on a log scale
+
+Point = tuple[float, float]  # millions of parameters, WER in percent
+
+
+def write_figures(comparison: Comparison, folder: Path) -> None:
+    """`front.png`, `front.svg` and `front.pdf`; text stays text in the latter two, and equal records give equal files."""
+    figure = draw_front(comparison)
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "front"}):
+        figure.savefig(folder / "front.png", dpi=200)
+        figure.savefig(folder / "front.svg", metadata={"Date": None})
+        figure.savefig(folder / "front.pdf", metadata={"CreationDate": None})
+
+
+def draw_front(comparison: Comparison) -> Figure:
+    """Front, dominated and rung-ended candidates and baselines; what lies far above the front is marked at the edge."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(f"{OBJECTIVES[comparison.objective].capitalize()}, millions".replace("lora", "LoRA").replace("llm", "LLM"))
+    axes.set_ylabel("Dev WER, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if not comparison.complete:
+        axes.text(0.5, 0.5, "no candidate is complete yet", transform=axes.transAxes, ha="center", color=FAINT)
+        axes.set(xticks=[], yticks=[])
+        return figure
+
+    front, others = ([place(r, comparison.objective) for r in rs] for rs in (comparison.front, comparison.others))
+    stopped = [p for r in comparison.pruned if (p := place_stopped(r, comparison.objective))]
+    anchors = {name: place(r, comparison.objective) for name, r in comparison.baselines.items()}
+    _limit(axes, [*front, *anchors.values()], [*front, *others, *stopped])
+
+    high, right = axes.get_ylim()[1], axes.get_xlim()[1]
+    steps = [(front[0][0], high), *front, (right, front[-1][1])]
+    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=INK, linewidth=1.1, zorder=2)
+    colours = _layer_colours(comparison)
+    inside = [(p, colours(r)) for p, r in zip(others, comparison.others, strict=True) if p[1] <= high]
+    _scatter(axes, [p for p, _ in inside], c=[c for _, c in inside], s=20, alpha=0.45, linewidths=0, zorder=3)
+    _scatter(axes, [p for p in stopped if p[1] <= high], marker="x", s=14, c=FAINT, alpha=0.5, linewidths=0.8, zorder=1)
+    _scatter(axes, front, c=[colours(r) for r in comparison.front], s=44, edgecolors=INK, linewidths=0.9, zorder=5)
+    for name, point in anchors.items():
+        _scatter(
+            axes, [point], marker=BASELINE_MARKERS[name], s=110, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=6
+        )
+    outside = [p for p in [*others, *stopped] if p[1] > high]
+    if outside:
+        edge = axes.get_xaxis_transform()
+        _scatter(axes, [(x, 0.985) for x, _ in outside], marker="^", s=12, c=FAINT, alpha=0.6, linewidths=0, transform=edge)
+        said = f"▴ {len(outside)} above {high:.3g} %, up to {max(y for _, y in outside):.0f} %"
+        axes.text(0.995, 0.955, said, transform=axes.transAxes, ha="right", va="top", fontsize=7, color=FAINT)
+
+    _legend(figure, others=bool(inside), stopped=bool(stopped))
+    _colour_bar(figure, axes, comparison)
+    labels = {p: name for name, p in anchors.items()}
+    if comparison.winner and comparison.winner.system.name is None:
+        labels[place(comparison.winner.system, comparison.objective)] = title(comparison.winner.system)
+    _label(figure, axes, labels, [*front, *anchors.values(), *(p for p, _ in inside)], steps)
+    return figure
+
+
+def place(record: RunRecord, objective: str) -> Point:
+    return record.parameters.of(objective) / 1e6, 100 * dev_wer(record)
+
+
+def place_stopped(record: RunRecord, objective: str) -> Point | None:
+    """A rung-ended record lies at its last dev measurement."""
+    errors = record.dev.errors if record.dev else record.rungs[-1].errors if record.rungs else None
+    return None if errors is None else (record.parameters.of(objective) / 1e6, 100 * errors.wer)
+
+
+def _limit(axes: Axes, focus: Sequence[Point], everything: Sequence[Point]) -> None:
+    """Show all of the front and the baselines, and as much beside them as leaves these readable."""
+    xs = [x for x, _ in everything]
+    margin = 0.06 * (max(xs) - min(xs)) or 0.02 * max(xs)
+    axes.set_xlim(min(xs) - margin, max(xs) + margin)
+    axes.ticklabel_format(axis="x", useOffset=False)
+    best, worst = min(y for _, y in focus), max(y for _, y in focus)
+    top = max(y for _, y in everything)
+    if best > 0 and worst / best > LOG_FROM:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axes.set_ylim(best / 1.15, min(top, worst * 1.5) * 1.15)
+    else:
+        span = (worst - best) or 0.1 * worst or 1.0
+        axes.set_ylim(best - 0.12 * span, min(top, worst + 0.6 * span) + 0.12 * span)
+
+
+def _scatter(axes: Axes, points: Sequence[Point], **style: Any) -> None:
+    if points:
+        axes.scatter(*zip(*points, strict=True), **style)
+
+
+def _palette(comparison: Comparison) -> tuple[list[int], ListedColormap]:
+    """One colour for each number of removed layers, from a map that also orders by lightness."""
+    counts = sorted({len(r.removed_layers) for r in comparison.complete})
+    span = counts[-1] - counts[0]
+    return counts, ListedColormap([matplotlib.colormaps["viridis"](0.95 * i / max(1, span)) for i in range(span + 1)])
+
+
+def _layer_colours(comparison: Comparison) -> Any:
+    counts, palette = _palette(comparison)
+    return lambda record: palette(len(record.removed_layers) - counts[0])
+
+
+def _colour_bar(figure: Figure, axes: Axes, comparison: Comparison) -> None:
+    counts, palette = _palette(comparison)
+    numbers = range(counts[0], counts[0] + palette.N)
+    norm = BoundaryNorm([n - 0.5 for n in (*numbers, numbers[-1] + 1)], palette.N)
+    scale = matplotlib.cm.ScalarMappable(norm, palette)
+    bar = figure.colorbar(scale, ax=axes, ticks=numbers[:: max(1, len(numbers) // 8)], pad=0.02, aspect=30)
+    bar.set_label("Encoder layers removed")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, which="both")
+
+
+def _legend(figure: Figure, others: bool, stopped: bool) -> None:
+    kinds = [
+        (True, "front", {"marker": "o", "color": INK, "markerfacecolor": "#cccccc", "markersize": 6, "linewidth": 1.1}),
+        (others, "dominated", {"marker": "o", "color": FAINT, "alpha": 0.6, "linestyle": "", "markersize": 4.5}),
+        (stopped, "ended at a rung", {"marker": "x", "color": FAINT, "alpha": 0.7, "linestyle": "", "markersize": 4}),
+        (True, "baseline", {"marker": "s", "color": INK, "markerfacecolor": "none", "linestyle": "", "markersize": 8}),
+    ]
+    handles = [Line2D([], [], label=label, **style) for shown, label, style in kinds if shown]  # type: ignore[arg-type]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8)
+
+
+def _label(figure: Figure, axes: Axes, labels: dict[Point, str], points: Sequence[Point], steps: Sequence[Point]) -> None:
+    """Write each label where it covers least: of eight directions at growing distances the first free one."""
+    figure.draw_without_rendering()  # the layout decides where points lie
+    figure.set_layout_engine("none")
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(points)]
+    corners = axes.transData.transform(steps)
+    taken += [Bbox.from_extents(x, y - 2, next_x, y + 2) for (x, y), (next_x, _) in itertools.pairwise(corners)]
+    written: list[Bbox] = []
+    for point, text in sorted(labels.items()):
+        best: tuple[int, Any] | None = None
+        for distance in (9, 15, 24, 36):
+            for dx, dy in ((1, 0), (-1, 0), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7), (0, 1), (0, -1)):
+                note = axes.annotate(
+                    text,
+                    point,
+                    (dx * distance, dy * distance),
+                    textcoords="offset points",
+                    ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                    va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+                    fontsize=8,
+                    color=INK,
+                    zorder=7,
+                    arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkB": 5} if distance > 15 else None,
+                )
+                box = _text_box(note, renderer)
+                covered = box.count_overlaps(taken) + 4 * box.count_overlaps(written)
+                covered += 9 * (not _within(box, axes.get_window_extent(renderer)))
+                if best is None or covered < best[0]:
+                    if best:
+                        best[1].remove()
+                    best = (covered, note)
+                else:
+                    note.remove()
+            if best and best[0] == 0:
+                break
+        assert best is not None
+        written.append(_text_box(best[1], renderer))
+
+
+def _text_box(note: Annotation, renderer: Any) -> Bbox:
+    """Where the words lie, without the line that leads to them."""
+    note.update_positions(renderer)
+    return Text.get_window_extent(note, renderer)
+
+
+def _within(inner: Bbox, outer: Bbox) -> bool:
+    return bool(outer.x0 <= inner.x0 and inner.x1 <= outer.x1 and outer.y0 <= inner.y0 and inner.y1 <= outer.y1)

@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import pytest
+
+from prunesearch.config import StudyConfig, StudyError, load_study, parse_study
+from prunesearch.template import write_study_file
+from tests.conftest import write_study
+
+STUDIES = sorted((Path(__file__).parents[1] / "studies").rglob("study.toml"))
+
+
+def mistakes(path: Path) -> list[str]:
+    with pytest.raises(StudyError) as caught:
+        load_study(path)
+    return caught.value.lines
+
+
+def test_a_valid_study_survives_its_own_json(toy: Path, tmp_path: Path) -> None:
+    config = load_study(write_study(tmp_path / "s", toy))
+    again = StudyConfig.model_validate_json(config.model_dump_json(), context={"folder": config.folder})
+    assert again.model_dump() == config.model_dump()
+    assert config.name == "s"
+
+
+def test_every_mistake_is_reported_at_once_each_on_one_line(toy: Path, tmp_path: Path) -> None:
+    file = write_study(
+        tmp_path, toy, llm={"promt": "x"}, data={"dev": "nowhere.jsonl"}, training={"steps": "many", "rungs": [0.5, 1.5]},
+        search={"removable_layers": [1, 9], "sampler": "tpee"},
+    )  # fmt: skip
+    lines = mistakes(file)
+    assert all("\n" not in line for line in lines)
+    expected = {
+        "llm.promt": "did you mean prompt",
+        "data.dev": "nowhere.jsonl",
+        "training.steps": "got 'many'",
+        "training.rungs": "1.5",
+        "search.removable_layers": "must lie in [0, 4)",
+        "search.sampler": "did you mean 'tpe'",
+    }
+    for path, part in expected.items():
+        assert [line for line in lines if line.startswith(path) and part in line], (path, lines)
+    assert len(lines) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("sections", "part"),
+    [
+        ({"search": {"max_removed": 5}}, "must not exceed the number of removable layers, 4"),
+        ({"search": {"lora_ranks": [4, 0]}}, "must rise"),
+        ({"search": {"fixed": [{"removed_layers": [4]}]}}, "must lie in [0, 4)"),
+        ({"training": {"rungs": [0.5, 0.25]}}, "must rise"),
+        ({"encoder": {"model": "${PRUNESEARCH_NO_SUCH_VARIABLE}/w"}}, "export PRUNESEARCH_NO_SUCH_VARIABLE"),
+        ({"encoder": {}, "preset": {}}, "preset"),
+    ],
+)
+def test_impossible_combinations(sections: dict, part: str, toy: Path, tmp_path: Path) -> None:
+    if "preset" in sections:
+        file = write_study(tmp_path, toy)
+        file.write_text('preset = "papr"\n' + file.read_text())
+    else:
+        file = write_study(tmp_path, toy, **sections)
+    assert any(part in line for line in mistakes(file))
+
+
+def test_no_file_and_no_toml_are_named(tmp_path: Path) -> None:
+    assert "there is no study file" in mistakes(tmp_path / "x.toml")[0]
+    (tmp_path / "study.toml").write_text("name = ")
+    assert "not valid TOML" in mistakes(tmp_path)[0]
+
+
+def test_variables_are_expanded_when_the_path_is_opened(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY", str(toy))
+    config = load_study(write_study(tmp_path, toy, encoder={"model": "${TOY}/encoder"}))
+    assert config.locate(config.encoder.model) == str(toy / "encoder")
+    assert "${TOY}" in config.model_dump_json()  # the record says what the user wrote
+
+
+def test_a_preset_fills_in_and_the_study_overrides(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path, toy, training={"learning_rate": 5e-4})
+    file.write_text('preset = "paper"\n' + file.read_text())
+    config = load_study(file)
+    assert (config.training.init, config.training.learning_rate, config.decoding.beams) == ("scratch", 5e-4, 2)
+
+
+def test_the_fingerprint_ignores_what_may_change_and_nothing_else(toy: Path, tmp_path: Path) -> None:
+    base = load_study(write_study(tmp_path, toy)).fingerprint()
+    more = load_study(write_study(tmp_path, toy, search={"trials": 99, "fixed": [{"removed_layers": [1]}]}))
+    other = load_study(write_study(tmp_path, toy, training={"steps": 9}))
+    assert more.fingerprint() == base != other.fingerprint()
+
+
+def test_every_shipped_study_file_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert STUDIES, "no study files found"
+    for split in ("train", "dev", "test"):
+        for corpus in ("digits", "noisy"):
+            (tmp_path / corpus).mkdir(exist_ok=True)
+            (tmp_path / corpus / f"{split}.jsonl").touch()
+    monkeypatch.setenv("PRUNESEARCH_REAL", str(tmp_path))
+    for file in STUDIES:
+        assert load_study(file).search.trials >= 4
+
+
+def test_the_template_is_a_valid_study_once_there_is_data(tmp_path: Path) -> None:
+    file = write_study_file(tmp_path, "mine")
+    assert all("must be an existing manifest" in line for line in mistakes(file))
+    (file.parent / "data").mkdir()
+    for split in ("train", "dev", "test"):
+        (file.parent / "data" / f"{split}.jsonl").touch()
+    assert load_study(file).name == "mine"
+    with pytest.raises(StudyError, match="exists already"):
+        write_study_file(tmp_path, "mine")
+
+
+def test_a_section_that_is_no_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="encoder"):
+        parse_study({"encoder": 3, "llm": {"model": "x"}, "data": 1}, tmp_path / "study.toml")

@@ -1,0 +1,341 @@
+"""The report: front, paired bootstrap, comparison, and what is written of them."""
+
+import csv
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
+from prunesearch.config import StudyConfig, load_study
+from prunesearch.record import (
+    Parameters,
+    Rung,
+    RunRecord,
+    SplitResult,
+    UtteranceResult,
+    WordErrors,
+    write_record,
+    write_utterances,
+)
+from prunesearch.report import (
+    compare,
+    non_dominated,
+    paired_bootstrap,
+    pareto_front,
+    render,
+    to_csv,
+    to_json,
+    verdict,
+    write_report,
+)
+from prunesearch.report.page import render_page
+from prunesearch.report.plots import draw_front
+from prunesearch.report.tables import RECORD_KEYS
+
+LAYERS, UTTERANCES = 6, 60
+WHOLE = Parameters(encoder=12_000_000, projector=2_000_000, lora=0, llm=50_000_000)
+
+
+def parameters(candidate: Candidate) -> Parameters:
+    fewer = 1_500_000 * len(candidate.removed_layers)
+    return WHOLE.model_copy(update={"encoder": WHOLE.encoder - fewer, "lora": 10_000 * candidate.lora_rank})
+
+
+def utterances(errors: int, language: str = "da") -> list[UtteranceResult]:
+    """Ten words each; `errors` substitutions in each, one more in every third."""
+    return [
+        UtteranceResult(
+            id=f"u{i}",
+            reference="a",
+            hypothesis="b",
+            language=language if i % 2 else "nl",
+            errors=WordErrors(substitutions=errors + (i % 3 == 0), reference_words=10),
+        )
+        for i in range(UTTERANCES)
+    ]
+
+
+def add(
+    records: Path, candidate: Candidate, errors: int, name: str | None = None, state: str = "complete", test: int | None = None
+) -> RunRecord:
+    """A record with so many errors per utterance on dev, and on test where given."""
+    dev, rungs = SplitResult.of(utterances(errors)), ()
+    if state != "complete":
+        rungs = (Rung(step=5, errors=dev.errors),) if state == "pruned" else ()
+        dev = None
+    else:
+        write_utterances(records, candidate, "dev", utterances(errors))
+    if test is not None:
+        write_utterances(records, candidate, "test", utterances(test))
+    record = RunRecord(
+        study="s",
+        name=name,
+        encoder_layers=LAYERS,
+        removed_layers=candidate.removed_layers,
+        lora_rank=candidate.lora_rank,
+        seed=0,
+        state=state,
+        steps=10,
+        dev=dev,
+        test=None if test is None else SplitResult.of(utterances(test)),
+        rungs=rungs,
+        parameters=parameters(candidate),
+    )
+    write_record(records, record)
+    return record
+
+
+def add_study(records: Path, winner_test: int | None = 1) -> None:
+    """Four baselines, a candidate that beats top2+lora on dev, a dominated one, a pruned one and a failed one."""
+    for (name, candidate), errors in zip(baselines(LAYERS, 8).items(), (2, 1, 5, 3), strict=True):
+        add(records, candidate, errors, name, test=errors)
+    add(records, Candidate((1, 2), 4), 2, test=winner_test)
+    add(records, Candidate((0,), 4), 7)
+    add(records, Candidate((0, 1), 4), 9, state="pruned")
+    add(records, Candidate((0, 2), 4), 9, state="failed")
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    add_study(tmp_path / "records")
+    return tmp_path / "records"
+
+
+def study(folder: Path, name: str = "s") -> StudyConfig:
+    for split in ("train", "dev", "test"):
+        (folder / f"{split}.jsonl").touch()
+    data = "\n".join(f'{split} = "{split}.jsonl"' for split in ("train", "dev", "test"))
+    head = f"name = {json.dumps(name)}\n[encoder]\nmodel = 'e/e'\n[llm]\nmodel = 'l/l'\n[data]\n"
+    (folder / "study.toml").write_text(head + data, encoding="utf-8")
+    return load_study(folder / "study.toml")
+
+
+# --- front ---
+
+
+def test_front_equals_its_definition() -> None:
+    rng = random.Random(0)
+    for size in [0, 1, 2, *range(3, 60, 4)]:
+        points = [(rng.randrange(8), rng.randrange(8) / 8) for _ in range(size)]
+        dominated = [any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points) for p in points]
+        assert sorted(non_dominated(points)) == [i for i in range(size) if not dominated[i]]
+
+
+def test_front_holds_complete_records_by_size(tmp_path: Path) -> None:
+    small, large = add(tmp_path, Candidate((1, 2)), 3), add(tmp_path, Candidate(()), 1)
+    worse, stopped = add(tmp_path, Candidate((1,), 8), 3), add(tmp_path, Candidate((0, 1, 2)), 0, state="pruned")
+    assert pareto_front([large, stopped, worse, small], "speech_params") == [small, large]
+
+
+# --- bootstrap ---
+
+
+def test_bootstrap_agrees_with_a_slow_reference() -> None:
+    rng = random.Random(1)
+    words = [rng.randint(1, 12) for _ in range(40)]
+    first, second = ([rng.randint(0, w) for w in words] for _ in range(2))
+    draws = [rng.choices(range(40), k=40) for _ in range(4000)]
+    slow = sorted(sum(first[i] - second[i] for i in draw) / sum(words[i] for i in draw) for draw in draws)
+    fast = paired_bootstrap(np.array(first), np.array(second), np.array(words), resamples=4000)
+    assert fast.estimate == pytest.approx((sum(first) - sum(second)) / sum(words))
+    assert fast.low == pytest.approx(slow[100], abs=0.015)
+    assert fast.high == pytest.approx(slow[3900], abs=0.015)
+
+
+def test_bootstrap_of_equals_is_zero_and_of_the_clearly_better_is_lower() -> None:
+    words = np.full(50, 10)
+    errors = np.arange(50) % 4
+    same = paired_bootstrap(errors, errors, words)
+    assert (same.estimate, same.low, same.high) == (0, 0, 0)
+    assert same.verdict == "no difference can be seen"
+    better = paired_bootstrap(errors, errors + 1 + errors % 2, words)
+    assert better.verdict == "lower"
+    assert better.low <= better.estimate <= better.high < 0
+    worse = paired_bootstrap(errors + 1 + errors % 2, errors, words)
+    assert (worse.verdict, worse.estimate) == ("higher", -better.estimate)
+    assert better == paired_bootstrap(errors, errors + 1 + errors % 2, words)  # seeded
+
+
+def test_bootstrap_refuses_what_is_not_paired() -> None:
+    with pytest.raises(ValueError, match="same utterances"):
+        paired_bootstrap(np.ones(3), np.ones(2), np.ones(3))
+    with pytest.raises(ValueError, match="at least one"):
+        paired_bootstrap(np.ones(0), np.ones(0), np.ones(0))
+
+
+# --- comparison ---
+
+
+def test_comparison_sorts_records_by_their_part(records: Path) -> None:
+    found = compare(records, "speech_params", "s")
+    assert tuple(found.baselines) == BASELINE_NAMES
+    assert [r.candidate.key for r in found.front] == ["minus-4-5", "minus-1-2+lora4", "full+lora8"]
+    assert len(found.complete) == 6
+    assert [r.candidate.key for r in found.pruned] == ["minus-0-1+lora4"]
+    assert [r.candidate.key for r in found.failed] == ["minus-0-2+lora4"]
+    (contrast,) = found.dominating
+    assert found.winner == contrast
+    assert (contrast.system.candidate, contrast.split) == (Candidate((1, 2), 4), "test")
+    assert contrast.difference is not None
+    assert contrast.difference.estimate == pytest.approx(-0.2)
+    best = found.best_by_removed[2]
+    assert (best.record.candidate, best.tried) == (Candidate((1, 2), 4), 4)  # three complete, one ended at a rung
+    claims = [(c.system.name, c.reference.name, c.difference and c.difference.verdict) for c in found.differences]
+    assert claims == [
+        ("top2", "unpruned", "higher"),
+        ("top2+lora", "unpruned", "higher"),
+        ("top2+lora", "unpruned+lora", "higher"),
+    ]
+
+
+def test_reductions_have_three_denominators(records: Path) -> None:
+    found = compare(records, "speech_params", "s")
+    saved = found.reductions(found.baselines["top2+lora"])
+    assert saved is not None
+    assert (saved.encoder, saved.speech, saved.total) == pytest.approx((3 / 12, 2.92 / 14, 2.92 / 64))
+    added = found.reductions(found.baselines["unpruned+lora"])
+    assert added is not None
+    assert added.speech < 0 == added.encoder
+
+
+def test_without_test_results_the_difference_is_on_dev_and_says_so(tmp_path: Path) -> None:
+    add_study(tmp_path, winner_test=None)
+    found = compare(tmp_path, "speech_params", "s")
+    assert found.dominating[0].split == "dev"
+    assert "Dev also chose it" in " ".join(verdict(found))
+
+
+def test_a_winner_that_test_does_not_confirm_is_not_called_better(tmp_path: Path) -> None:
+    add_study(tmp_path, winner_test=3)
+    said = " ".join(verdict(compare(tmp_path, "speech_params", "s")))
+    assert "On test, no difference can be seen between minus-1-2+lora4 and top2+lora" in said
+
+
+def test_nothing_found_is_said(tmp_path: Path) -> None:
+    for (name, candidate), errors in zip(baselines(LAYERS, 8).items(), (2, 1, 5, 3), strict=True):
+        add(tmp_path, candidate, errors, name)
+    add(tmp_path, Candidate((1, 2), 4), 4)
+    found = compare(tmp_path, "speech_params", "s")
+    assert found.winner is None
+    assert "Nothing found beats top2+lora" in " ".join(verdict(found))
+
+
+def test_without_baselines_or_records_the_report_is_short_but_works(tmp_path: Path) -> None:
+    empty = compare(tmp_path / "nowhere", "speech_params", "s")
+    assert (empty.front, empty.baselines, empty.winner) == ((), {}, None)
+    assert "not evaluated yet" in " ".join(verdict(empty))
+    add(tmp_path, Candidate((1,), 4), 2)
+    found = compare(tmp_path, "total_params", "s")
+    assert found.reductions(found.front[0]) is None
+    for comparison in (empty, found):
+        Console(file=io.StringIO()).print(render(comparison))
+        assert json.dumps(to_json(comparison))
+        assert to_csv(comparison).startswith("name,key,")
+        assert "</html>" in render_page(comparison)
+        assert draw_front(comparison).axes
+
+
+def test_records_on_other_utterances_are_refused(records: Path) -> None:
+    write_utterances(records, Candidate((1, 2), 4), "test", utterances(1)[1:])
+    with pytest.raises(ValueError, match="not decoded on the same test utterances"):
+        compare(records, "speech_params", "s")
+
+
+def test_utterances_are_joined_by_id_not_by_line(records: Path) -> None:
+    before = compare(records, "speech_params", "s")
+    write_utterances(records, Candidate((1, 2), 4), "test", reversed(utterances(1)))
+    assert compare(records, "speech_params", "s") == before
+
+
+# --- what is written ---
+
+
+def test_json_keys_are_stable(records: Path) -> None:
+    data = json.loads(json.dumps(to_json(compare(records, "speech_params", "s"))))
+    sections = (
+        "study",
+        "objective",
+        "candidates",
+        "verdict",
+        "baselines",
+        "front",
+        "dominating",
+        "best_by_removed",
+        "differences",
+    )
+    assert tuple(data) == sections
+    assert all(tuple(r) == RECORD_KEYS for r in [*data["front"], *data["baselines"].values()])
+    (winner,) = data["dominating"]
+    assert tuple(winner["difference_to_top2_lora"]) == ("split", "estimate", "low", "high", "verdict")
+    assert (winner["errors_split"], winner["reference_words"], winner["removed_layers"]) == ("test", 600, [1, 2])
+    assert set(winner["dev_wer_by_language"]) == {"da", "nl"}
+    assert data["best_by_removed"]["1"]["tried"] == 1
+    assert data["best_by_removed"]["1"]["test_wer"] is None
+    assert data["best_by_removed"]["1"]["errors_split"] == "dev"
+    assert data["differences"]["top2 - unpruned"]["verdict"] == "higher"
+
+
+def test_csv_holds_every_complete_record(records: Path) -> None:
+    found = compare(records, "speech_params", "s")
+    rows = list(csv.DictReader(io.StringIO(to_csv(found))))
+    assert [row["key"] for row in rows] == [r.candidate.key for r in found.complete]
+    assert rows[1]["removed_layers"] == "1 2"
+    assert float(rows[1]["dev_wer"]) == pytest.approx(14 / 60)
+
+
+def test_the_written_report_is_whole_and_needs_no_network(tmp_path: Path) -> None:
+    config = study(tmp_path, "<script>alert('&')</script> [bold]")
+    add_study(config.run_folder / "records")
+    comparison = write_report(config)
+    report = config.run_folder / "report"
+    names = {"front.png", "front.svg", "front.pdf", "report.html", "report.csv", "report.json"}
+    assert {f.name for f in report.iterdir()} == names
+    assert {f.name for f in config.run_folder.iterdir()} == {"records", "report"}
+    assert (report / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert (report / "front.pdf").read_bytes().startswith(b"%PDF")
+    svg = (report / "front.svg").read_text(encoding="utf-8")
+    assert re.search(r"<text[^>]*>top2\+lora</text>", svg)
+    html = (report / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in html
+    assert "&lt;script&gt;alert" in html
+    assert not re.search(r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)\s*=", html)
+    assert not re.search(r"@import|url\(['\"]?http", re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL))
+    assert html.count("plotly.js v") == 1
+    assert '<th scope="row">' in html
+    assert "■□□■■■" in html or r"\u25a0\u25a1\u25a1\u25a0\u25a0\u25a0" in html
+    shown = Console(file=io.StringIO(), width=100, record=True)
+    shown.print(render(comparison))
+    assert "[bold]" in shown.export_text()
+
+
+def test_far_outliers_leave_the_front_readable(records: Path) -> None:
+    before = draw_front(compare(records, "speech_params", "s")).axes[0].get_ylim()
+    add(records, Candidate((0, 5), 4), 30)
+    figure = draw_front(compare(records, "speech_params", "s"))
+    assert figure.axes[0].get_ylim()[1] < 2 * before[1]
+    assert any("up to 303 %" in text.get_text() for text in figure.axes[0].texts)
+
+
+def test_equal_records_give_equal_figures(records: Path, tmp_path: Path) -> None:
+    from prunesearch.report.plots import write_figures
+
+    made = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_figures(compare(records, "speech_params", "s"), tmp_path / name)
+        made.append([f.read_bytes() for f in sorted((tmp_path / name).iterdir())])
+    assert made[0] == made[1]
+
+
+def test_importing_the_report_loads_no_plotting_and_no_torch() -> None:
+    heavy = "{'torch', 'transformers', 'optuna', 'matplotlib', 'plotly'}"
+    code = f"import sys, prunesearch.report; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,119 @@
+import json
+import random
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+
+from prunesearch.config import StudyError, load_study
+from prunesearch.record import WordErrors
+from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, seconds_of
+from prunesearch.speech.corpus import load_corpus
+from prunesearch.speech.text import normalizer_for
+from prunesearch.speech.wer import count_errors, is_loop, longest_repetition
+from tests.conftest import write_study
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (8_000, 1), (44_100, 2), (48_000, 3)])
+def test_any_rate_and_channels_become_mono_16k(rate: int, channels: int, tmp_path: Path) -> None:
+    t = np.arange(rate) / rate
+    tone = np.sin(2 * np.pi * 300 * t)
+    soundfile.write(tmp_path / "a.wav", np.stack([tone] * channels, 1) * 0.5, rate)
+    samples = read_audio(tmp_path / "a.wav")
+    assert samples.dtype == np.float32
+    assert abs(len(samples) - SAMPLE_RATE) <= 1
+    assert np.abs(np.fft.rfft(samples)).argmax() == 300  # Hz: the signal lasts one second
+    assert seconds_of(tmp_path / "a.wav") == pytest.approx(1)
+
+
+def test_unusable_recordings_are_named(tmp_path: Path) -> None:
+    (tmp_path / "text.wav").write_text("no audio")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
+    soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16_000, subtype="FLOAT")
+    for name in ("text.wav", "empty.wav", "nan.wav", "missing.wav", ""):
+        with pytest.raises(AudioError, match=name or str(tmp_path)):
+            read_audio(tmp_path / name)
+
+
+def test_padding_reaches_the_next_multiple() -> None:
+    assert len(padded(np.ones(20_000, np.float32), 1.0)) == 32_000
+    assert len(padded(np.ones(32_000, np.float32), 1.0)) == 32_000
+    assert len(padded(np.ones(20_000, np.float32), None)) == 20_000
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hello, World!", "hello world"),
+        ("Don’t stop — it's O'Neil's.", "don't stop it's o'neil's"),
+        ("Rødgrød med FLØDE, æblegrød & Åse", "rødgrød med fløde æblegrød åse"),
+        ("’s Avonds: zeeën, coöperatie", "'s avonds zeeën coöperatie"),
+        ("  3 snake_case  ", "3 snakecase"),
+    ],
+)
+def test_the_papers_normaliser(text: str, expected: str) -> None:
+    normalize = normalizer_for("paper", "da")
+    assert normalize(text) == expected
+    assert normalize(expected) == expected
+
+
+def test_the_other_normalisers() -> None:
+    assert normalizer_for("none")(" A  b ") == "A b"
+    assert normalizer_for("whisper", "en")("It's two colours!") == "it is 2 colours"
+    assert normalizer_for("whisper", "da")("Rødgrød, tak!") == "rødgrød tak"
+
+
+def test_counts_agree_with_a_direct_alignment_and_sum_to_jiwers_corpus_wer() -> None:
+    rng = random.Random(0)
+    texts = [[rng.choice("abcd") for _ in range(rng.randint(1, 8))] for _ in range(60)]
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    total = sum((count_errors(" ".join(r), " ".join(h)) for r, h in pairs), WordErrors())
+    assert total.wer == pytest.approx(jiwer.wer([" ".join(r) for r, _ in pairs], [" ".join(h) for _, h in pairs]))
+    for reference, hypothesis in pairs:
+        counts = count_errors(" ".join(reference), " ".join(hypothesis))
+        assert counts.errors == edit_distance(reference, hypothesis)
+        assert len(hypothesis) == counts.reference_words - counts.deletions + counts.insertions
+
+
+def edit_distance(a: list[str], b: list[str]) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def test_empty_texts_count() -> None:
+    assert count_errors("a b", "") == WordErrors(deletions=2, reference_words=2)
+    assert count_errors("", "a b c") == WordErrors(insertions=3)
+
+
+def test_loops_are_seen_but_not_where_the_speaker_repeats() -> None:
+    assert longest_repetition(["a", "b", "a", "b", "a", "b", "c"]) == 3
+    assert longest_repetition([]) == longest_repetition(["a"]) == 1
+    assert is_loop("turn it on", "turn it it it it it")
+    assert is_loop("a b", "x y z x y z x y z x y z")
+    assert not is_loop("nine nine nine nine", "nine nine nine nine")
+    assert not is_loop("a", "a a a")
+
+
+def test_a_corpus_keeps_its_order_and_its_limits(toy: Path, tmp_path: Path) -> None:
+    config = load_study(write_study(tmp_path, toy, data={"max_train_utterances": 7, "max_seconds": 0.7}))
+    train = load_corpus(config, "train")
+    assert [u.id for u in train] == [u.id for u in load_corpus(config, "train")]
+    assert len(train) == 7
+    assert all(u.seconds <= 0.7 and u.group in ("a", "b") for u in train)
+
+
+def test_broken_lines_are_reported_together_or_skipped_by_order(toy: Path, tmp_path: Path) -> None:
+    good = (toy / "dev.jsonl").read_text().replace('"dev/', f'"{toy}/dev/')
+    bad = ["{", json.dumps({"audio": "x.wav"}), json.dumps({"audio": "missing.wav", "text": "low"})]
+    (tmp_path / "dev.jsonl").write_text("\n".join([*bad, good]))
+    with pytest.raises(StudyError) as caught:
+        load_corpus(load_study(write_study(tmp_path, toy, data={"dev": "dev.jsonl"})), "dev")
+    assert [f"dev.jsonl:{n}:" in line for n, line in enumerate(caught.value.lines[:3], 1)] == [True] * 3
+    skipping = load_study(write_study(tmp_path, toy, data={"dev": "dev.jsonl", "skip_unreadable": True}))
+    assert len(load_corpus(skipping, "dev")) == 8
