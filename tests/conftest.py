@@ -54,7 +54,7 @@ def save_models(folder: Path) -> None:
     fast.save_pretrained(folder / "llm")
     llm = LlamaConfig(
         vocab_size=280, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_key_value_heads=1, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
     )  # fmt: skip
     LlamaForCausalLM(llm).save_pretrained(folder / "llm")
 

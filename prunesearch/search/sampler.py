@@ -58,7 +58,9 @@ class CandidateSampler(BaseSampler):
                 proposed = inner.sample_relative(study, trial, search_space)
                 if not proposed:
                     break
-                candidate = self._space.repaired(self._space.candidate(proposed), rng)
+                # what a genetic sampler mutates, it leaves out
+                whole = {**self._space.params(self._space.draw(rng)), **proposed}
+                candidate = self._space.repaired(self._space.candidate(whole), rng)
                 if candidate.key not in seen:
                     return self._space.params(candidate)
         for _ in range(10 * ATTEMPTS):

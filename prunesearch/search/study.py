@@ -1,4 +1,4 @@
-"""The Optuna study: created once, its definition pinned, the baselines enqueued first, lost trials brought back."""
+"""The Optuna study: created once, its definition pinned, lost trials ended, the baselines and the lost evaluated first."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from prunesearch.candidate import Candidate
+from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.config import StudyConfig, StudyError
 from prunesearch.search.sampler import is_settled, is_taken, make_sampler
 from prunesearch.search.space import SearchSpace
@@ -21,7 +21,7 @@ LEASE_SECONDS = 60.0  # a running trial whose lease is older than this is lost
 
 
 def open_study(config: StudyConfig, storage: BaseStorage, space: SearchSpace) -> optuna.Study:
-    """Create the study with its named candidates, or load it and check that it is the same one.
+    """Create the study, or load it and check that it is the same one.
 
     Raises StudyError, naming what differs, when the stored study was made from another definition.
     """
@@ -40,10 +40,6 @@ def open_study(config: StudyConfig, storage: BaseStorage, space: SearchSpace) ->
             [f"{path}: this study was started with {old!r}, the study file now says {new!r}" for path, old, new in changed]
             + ["records of two definitions cannot be compared: put the old value back, or rename the study and its folder"]
         )
-    taken = {t.user_attrs.get("candidate") for t in study.get_trials(deepcopy=False)}
-    for name, candidate in space.named.items():
-        if candidate.key not in taken:
-            enqueue(study, space, candidate, name)
     return study
 
 
@@ -52,12 +48,6 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}".strip("."))]
     return [] if old == new else [(path, old, new)]
-
-
-def enqueue(study: optuna.Study, space: SearchSpace, candidate: Candidate, name: str | None) -> None:
-    """Have the candidate evaluated before anything that the sampler proposes."""
-    attrs = {"candidate": candidate.key} | ({"name": name} if name else {})
-    study.enqueue_trial(space.params(candidate), user_attrs=attrs)
 
 
 @dataclass(frozen=True)
@@ -95,27 +85,34 @@ class Lease:
         return True
 
 
-def bring_back_lost(study: optuna.Study, space: SearchSpace) -> list[str]:
-    """End running trials whose worker is gone, and enqueue their candidates again. Returns the candidates' keys.
-
-    To be called under the study's lock. What was ended but not enqueued, by a process killed in between, is caught by
-    the next call: the rule is that every lost candidate must have a later trial.
-    """
+def end_lost(study: optuna.Study) -> list[str]:
+    """End the running trials whose worker is gone; returns their candidates' keys. To be called under the study's lock."""
     lost = []
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         lease = Lease.of(trial)
         if lease is None or not lease.is_held():
             study._storage.set_trial_user_attr(trial._trial_id, "ended", "lost")
             study.tell(trial.number, state=TrialState.FAIL)
+            lost.append(trial.user_attrs.get("candidate", ""))
+    return lost
+
+
+def enqueue_next_due(study: optuna.Study, space: SearchSpace) -> str | None:
+    """Enqueue what has to be evaluated before the sampler is asked, if anything: a lost candidate, else a named one.
+
+    One at a time, when a worker is free for it: so a study that is killed and resumed keeps its order, and nothing is
+    forgotten by whoever is killed in between. Returns the candidate's key. To be called under the study's lock.
+    """
     trials = study.get_trials(deepcopy=False)
     taken = {t.user_attrs.get("candidate") for t in trials if is_taken(t)}
-    for trial in trials:
-        key = trial.user_attrs.get("candidate")
-        if trial.user_attrs.get("ended") == "lost" and key and key not in taken:
-            enqueue(study, space, Candidate.from_key(key), trial.user_attrs.get("name"))
-            taken.add(key)
-            lost.append(key)
-    return lost
+    ended = [t.user_attrs for t in trials if t.user_attrs.get("ended") == "lost"]
+    lost = [(a.get("name"), Candidate.from_key(a["candidate"])) for a in ended if "candidate" in a]
+    for name, candidate in [*lost, *space.named.items()]:
+        if candidate.key not in taken:
+            attrs = {"candidate": candidate.key} | ({"name": name} if name in BASELINE_NAMES else {})
+            study.enqueue_trial(space.params(candidate), user_attrs=attrs)
+            return candidate.key
+    return None
 
 
 def settled(study: optuna.Study) -> int:

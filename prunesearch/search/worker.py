@@ -15,7 +15,7 @@ from prunesearch.record import RunRecord, WordErrors
 from prunesearch.search.rungs import AtRung, clearly_dominated
 from prunesearch.search.sampler import SpaceExhausted
 from prunesearch.search.space import SearchSpace
-from prunesearch.search.study import LEASE_SECONDS, Lease, bring_back_lost, settled
+from prunesearch.search.study import LEASE_SECONDS, Lease, end_lost, enqueue_next_due, settled
 
 OnRung = Callable[[int, WordErrors], bool]
 Evaluate = Callable[[Candidate, str | None, OnRung], RunRecord]
@@ -60,12 +60,13 @@ def _claim(study: optuna.Study, space: SearchSpace, trials: int, lock: Path) -> 
     """The next trial, leased to this process; None when the budget is used up. Waits while others may still fail."""
     while True:
         with FileLock(lock):
-            bring_back_lost(study, space)
+            end_lost(study)
             done = settled(study)
             if done >= trials:
                 return None
             running = len(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
             if done + running < trials:
+                enqueue_next_due(study, space)
                 trial = study.ask()
                 Lease.mine().write(study, trial._trial_id)
                 try:

@@ -1,6 +1,7 @@
 """Pretrain the quickstart's Whisper encoder on synthetic speech.
 
-    python pretrain_encoder.py PRETRAIN_FOLDER ../llm ../encoder [--minutes 75]
+    python pretrain_encoder.py OUT/pretrain.npz ../llm ../encoder --minutes 47
+    python pretrain_encoder.py OUT/pretrain-varied.npz ../llm ../encoder --minutes 18 --go-on --peak 1.2e-3
 
 As Whisper is trained: encoder and decoder, cross-entropy on the text. A CTC loss on the encoder's output is added
 (hybrid CTC/attention, Watanabe et al. 2017), since it makes the alignment appear in minutes instead of hours. The
@@ -8,6 +9,7 @@ decoder and the CTC head are thrown away; no layer is dropped, weighted or treat
 """
 
 import argparse
+import copy
 import math
 import time
 from pathlib import Path
@@ -19,10 +21,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
-from prunesearch.model.encoder import encode
+from prunesearch.model.encoder import encode, load_encoder
 
 FRAMES_A_BATCH = 7_000  # mel frames of 16 ms: about 50 phrases
-PEAK_LR = 2e-3
 CTC_SHARE = 0.4
 
 
@@ -37,11 +38,11 @@ def masked(features: Tensor, rng: np.random.Generator) -> Tensor:
     return features
 
 
-def main(data: Path, llm: Path, out: Path, minutes: float) -> None:
+def main(data: Path, llm: Path, out: Path, minutes: float, go_on: bool, peak: float) -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     tokenizer = AutoTokenizer.from_pretrained(llm)
-    corpus = np.load(data / "pretrain.npz")
+    corpus = np.load(data)
     mels, lengths, texts = corpus["mels"], corpus["lengths"], [str(t) for t in corpus["texts"]]
     ends = np.cumsum(lengths)
     starts = ends - lengths
@@ -51,9 +52,11 @@ def main(data: Path, llm: Path, out: Path, minutes: float) -> None:
 
     shape = config(len(tokenizer))
     model = WhisperForConditionalGeneration(shape)
+    if go_on:
+        model.model.encoder.load_state_dict(load_encoder(out).state_dict())
     ctc = nn.Linear(shape.d_model, len(letters))
     parameters = [p for p in (*model.parameters(), *ctc.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     held_out = set(range(300))  # a look at progress; the study's own dev and test speakers are not here
 
     def batches() -> list[list[int]]:
@@ -99,7 +102,7 @@ def main(data: Path, llm: Path, out: Path, minutes: float) -> None:
             done = (time.time() - begin) / (60 * minutes)
             if done >= 1:
                 break
-            lr = PEAK_LR * min(1, (step + 1) / 300) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+            lr = peak * min(1, (step + 1) / 300) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
             for group in optimizer.param_groups:
                 group["lr"] = lr
             attention, aligned = losses(batch, augment=True)
@@ -124,10 +127,7 @@ def main(data: Path, llm: Path, out: Path, minutes: float) -> None:
 
 
 def save(model: WhisperForConditionalGeneration, out: Path) -> None:
-    encoder = model.model.encoder
-    dtype = encoder.dtype
-    encoder.to(torch.float16).save_pretrained(out)
-    encoder.to(dtype)
+    copy.deepcopy(model.model.encoder).to(torch.float16).save_pretrained(out)
     feature_extractor().save_pretrained(out)
 
 
@@ -136,6 +136,8 @@ if __name__ == "__main__":
     parser.add_argument("data", type=Path)
     parser.add_argument("llm", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=75)
+    parser.add_argument("--minutes", type=float, default=47)
+    parser.add_argument("--go-on", action="store_true", help="from the encoder that OUT holds")
+    parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
     arguments = parser.parse_args()
-    main(arguments.data, arguments.llm, arguments.out, arguments.minutes)
+    main(**vars(arguments))

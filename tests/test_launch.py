@@ -1,0 +1,207 @@
+"""The whole way on toy models: command line, kills, workers, report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from prunesearch.candidate import BASELINE_NAMES, Candidate
+from prunesearch.config import StudyError, load_study
+from prunesearch.launch import launch, status
+from prunesearch.plan import params_of_candidates, plan
+from prunesearch.record import RunRecord, read_records
+from prunesearch.report import write_report
+from prunesearch.search.storage import open_storage
+from prunesearch.training.evaluate import evaluate
+from prunesearch.training.workshop import Workshop
+from tests.conftest import write_study
+
+ROOT = Path(__file__).parents[1]
+
+
+def cli(*arguments: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "cli.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+def outcomes(file: Path) -> dict[str, dict[str, Any]]:
+    config = load_study(file)
+    return {r.candidate.key: {**r.outcome(), "study": ""} for r in read_records(config.run_folder / "records")}
+
+
+def complete_trials(file: Path) -> list[str]:
+    config = load_study(file)
+    study = optuna.load_study(study_name=config.name, storage=open_storage(None, config.run_folder))
+    return [t.user_attrs["candidate"] for t in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])]
+
+
+@pytest.fixture(scope="module")
+def calm(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted study."""
+    file = write_study(tmp_path_factory.mktemp("calm") / "s", toy)
+    launch(file)
+    return file
+
+
+def test_plan_counts_what_is_then_built(calm: Path) -> None:
+    config = load_study(calm)
+    count = params_of_candidates(config)
+    records = read_records(config.run_folder / "records")
+    assert len(records) == 6
+    assert all(count(r.candidate) == r.parameters for r in records)
+    made = plan(config)
+    assert made.named["unpruned"].encoder - made.named["top2"].encoder == 2 * made.layer_params
+    assert made.candidates == (1 + 4 + 6) * 3
+
+
+def test_a_study_ends_with_its_baselines_its_front_and_test_decoded_for_these_alone(calm: Path) -> None:
+    config = load_study(calm)
+    records = read_records(config.run_folder / "records")
+    assert {r.name for r in records} == {*BASELINE_NAMES, None}
+    comparison = write_report(config)
+    counted = {r.candidate for r in (*comparison.front, *comparison.baselines.values())}
+    assert {r.candidate for r in records if r.test is not None} == counted
+    written = {p.name for p in (config.run_folder / "report").iterdir()}
+    assert written == {"front.png", "front.svg", "front.pdf", "report.html", "report.csv", "report.json"}
+
+
+def test_optuna_and_the_records_agree(calm: Path) -> None:
+    config = load_study(calm)
+    study = optuna.load_study(study_name=config.name, storage=open_storage(None, config.run_folder))
+    records = {r.candidate.key: r for r in read_records(config.run_folder / "records")}
+    assert len(study.trials) == len(records)
+    for trial in study.trials:
+        record = records[trial.user_attrs["candidate"]]
+        assert record.dev is not None
+        assert trial.values == [record.dev.errors.wer, record.parameters.speech]
+
+
+def test_launching_again_trains_nothing_and_a_wider_budget_goes_on(calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = outcomes(calm)
+    launch(calm)
+    assert outcomes(calm) == before
+    told: list[RunRecord] = []
+
+    class Watcher:
+        def progress(self, what: str, done: int, of: int) -> None:
+            pass
+
+        def finished(self, record: RunRecord, settled: int, of: int) -> None:
+            told.append(record)
+
+    launch(calm, trials=7, watcher=Watcher())
+    assert len(told) == 1
+    after = outcomes(calm)
+    assert {key: after[key]["dev"] for key in before} == {key: before[key]["dev"] for key in before}
+
+
+def test_three_kills_change_nothing(toy: Path, calm: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "s", toy)
+    run = file.parent / "run"
+    log = tmp_path / "log.txt"
+
+    def kill_when(condition: Any) -> None:
+        with log.open("a") as out:
+            process = subprocess.Popen([sys.executable, "cli.py", "launch", str(file)], cwd=ROOT, stderr=out, stdout=out)
+        deadline = time.time() + 120
+        while not condition() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.005)
+        assert process.poll() is None, log.read_text()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+    kill_when(lambda: (run / "anchor" / "checkpoint.pt").exists())
+    kill_when(lambda: list((run / "records").glob("*/checkpoint.pt")))
+    kill_when(lambda: len(list((run / "records").glob("*/record.json"))) >= 4)
+    assert cli("launch", file).returncode == 0
+    # launched again in the meantime, the calm study may have gone further
+    expected = {key: value for key, value in outcomes(calm).items() if key in outcomes(file)}
+    assert {k: {**v, "test": None} for k, v in outcomes(file).items()} == {k: {**v, "test": None} for k, v in expected.items()}
+    assert len(expected) == 6
+    assert complete_trials(file) == complete_trials(calm)[:6]
+
+
+def test_two_workers_share_a_study(toy: Path, tmp_path: Path, calm: Path) -> None:
+    file = write_study(tmp_path / "s", toy)
+    done = cli("launch", file, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    counts = Counter(complete_trials(file))
+    assert sum(counts.values()) == len(counts) == 6
+    assert done.stderr.count("dev WER") == 6
+    for key in {"full", "minus-2-3"}:
+        assert outcomes(file)[key]["dev"] == outcomes(calm)[key]["dev"], "who trains a candidate does not matter"
+
+
+def test_rungs_leave_their_marks(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "s", toy, training={"rungs": [0.5], "rung_margin": 0.0})
+    launch(file)
+    assert all([rung.step for rung in r.rungs] == [4] for r in read_records(file.parent / "run" / "records"))
+
+
+def test_status_before_during_and_after(toy: Path, tmp_path: Path, calm: Path) -> None:
+    file = write_study(tmp_path / "s", toy)
+    with pytest.raises(StudyError, match="not been launched"):
+        status(file)
+    found = status(calm)
+    assert found["settled"] >= 6
+    assert found["running"] == []
+    assert found["front"]
+    assert json.loads(cli("status", calm, "--json").stdout) == found
+
+
+def test_validate_prints_five_mistakes_on_five_lines_and_exits_with_2(toy: Path, tmp_path: Path) -> None:
+    file = write_study(
+        tmp_path, toy, llm={"promt": "x"}, data={"dev": "nowhere.jsonl"}, training={"rungs": [1.5], "steps": "8"},
+        search={"removable_layers": [9]},
+    )  # fmt: skip
+    done = cli("validate", file)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 5
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["validate", "plan", "launch", "status", "report"])
+def test_every_command_names_a_missing_study_file(command: str, tmp_path: Path) -> None:
+    done = cli(command, tmp_path / "nothing")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "there is no study file" in done.stderr
+
+
+def test_json_is_one_object_on_standard_output(calm: Path) -> None:
+    planned = json.loads(cli("plan", calm, "--json").stdout)
+    assert planned["named"]["unpruned"]["lora"] == 0
+    reported = json.loads(cli("report", calm, "--json").stdout)
+    assert reported.keys() >= {"study", "baselines", "front", "dominating"}
+    assert reported["baselines"].keys() == set(BASELINE_NAMES)
+    wanted = {
+        "removed_layers", "lora_rank", "dev_wer", "test_wer", "encoder_params", "projector_params", "lora_params",
+        "llm_params", "speech_params", "substitutions", "deletions", "insertions", "reference_words", "train_seconds",
+    }  # fmt: skip
+    assert all(record.keys() >= wanted for record in [*reported["front"], *reported["baselines"].values()])
+
+
+def test_init_validate_resolved(toy: Path, tmp_path: Path) -> None:
+    assert cli("init", "mine", "--in", tmp_path).returncode == 0
+    again = cli("init", "mine", "--in", tmp_path)
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    resolved = json.loads(cli("validate", write_study(tmp_path / "s", toy), "--resolved").stdout)
+    assert resolved["training"]["warmup"] == 0.05
+
+
+def test_help_imports_nothing_heavy() -> None:
+    probe = (
+        "import sys, prunesearch.cli; print([m for m in ('torch', 'transformers', 'optuna', 'pydantic') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_notebook_can_do_the_same(toy: Path, tmp_path: Path) -> None:
+    workshop = Workshop.open(load_study(write_study(tmp_path / "s", toy)))
+    assert evaluate(workshop, Candidate((2,), 2)).state == "complete"

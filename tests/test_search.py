@@ -1,0 +1,271 @@
+"""The search on functions instead of models: space, sampler, storage, budgets, kills."""
+
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
+from prunesearch.config import StudyConfig, StudyError, load_study
+from prunesearch.record import Parameters, RunRecord, SplitResult, WordErrors
+from prunesearch.search.rungs import AtRung, clearly_dominated
+from prunesearch.search.sampler import make_sampler
+from prunesearch.search.space import SearchSpace
+from prunesearch.search.storage import open_storage
+from prunesearch.search.study import Lease, end_lost, open_study, settled
+from prunesearch.search.worker import OnRung, work
+from tests.conftest import write_study
+
+DEPTH = 6
+
+
+def space(**changes: object) -> SearchSpace:
+    settings = {"removable": tuple(range(DEPTH)), "max_removed": 3, "ranks": (0, 4), "named": baselines(DEPTH, 8)}
+    return SearchSpace(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def landscape(candidate: Candidate) -> RunRecord:
+    """Later layers cost less; neighbours together cost less than apart; LoRA repairs."""
+    layers = candidate.removed_layers
+    cost = sum(0.03 * (DEPTH - i) for i in layers) - 0.02 * sum(b - a == 1 for a, b in itertools.pairwise(layers))
+    wer = round(1000 * (0.1 + cost) / (1 + 0.1 * math.log1p(candidate.lora_rank)))
+    counts = SplitResult(errors=WordErrors(substitutions=wer, reference_words=1000), utterances=10)
+    size = Parameters(encoder=100 - 10 * len(layers), projector=5, lora=candidate.lora_rank, llm=50)
+    return RunRecord(
+        study="s", encoder_layers=DEPTH, removed_layers=layers, lora_rank=candidate.lora_rank, seed=0, state="complete",
+        steps=1, dev=counts, parameters=size,
+    )  # fmt: skip
+
+
+def params_of(candidate: Candidate) -> int:
+    return landscape(candidate).parameters.speech
+
+
+@pytest.fixture
+def config(toy: Path, tmp_path: Path) -> StudyConfig:
+    return load_study(write_study(tmp_path / "study", toy))
+
+
+def run(
+    config: StudyConfig, trials: int, where: SearchSpace | None = None, evaluate: object = None, margin: float = 0.1
+) -> optuna.Study:
+    where = where or space()
+    study = open_study(config, open_storage(None, config.run_folder), where)
+    evaluated = evaluate or (lambda candidate, name, on_rung: landscape(candidate))
+    lock = config.run_folder / "claim.lock"
+    work(study, where, evaluated, params_of, "speech_params", trials, lock, margin)  # type: ignore[arg-type]
+    return study
+
+
+def proposals(study: optuna.Study) -> list[str]:
+    return [t.user_attrs["candidate"] for t in study.get_trials() if t.state == TrialState.COMPLETE]
+
+
+def test_a_candidate_survives_optunas_parameters() -> None:
+    rng, wide = random.Random(0), space(ranks=(0, 1, 16))
+    for candidate in [*(wide.draw(rng) for _ in range(200)), *wide.named.values()]:
+        assert wide.candidate(wide.params(candidate)) == candidate
+
+
+def test_the_size_of_a_space_is_the_number_of_its_candidates() -> None:
+    small = space(removable=(1, 2, 5), max_removed=2)
+    everything = small.everything()
+    assert len(set(everything)) == len(everything) == small.size == (1 + 3 + 3) * 2
+    assert all(small.holds(c) for c in everything)
+    rng = random.Random(0)
+    assert {small.draw(rng) for _ in range(500)} == set(everything)
+
+
+def test_repair_keeps_what_is_allowed() -> None:
+    small, rng = space(removable=(1, 2, 5), max_removed=2), random.Random(0)
+    for _ in range(100):
+        wild = Candidate(tuple(rng.sample(range(DEPTH), rng.randint(0, 6))), rng.choice([0, 4, 8]))
+        tame = small.repaired(wild, rng)
+        assert small.holds(tame)
+        assert set(tame.removed_layers) <= set(wild.removed_layers)
+        if small.holds(wild):
+            assert tame == wild
+
+
+def test_fixed_candidates_come_after_the_baselines_and_once(toy: Path, tmp_path: Path) -> None:
+    fixed = [{"removed_layers": [0]}, {"removed_layers": [2, 3]}]  # the second is top2 of four layers
+    named = SearchSpace.of(load_study(write_study(tmp_path, toy, search={"fixed": fixed})), 4).named
+    assert list(named) == [*BASELINE_NAMES, "minus-0"]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_no_candidate_twice_none_outside_and_the_whole_space_in_the_end(sampler: str) -> None:
+    small = space(removable=(2, 3, 4, 5), max_removed=2, named={})
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=make_sampler(sampler, small, 0, 5))
+    keys = []
+    for _ in range(small.size):
+        trial = study.ask(small.distributions)
+        candidate = small.candidate(trial.params)
+        assert small.holds(candidate)
+        trial.set_user_attr("candidate", candidate.key)
+        keys.append(candidate.key)
+        study.tell(trial, [landscape(candidate).dev.errors.wer, params_of(candidate)])  # type: ignore[union-attr]
+    assert len(set(keys)) == small.size
+
+
+def test_baselines_first_then_proposals_until_the_budget_is_used(config: StudyConfig) -> None:
+    study = run(config, 12)
+    assert proposals(study)[:4] == [c.key for c in baselines(DEPTH, 8).values()]
+    assert [t.user_attrs.get("name") for t in study.get_trials()][:5] == [*BASELINE_NAMES, None]
+    assert len(set(proposals(study))) == len(proposals(study)) == settled(study) == 12
+    run(config, 12)
+    assert settled(study) == 12, "launched again, nothing is left to do"
+    run(config, 15)
+    assert settled(study) == 15, "a wider budget goes on"
+
+
+def test_a_space_that_is_used_up_ends_the_study(config: StudyConfig) -> None:
+    tiny = space(removable=(4, 5), max_removed=1)  # three sets, two ranks; unpruned is a baseline too
+    study = run(config, 50, tiny)
+    assert len(set(proposals(study))) == len(proposals(study)) == 4 + tiny.size - 1
+
+
+def test_a_study_interrupted_between_any_two_candidates_proposes_what_it_would_have(toy: Path, tmp_path: Path) -> None:
+    calm = load_study(write_study(tmp_path / "calm" / "s", toy))
+    stopped = load_study(write_study(tmp_path / "stopped" / "s", toy))
+    expected = proposals(run(calm, 14))
+    for trials in range(1, 15):
+        found = proposals(run(stopped, trials))
+    assert found == expected
+
+
+def test_lost_trials_come_back_first_and_are_not_counted(config: StudyConfig) -> None:
+    def evaluate(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+        if candidate == Candidate((4, 5)) and not gone:
+            gone.append(candidate)
+            raise KeyboardInterrupt
+        return landscape(candidate)
+
+    gone: list[Candidate] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(config, 9, evaluate=evaluate)
+    study = open_study(config, open_storage(None, config.run_folder), space())
+    (running,) = study.get_trials(states=[TrialState.RUNNING])
+    assert Lease.of(running) is not None
+    assert end_lost(study) == [], "this process lives, so its trial is not lost"
+    dead = Lease(Lease.mine().host, 2**22 + 1, time.time())  # beyond any process id
+    dead.write(study, running._trial_id)
+    assert end_lost(study) == ["minus-4-5"]
+    assert end_lost(study) == []
+    study = run(config, 9, evaluate=evaluate)
+    assert proposals(study)[2] == "minus-4-5"
+    assert Counter(proposals(study)).most_common(1)[0][1] == 1
+    assert settled(study) == 9
+
+
+def test_a_stale_lease_from_another_machine_is_lost_a_fresh_one_is_not() -> None:
+    assert Lease("elsewhere", 1, time.time()).is_held()
+    assert not Lease("elsewhere", 1, time.time() - 3600).is_held()
+
+
+def test_another_definition_is_refused_and_the_difference_named(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path, toy)
+    run(load_study(file), 4)
+    write_study(tmp_path, toy, training={"steps": 99}, search={"trials": 77})
+    with pytest.raises(StudyError, match=r"training\.steps: this study was started with 8, the study file now says 99"):
+        run(load_study(file), 5)
+
+
+def test_failed_and_pruned_candidates_settle_but_never_complete(config: StudyConfig) -> None:
+    def evaluate(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+        state = {8: "failed", 4: "pruned"}.get(candidate.lora_rank, "complete")
+        return landscape(candidate).model_copy(update={"state": state, "reason": "because"})
+
+    study = run(config, 10, evaluate=evaluate)
+    states = Counter(t.state for t in study.get_trials())
+    assert settled(study) == sum(states.values()) == 10
+    assert states[TrialState.FAIL] == 2
+    assert all(t.params["lora_rank"] == 0 for t in study.best_trials)
+    assert all(t.user_attrs["reason"] == "because" for t in study.get_trials() if t.state != TrialState.COMPLETE)
+
+
+def test_domination_at_a_rung_needs_the_same_rung_no_more_parameters_and_the_margin() -> None:
+    here = AtRung(10, 0.5, 100)
+    assert clearly_dominated(here, [AtRung(10, 0.39, 100)], 0.1)
+    for other in (AtRung(20, 0.1, 100), AtRung(10, 0.1, 101), AtRung(10, 0.41, 100)):
+        assert not clearly_dominated(here, [other], 0.1)
+
+
+def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) -> None:
+    def evaluate(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+        record = landscape(candidate)
+        assert record.dev
+        stop = on_rung(1, record.dev.errors)
+        return record.model_copy(update={"state": "pruned" if stop else "complete"})
+
+    study = run(config, 20, evaluate=evaluate, margin=0.02)
+    pruned = [t for t in study.get_trials() if t.state == TrialState.PRUNED]
+    assert pruned
+    assert not any(t.user_attrs.get("name") in BASELINE_NAMES for t in pruned)
+    best = {t.user_attrs["candidate"] for t in study.best_trials}
+    assert best.isdisjoint(t.user_attrs["candidate"] for t in pruned)
+
+
+def slow_worker(source: Path) -> None:
+    def evaluate(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+        with (source.parent / "evaluated.txt").open("a") as log:
+            log.write(candidate.key + "\n")
+        time.sleep(random.random() * 0.05)
+        return landscape(candidate)
+
+    run(load_study(source), 20, evaluate=evaluate)
+
+
+def test_workers_share_a_study_survive_kills_and_evaluate_nothing_twice(config: StudyConfig) -> None:
+    where = space()
+    study = open_study(config, open_storage(None, config.run_folder), where)
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=slow_worker, args=(config.source,)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    deadline = time.time() + 60
+    while settled(study) < 6 and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(workers[0].pid or 0, signal.SIGKILL)
+    for worker in workers:
+        worker.join(60)
+    assert [w.exitcode for w in workers[1:]] == [0, 0, 0]
+    assert settled(study) == 20
+    assert len(set(proposals(study))) == 20
+    assert not study.get_trials(states=[TrialState.RUNNING, TrialState.WAITING])
+    started = Counter((config.folder / "evaluated.txt").read_text().split())
+    assert sum(started.values()) <= 21, "only what the killed worker was at is evaluated again"
+
+
+def test_a_journal_cut_off_by_a_kill_is_mended(config: StudyConfig) -> None:
+    run(config, 4)
+    journal = config.run_folder / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 4, "worker_id": "x", "tri')
+    assert settled(run(config, 6)) == 6
+    assert journal.read_bytes().startswith(whole)
+
+
+def test_a_storage_that_cannot_be_opened_is_one_line_without_the_password(tmp_path: Path) -> None:
+    with pytest.raises(StudyError) as caught:
+        open_storage("mysql+nodriver://me:secret@127.0.0.1:1/db", tmp_path)
+    assert len(caught.value.lines) == 1
+    assert "secret" not in str(caught.value)
+
+
+def test_sqlite_works_for_one_worker(toy: Path, tmp_path: Path) -> None:
+    config = load_study(write_study(tmp_path, toy))
+    where = space()
+    study = open_study(config, open_storage(f"sqlite:///{tmp_path}/s.db", config.run_folder), where)
+    lock = tmp_path / "claim.lock"
+    work(study, where, lambda c, n, r: landscape(c), params_of, "speech_params", 6, lock, 0.1)
+    assert settled(study) == 6

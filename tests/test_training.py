@@ -1,0 +1,237 @@
+"""The trainer on toy models: caches, resumption, determinism, decoding, outcomes."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prunesearch.candidate import Candidate
+from prunesearch.config import StudyError, load_study
+from prunesearch.model.encoder import encode
+from prunesearch.record import RunRecord, WordErrors, read_record, read_utterances
+from prunesearch.training import evaluate as evaluation
+from prunesearch.training import finetune as tuning
+from prunesearch.training.batches import by_length, plan_batches
+from prunesearch.training.decode import token_limit
+from prunesearch.training.evaluate import decode_test, evaluate
+from prunesearch.training.features import log_mel
+from prunesearch.training.finetune import schedule
+from prunesearch.training.workshop import Workshop
+from tests.conftest import write_study
+
+
+@pytest.fixture
+def open_workshop(toy: Path, tmp_path: Path) -> Callable[..., Workshop]:
+    def opened(name: str = "s", **sections: dict) -> Workshop:
+        return Workshop.open(load_study(write_study(tmp_path / name, toy, **sections)))
+
+    return opened
+
+
+def weights(workshop: Workshop, candidate: Candidate) -> dict[str, torch.Tensor]:
+    return load_file(workshop.config.run_folder / "records" / candidate.key / "weights.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_plan_of_batches_is_fair_and_its_neighbours_are_alike() -> None:
+    lengths = [float((7 * i) % 101) for i in range(101)]
+    plan = plan_batches(lengths, 8, steps=26, seed=3)
+    assert plan == plan_batches(lengths, 8, 26, 3) != plan_batches(lengths, 8, 26, 4)
+    epoch = [i for batch in plan[:13] for i in batch]
+    assert sorted(epoch) == list(range(101))
+    assert plan[:13] != plan[13:]
+    spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in plan]
+    assert max(spread) < 10
+    assert by_length([1, 3, 2], 2) == [[1, 2], [0]]
+
+
+def test_the_learning_rate_rises_then_falls_to_its_share() -> None:
+    rates = [schedule(step, 100, 0.05, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[4] == 1
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+@torch.no_grad()
+def test_cached_states_equal_recomputed_ones(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop(search={"removable_layers": [2, 3]})
+    assert workshop.shared_depth == 2
+    encoder = workshop.pruned_encoder(Candidate((3,)))
+    store = workshop.encoded(encoder, "dev", workshop.used("dev"))
+    again = workshop.encoded(encoder, "dev", [5])  # from the cache on disk
+    for i, utterance in enumerate(workshop.corpora["dev"]):
+        mel = log_mel(workshop.extractor, utterance, None).half().float()[None]
+        direct, lengths = encode(encoder, mel, torch.tensor([mel.shape[-1]]))
+        cached, cached_lengths = store.batch([i], workshop.device)
+        assert torch.equal(lengths, cached_lengths)
+        torch.testing.assert_close(cached, direct, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again.batch([5], workshop.device)[0], store.batch([5], workshop.device)[0], atol=1e-5, rtol=1e-4)
+    assert not list((workshop.config.run_folder / "scratch").iterdir()), "a candidate's states go with it"
+
+
+def test_only_the_utterances_that_some_step_draws_are_encoded(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop(anchor={"steps": 1}, training={"steps": 2, "batch_size": 3})
+    assert len(workshop.used("train")) <= 9 < len(workshop.corpora["train"])
+    assert set(workshop.prefix("train").spans) == set(workshop.used("train"))
+
+
+def test_the_same_candidate_gives_the_same_record_and_starts_from_the_anchor(open_workshop: Callable[..., Workshop]) -> None:
+    candidate = Candidate((1,), 4)
+    first, second = open_workshop("a"), open_workshop("b")
+    one, two = evaluate(first, candidate), evaluate(second, candidate)
+    assert {**one.outcome(), "study": ""} == {**two.outcome(), "study": ""}
+    assert same(weights(first, candidate), weights(second, candidate))
+    assert one.dev is not None
+    assert one.parameters.lora > 0
+    scratch = open_workshop("c", training={"init": "scratch"})
+    assert evaluate(scratch, candidate).losses[0] > one.losses[0]
+    assert not (scratch.config.run_folder / "anchor").exists()
+
+
+def test_a_rank_of_zero_trains_the_projector_alone(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop()
+    before = {k: v.clone() for k, v in workshop.llm.model.state_dict().items()}
+    record = evaluate(workshop, Candidate())
+    assert record.parameters.lora == 0
+    assert all(name.startswith("projector.") for name in weights(workshop, Candidate()))
+    assert same(before, workshop.llm.model.state_dict())
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_a_killed_trial_goes_on_to_the_same_weights(
+    open_workshop: Callable[..., Workshop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = Candidate((0,), 2)
+    calm = open_workshop("calm", training={"rungs": [0.5]})
+    expected = evaluate(calm, candidate)
+
+    killed = open_workshop("killed", training={"rungs": [0.5]})
+    steps_seen: list[int] = []
+    seed = tuning.seed_everything
+
+    def kill_at(step: int) -> Callable[[int], None]:
+        def counted(value: int) -> None:
+            here = value - killed.budget.seed * 1_000_003
+            if here == step:
+                raise Killed
+            steps_seen.append(here)
+            seed(value)
+
+        return counted
+
+    killed.anchor()
+    for step in (3, 6):
+        monkeypatch.setattr(tuning, "seed_everything", kill_at(step))
+        with pytest.raises(Killed):
+            evaluate(killed, candidate)
+    monkeypatch.setattr(tuning, "seed_everything", kill_at(99))
+    record = evaluate(killed, candidate)
+    assert steps_seen == list(range(8)), "no step is trained twice when a checkpoint follows each"
+    assert {**record.outcome(), "study": ""} == {**expected.outcome(), "study": ""}
+    assert same(weights(calm, candidate), weights(killed, candidate))
+
+
+def test_a_candidate_with_a_record_is_not_trained_again(
+    open_workshop: Callable[..., Workshop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop = open_workshop()
+    record = evaluate(workshop, Candidate((2,)))
+    monkeypatch.setattr(evaluation, "finetune", lambda *a, **k: pytest.fail("trained twice"))
+    assert evaluate(workshop, Candidate((2,))) == record
+
+
+def test_divergence_is_recorded_with_its_step(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop(training={"learning_rate": 1e30, "clip": 1e30})
+    record = evaluate(workshop, Candidate((), 2))
+    assert record.state == "failed"
+    assert record.dev is None
+    assert "the loss became nan at step" in (record.reason or "")
+    assert read_record(workshop.config.run_folder / "records", Candidate((), 2)) == record
+
+
+def test_a_rung_can_end_a_trial_and_its_partial_record_is_kept(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop(training={"rungs": [0.25, 0.5]})
+    seen: list[tuple[int, WordErrors]] = []
+
+    def stop_at_second(step: int, errors: WordErrors) -> bool:
+        seen.append((step, errors))
+        return step == 4
+
+    record = evaluate(workshop, Candidate((0, 1)), on_rung=stop_at_second)
+    assert [step for step, _ in seen] == [2, 4]
+    assert (record.state, record.steps, record.reason) == ("pruned", 4, "dominated at step 4")
+    assert [(r.step, r.errors) for r in record.rungs] == seen
+
+
+def test_decoding_the_test_split_uses_the_candidates_own_weights(toy: Path, tmp_path: Path) -> None:
+    # a test split that is the dev split: the same weights must make the same errors
+    workshop = Workshop.open(load_study(write_study(tmp_path / "s", toy, data={"test": str(toy / "dev.jsonl")})))
+    records = workshop.config.run_folder / "records"
+    for candidate in (Candidate((1,), 4), Candidate((), 0)):
+        tested = decode_test(workshop, evaluate(workshop, candidate))
+        assert tested.test == tested.dev
+        assert read_utterances(records, candidate, "test") == read_utterances(records, candidate, "dev")
+        assert read_record(records, candidate) == tested
+        assert decode_test(workshop, tested) is tested
+
+
+def test_every_utterance_has_its_own_limit_of_tokens(toy: Path, tmp_path: Path) -> None:
+    decoding = {"tokens_per_second": 5.0, "extra_tokens": 1, "max_tokens": 4}
+    workshop = Workshop.open(load_study(write_study(tmp_path, toy, decoding=decoding)))
+    assert [token_limit(s, workshop.config) for s in (0.2, 0.4, 3.0)] == [2, 3, 4]
+    evaluate(workshop, Candidate())
+    results = read_utterances(workshop.config.run_folder / "records", Candidate(), "dev") or []
+    for utterance, result in zip(workshop.corpora["dev"], results, strict=True):
+        # an untrained model goes on until it is stopped; a token is at least a byte
+        assert len(workshop.llm.tokenizer(result.hypothesis).input_ids) <= token_limit(utterance.seconds, workshop.config)
+
+
+def test_dev_counts_are_the_sum_of_the_utterances(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop()
+    record = evaluate(workshop, Candidate((3,), 2))
+    results = read_utterances(workshop.config.run_folder / "records", Candidate((3,), 2), "dev") or []
+    assert record.dev is not None
+    assert sum((r.errors for r in results), WordErrors()) == record.dev.errors
+    assert [r.id for r in results] == [u.id for u in workshop.corpora["dev"]]
+    assert record.dev.errors.reference_words == sum(len(u.reference.split()) for u in workshop.corpora["dev"])
+
+
+def test_a_record_says_where_it_comes_from(open_workshop: Callable[..., Workshop]) -> None:
+    record = evaluate(open_workshop(), Candidate())
+    assert record.provenance["config"]["training"]["steps"] == 8
+    assert record.provenance["versions"].keys() >= {"torch", "transformers", "peft", "optuna"}
+    assert RunRecord.model_validate_json(record.model_dump_json()) == record
+    assert all(map(math.isfinite, record.losses))
+
+
+def test_a_fine_tune_learns(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop(training={"init": "scratch", "steps": 60, "learning_rate": 1e-2, "lora_learning_rate": 5e-2})
+    losses = evaluate(workshop, Candidate((), 8)).losses
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_anchor_is_trained_once(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop()
+    path = workshop.anchor()
+    stamp, log = path.stat().st_mtime_ns, json.loads((path.parent / "anchor.json").read_text())
+    assert log["steps"] == 12
+    assert not same(load_file(path), workshop.fresh_projector().state_dict())
+    assert workshop.anchor().stat().st_mtime_ns == stamp
+
+
+def test_models_that_cannot_be_had_are_one_clear_error(toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="cannot be loaded"):
+        Workshop.open(load_study(write_study(tmp_path / "a", toy, llm={"model": "nobody/no-such-model"})))
+    with pytest.raises(StudyError, match="cannot be loaded"):
+        Workshop.open(load_study(write_study(tmp_path / "b", toy, encoder={"model": "nobody/no-such-whisper"})))
