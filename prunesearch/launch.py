@@ -58,6 +58,16 @@ def launch(
     return config
 
 
+def _open_workshop(config: StudyConfig, watcher: Watcher) -> Any:
+    from transformers.utils import logging
+
+    from prunesearch.training.workshop import Workshop
+
+    logging.disable_progress_bar()  # the watcher tells of progress
+    logging.set_verbosity_error()  # that a decoder's weights are not wanted is no news
+    return Workshop.open(config, watcher.progress)
+
+
 @dataclass
 class _Worker:
     """A workshop at work on a study."""
@@ -69,9 +79,7 @@ class _Worker:
 
     @classmethod
     def open(cls, config: StudyConfig, storage: str | None, watcher: Watcher) -> "_Worker":
-        from prunesearch.training.workshop import Workshop
-
-        workshop = Workshop.open(config, watcher.progress)
+        workshop = _open_workshop(config, watcher)
         _ = workshop.corpora  # a mistake in a manifest is told before anything is created
         space = SearchSpace.of(config, workshop.depth)
         study = open_study(config, open_storage(storage or config.storage.url, config.run_folder), space)
@@ -151,7 +159,6 @@ def _test_those_that_count(config: StudyConfig, storage: str | None, watcher: Wa
     """Decode the test split for the baselines and the front, where that was not done before."""
     from prunesearch.report.front import pareto_front
     from prunesearch.training.evaluate import decode_test
-    from prunesearch.training.workshop import Workshop
 
     records = read_records(config.run_folder / "records")
     complete = [r for r in records if r.state == "complete"]
@@ -159,7 +166,7 @@ def _test_those_that_count(config: StudyConfig, storage: str | None, watcher: Wa
     due = [r for r in complete if (r in front or r.name) and r.test is None]
     if not due:
         return
-    workshop = Workshop.open(config, watcher.progress)
+    workshop = _open_workshop(config, watcher)
     for done, record in enumerate(due):
         watcher.progress("decoding test", done, len(due))
         decode_test(workshop, record)
