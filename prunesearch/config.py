@@ -229,8 +229,8 @@ class StudyConfig(_Section):
 
     @property
     def run_folder(self) -> Path:
-        """Everything that the study writes lies here."""
-        return self.folder / "run"
+        """Everything that the study writes lies here: `run` beside study.toml, `run/<stem>` beside another file."""
+        return self.folder / "run" if self._source.name == "study.toml" else self.folder / "run" / self._source.stem
 
     def locate(self, value: str) -> str:
         """A path or hub name of the study file, ready to open: variables expanded, relative to the study file."""
@@ -299,7 +299,7 @@ def parse_study(raw: dict[str, Any], source: Path) -> StudyConfig:
     folder = source.parent
     preset = raw.get("preset")
     merged = _merge(PRESETS.get(preset, {}) if isinstance(preset, str) else {}, raw)
-    merged.setdefault("name", folder.resolve().name)
+    merged.setdefault("name", folder.resolve().name if source.name == "study.toml" else source.stem)
     context = {"folder": folder, "encoder_layers": _local_encoder_layers(merged, folder)}
     try:
         study = StudyConfig.model_validate_json(json.dumps(merged, default=str), context=context)
