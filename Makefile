@@ -1,7 +1,7 @@
 # make quickstart   set up, run the embedded study, write its report
 # make test         set up, run the whole test suite
 # make check        lint, format, types, import contracts
-# make bench        what one quickstart trial costs; our step against a plain loop
+# make bench        our fine-tune against a plain loop, on the quickstart
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -99,7 +99,7 @@ def launch(
 
     with _Display() as display:
         config = run(study, workers, trials, storage, display)
-    typer.echo(f"done: prunesearch report {config.folder}")
+    typer.echo(f"done: prunesearch report {config.source}")
 
 
 @app.command()

@@ -82,7 +82,9 @@ class DataConfig(_Section):
     max_dev_utterances: Count | None = None
     max_test_utterances: Count | None = None
     pad_to_seconds: Positive | None = Field(None, description="pad each recording with silence to a multiple of this")
-    group: str | None = Field(None, description="the manifest's column to group results by: speaker, accent, gender, …")
+    group: str | None = Field(
+        None, description="the manifest's column kept with each utterance's result: speaker, accent, gender, …"
+    )
     skip_unreadable: bool = False
 
     @field_validator("train", "dev", "test")
@@ -229,8 +231,8 @@ class StudyConfig(_Section):
 
     @property
     def run_folder(self) -> Path:
-        """Everything that the study writes lies here: `run` beside study.toml, `run/<stem>` beside another file."""
-        return self.folder / "run" if self._source.name == "study.toml" else self.folder / "run" / self._source.stem
+        """Everything that the study writes lies here: `run` beside study.toml, `run-<stem>` beside another file."""
+        return self.folder / "run" if self._source.name == "study.toml" else self.folder / f"run-{self._source.stem}"
 
     def locate(self, value: str) -> str:
         """A path or hub name of the study file, ready to open: variables expanded, relative to the study file."""
@@ -304,7 +306,8 @@ def parse_study(raw: dict[str, Any], source: Path) -> StudyConfig:
     try:
         study = StudyConfig.model_validate_json(json.dumps(merged, default=str), context=context)
     except ValidationError as error:
-        raise StudyError([_explain(e) for e in error.errors()]) from None
+        lines = {_path(e): _explain(e) for e in reversed(error.errors())}  # one line for each key: a union tells each member's
+        raise StudyError(list(lines.values())[::-1]) from None
     study._source = source
     return study
 
@@ -353,10 +356,14 @@ def _local_encoder_layers(raw: dict[str, Any], folder: Path) -> int | None:
     return layers if isinstance(layers, int) else None
 
 
+def _path(error: Any) -> str:
+    """The key's path, without the names that pydantic gives a union's members."""
+    return ".".join(str(part) for part in error["loc"] if "[" not in str(part))
+
+
 def _explain(error: Any) -> str:
     """One line: key path, rule, value, nearest valid name."""
-    *parents, last = error["loc"]
-    path = ".".join(str(part) for part in error["loc"])
+    path, (*parents, last) = _path(error), error["loc"]
     if error["type"] == "extra_forbidden":
         fields = list(_section_at(parents).model_fields)
         near = difflib.get_close_matches(str(last), fields, n=1)

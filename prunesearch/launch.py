@@ -1,6 +1,7 @@
 """Run a study: prepare it once, let workers evaluate candidates, then decode the test split for those that count."""
 
 import multiprocessing
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage
 from prunesearch.search.study import open_study, settled
 from prunesearch.search.worker import OnRung, work
+from prunesearch.speech.corpus import SPLITS, load_corpus
 
 
 class Watcher(Protocol):
@@ -111,13 +113,19 @@ def _work_in_own_process(source: Path, number: int, workers: int, trials: int, s
         torch.cuda.set_device(number % torch.cuda.device_count())
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    _Worker.open(load_study(source), storage, Nobody()).run(trials)
+    try:
+        _Worker.open(load_study(source), storage, Nobody()).run(trials)
+    except StudyError as error:
+        print(*error.lines, sep="\n", file=sys.stderr)
+        sys.exit(2)
 
 
 def _run_workers(config: StudyConfig, workers: int, trials: int, storage: str | None, watcher: Watcher) -> None:
     """Create the study here, then let the processes work, and tell the watcher of each record as it appears."""
     from prunesearch.plan import encoder_layers
 
+    for split in SPLITS:
+        load_corpus(config, split)  # a mistake in a manifest is told once, before anything is created
     space = SearchSpace.of(config, encoder_layers(config))
     study = open_study(config, open_storage(storage or config.storage.url, config.run_folder), space)
     source = config.source
@@ -137,6 +145,8 @@ def _run_workers(config: StudyConfig, workers: int, trials: int, storage: str | 
             process.terminate()
             process.join()
     _tell_news(config, study, told, trials, watcher)
+    if any(p.exitcode == 2 for p in processes):
+        raise StudyError(["the workers could not start, for the reasons above"])
     if failed := [p for p in processes if p.exitcode]:
         raise RuntimeError(
             f"{len(failed)} of {workers} workers ended with exit code {failed[0].exitcode}; launch again to go on"

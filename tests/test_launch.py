@@ -114,6 +114,7 @@ def test_three_kills_change_nothing(toy: Path, calm: Path, tmp_path: Path) -> No
         while not condition() and process.poll() is None and time.time() < deadline:
             time.sleep(0.005)
         assert process.poll() is None, log.read_text()
+        assert condition()
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
 

@@ -157,7 +157,7 @@ def test_lost_trials_come_back_first_and_are_not_counted(config: StudyConfig) ->
     (running,) = study.get_trials(states=[TrialState.RUNNING])
     assert Lease.of(running) is not None
     assert end_lost(study) == [], "this process lives, so its trial is not lost"
-    dead = Lease(Lease.mine().host, 2**22 + 1, time.time())  # beyond any process id
+    dead = Lease(Lease.mine().host, 2**22 + 1, 0.0, time.time())  # beyond any process id
     dead.write(study, running._trial_id)
     assert end_lost(study) == ["minus-4-5"]
     assert end_lost(study) == []
@@ -168,8 +168,11 @@ def test_lost_trials_come_back_first_and_are_not_counted(config: StudyConfig) ->
 
 
 def test_a_stale_lease_from_another_machine_is_lost_a_fresh_one_is_not() -> None:
-    assert Lease("elsewhere", 1, time.time()).is_held()
-    assert not Lease("elsewhere", 1, time.time() - 3600).is_held()
+    assert Lease("elsewhere", 1, 0.0, time.time()).is_held()
+    assert not Lease("elsewhere", 1, 0.0, time.time() - 3600).is_held()
+    mine = Lease.mine()
+    assert mine.is_held()
+    assert not Lease(mine.host, mine.pid, mine.started - 60, mine.renewed).is_held(), "the same number, another process"
 
 
 def test_another_definition_is_refused_and_the_difference_named(toy: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Iterator[Any]:
     torch.manual_seed(seed)
     settings = LoraConfig(
         r=rank,
-        lora_alpha=round(rank * config.lora_alpha_per_rank),
+        lora_alpha=rank * config.lora_alpha_per_rank,  # peft divides by the rank
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_targets),
         task_type="CAUSAL_LM",

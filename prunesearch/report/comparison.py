@@ -70,7 +70,7 @@ class Comparison:
     @property
     def winner(self) -> Contrast | None:
         """The dominating record that dev chooses; test is not asked."""
-        return min(self.dominating, key=lambda c: dev_wer(c.system), default=None)
+        return min(self.dominating, key=lambda c: (dev_wer(c.system), c.system.parameters.speech), default=None)
 
     def reductions(self, record: RunRecord) -> Reductions | None:
         """None while the unpruned system's size is unknown."""
@@ -102,7 +102,7 @@ def compare(records_folder: Path, objective: str, study_name: str) -> Comparison
         others=tuple(r for r in complete if r.candidate not in on_front),
         pruned=pruned,
         failed=failed,
-        dominating=tuple(_contrast(r, to_beat, read) for r in front if to_beat and _beats(r, to_beat, objective)),
+        dominating=tuple(_contrast(r, to_beat, read) for r in complete if to_beat and _beats(r, to_beat, objective)),
         best_by_removed=_best_by_removed(complete, pruned),
         differences=tuple(
             _contrast(baselines[system], baselines[reference], read)

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
+import psutil
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.config import StudyConfig, StudyError
+from prunesearch.record import write_atomically
 from prunesearch.search.sampler import is_settled, is_taken, make_sampler
 from prunesearch.search.space import SearchSpace
 
@@ -29,13 +31,16 @@ def open_study(config: StudyConfig, storage: BaseStorage, space: SearchSpace) ->
     study = optuna.create_study(
         study_name=config.name, storage=storage, sampler=sampler, directions=["minimize", "minimize"], load_if_exists=True
     )
-    stored = study.user_attrs.get("definition")
+    beside = config.run_folder / "definition.json"  # records and anchor must not be handed to another study either
+    stored = study.user_attrs.get("definition") or (beside.read_text(encoding="utf-8") if beside.exists() else None)
     if stored is None:
-        study.set_user_attr("definition", json.dumps(config.definition()))
+        write_atomically(beside, json.dumps(config.definition()))
+    if "definition" not in study.user_attrs:
+        study.set_user_attr("definition", stored or json.dumps(config.definition()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(["dev_wer", config.search.params_objective])
-    elif changed := _differences(json.loads(stored), config.definition()):
+    if stored and (changed := _differences(json.loads(stored), config.definition())):
         raise StudyError(
             [f"{path}: this study was started with {old!r}, the study file now says {new!r}" for path, old, new in changed]
             + ["records of two definitions cannot be compared: put the old value back, or rename the study and its folder"]
@@ -52,15 +57,16 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
 
 @dataclass(frozen=True)
 class Lease:
-    """Who evaluates a trial, and when they were last heard of (seconds since 1970)."""
+    """Who evaluates a trial, since when that process runs, and when it was last heard of (seconds since 1970)."""
 
     host: str
     pid: int
+    started: float
     renewed: float
 
     @classmethod
     def mine(cls) -> "Lease":
-        return cls(socket.gethostname(), os.getpid(), time.time())
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), time.time())
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> "Lease | None":
@@ -71,18 +77,13 @@ class Lease:
         study._storage.set_trial_user_attr(trial_id, "lease", vars(self))
 
     def is_held(self) -> bool:
-        """Whether the lease is fresh and, where that can be seen, its process alive: a dead one need not be waited for."""
-        if time.time() - self.renewed > LEASE_SECONDS:
-            return False
+        """On this machine, whether that very process lives (it may have slept); elsewhere, whether the lease is fresh."""
         if self.host != socket.gethostname():
-            return True
+            return time.time() - self.renewed < LEASE_SECONDS
         try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
+            return abs(psutil.Process(self.pid).create_time() - self.started) < 1
+        except psutil.NoSuchProcess:
             return False
-        except PermissionError:
-            pass
-        return True
 
 
 def end_lost(study: optuna.Study) -> list[str]:

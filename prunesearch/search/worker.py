@@ -58,6 +58,7 @@ def work(
 
 def _claim(study: optuna.Study, space: SearchSpace, trials: int, lock: Path) -> optuna.Trial | None:
     """The next trial, leased to this process; None when the budget is used up. Waits while others may still fail."""
+    exhausted = False
     while True:
         with FileLock(lock):
             end_lost(study)
@@ -66,7 +67,10 @@ def _claim(study: optuna.Study, space: SearchSpace, trials: int, lock: Path) -> 
                 return None
             running = len(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
             if done + running < trials:
-                enqueue_next_due(study, space)
+                due = enqueue_next_due(study, space)
+                if exhausted and not due and running:  # another worker's candidate may still be lost
+                    time.sleep(POLL_SECONDS)
+                    continue
                 trial = study.ask()
                 Lease.mine().write(study, trial._trial_id)
                 try:
@@ -76,6 +80,7 @@ def _claim(study: optuna.Study, space: SearchSpace, trials: int, lock: Path) -> 
                     study.tell(trial, state=TrialState.FAIL)
                     if not running:
                         return None
+                    exhausted = True
                 else:
                     trial.set_user_attr("candidate", space.candidate(params).key)
                     return trial

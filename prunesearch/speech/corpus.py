@@ -40,12 +40,16 @@ def load_corpus(config: StudyConfig, split: Split) -> list[Utterance]:
     manifest = Path(config.locate(getattr(config.data, split)))
     problems: list[str] = []
     utterances: list[Utterance] = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = manifest.read_text(encoding="utf-8").split("\n")  # JSON may hold Unicode's other line ends
+    except UnicodeDecodeError as error:
+        raise StudyError([f"{manifest}: must be UTF-8 ({error})"]) from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             utterances.append(_utterance(json.loads(line), manifest, config))
-        except (ValueError, AudioError) as error:  # JSONDecodeError is a ValueError
+        except ValueError as error:  # of JSON, of a field, or of the audio
             problems.append(f"{manifest}:{number}: {error}")
     unreadable = [p for p in problems if not config.data.skip_unreadable]
     if unreadable:
@@ -76,7 +80,7 @@ def _utterance(row: Any, manifest: Path, config: StudyConfig) -> Utterance:
         audio=audio,
         reference=reference,
         target=reference if config.text.normalizer == "paper" else " ".join(row["text"].split()),
-        seconds=float(row["duration"]) if "duration" in row else seconds_of(audio),
+        seconds=float(row["duration"]) if isinstance(row.get("duration"), int | float) else seconds_of(audio),
         language=language,
         group=None if group is None else str(group),
     )

@@ -1,6 +1,7 @@
 """Text normalisers: the same for references and hypotheses."""
 
 import re
+import unicodedata
 from collections.abc import Callable
 from functools import cache
 
@@ -9,7 +10,7 @@ Normalizer = Callable[[str], str]
 
 def paper(text: str) -> str:
     """Lowercase, punctuation out, apostrophes kept (arXiv 2603.27981)."""
-    text = text.lower().replace("’", "'").replace("`", "'")
+    text = unicodedata.normalize("NFC", text).lower().replace("’", "'").replace("`", "'")
     return " ".join(re.sub(r"[^\w\s']|_", "", text).split())
 
 
@@ -20,12 +21,12 @@ def none(text: str) -> str:
 
 @cache
 def normalizer_for(name: str, language: str | None = None) -> Normalizer:
-    """`paper`, `none` or `whisper`: Whisper's English normaliser for English, its basic one for the rest."""
+    """`paper`, `none` or `whisper`: Whisper's English normaliser (less its spelling map) for `en`, its basic one else."""
     if name == "paper":
         return paper
     if name == "none":
         return none
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-    whisper: Normalizer = EnglishTextNormalizer({}) if language in ("en", None) else BasicTextNormalizer()
+    whisper: Normalizer = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
     return lambda text: none(whisper(text))

@@ -25,7 +25,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """bf16 arithmetic with fp32 weights; nothing where the dtype is fp32."""
+    """bf16 arithmetic for trained weights that stay fp32; nothing where the dtype is fp32."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 

@@ -97,8 +97,11 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
         except Pruned as stop:
             progressed, state, reason = stop.args[0], "pruned", f"dominated at step {stop.args[0].step}"
         except Diverged as stop:
-            state, reason = "failed", str(stop)
-        save_weights(folder / "weights.safetensors", slam)
+            (reason, progressed), state = stop.args, "failed"
+        except torch.OutOfMemoryError as stop:
+            state, reason = "failed", f"out of memory: a smaller training.batch_size may fit ({str(stop).splitlines()[0]})"
+        if state != "failed":
+            save_weights(folder / "weights.safetensors", slam)
 
     record = RunRecord(
         study=config.name,

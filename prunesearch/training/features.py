@@ -1,9 +1,10 @@
 """Frozen means computed once: the encoder's shared prefix per study, the rest of it per candidate.
 
-A `StateStore` holds one (T, D) state sequence per utterance in one memory-mapped file, so that a corpus need not fit
-in memory. Shapes: B batch, F frames, T positions, D width.
+A `StateStore` holds one (T, D) state sequence per utterance in one memory-mapped file, so that a corpus' states need
+not fit in memory. Shapes: B batch, F frames, T positions, D width.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -17,10 +18,10 @@ from filelock import FileLock
 from torch import Tensor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import StudyConfig, StudyError
 from prunesearch.model.encoder import embed, positions_of, run_layers
 from prunesearch.record import write_atomically
-from prunesearch.speech.audio import SAMPLE_RATE, padded, read_audio
+from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio
 from prunesearch.speech.corpus import Utterance
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import autocast
@@ -61,9 +62,26 @@ def _spans(lengths: dict[int, int]) -> dict[int, tuple[int, int]]:
     return spans
 
 
+def _identity(
+    encoder: WhisperEncoder, depth: int, dtype: torch.dtype, config: StudyConfig, utterances: Sequence[Utterance]
+) -> str:
+    """Names what cached states depend on: precision, layers and their weights, recordings and their padding."""
+    recordings = [(u.id, u.audio.stat().st_size if u.audio.exists() else None) for u in utterances]
+    digest = hashlib.sha256(json.dumps([depth, str(dtype), config.data.pad_to_seconds, recordings]).encode())
+    for weight in [encoder.conv1.weight, *(layer.fc1.weight for layer in encoder.layers[:depth])]:
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def log_mel(extractor: Any, utterance: Utterance, pad_to_seconds: float | None) -> Tensor:
-    """(M, F), by the checkpoint's own feature extractor, of the recording alone: no padding to 30 s."""
-    samples = padded(read_audio(utterance.audio), pad_to_seconds)
+    """(M, F), by the checkpoint's own feature extractor, of the recording alone: no padding to 30 s.
+
+    Raises StudyError naming a recording that cannot be read.
+    """
+    try:
+        samples = padded(read_audio(utterance.audio), pad_to_seconds)
+    except AudioError as error:
+        raise StudyError([f"utterance {utterance.id}: {error}"]) from None
     out = extractor(samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="pt")
     return out["input_features"][0]
 
@@ -87,11 +105,12 @@ def prefix_states(
     `name` is the split's. They are kept in `folder`; the other workers of the study wait for them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    index_file, values_file = folder / f"{name}.json", folder / f"{name}.{str(dtype).removeprefix('torch.')}"
+    order = sorted(wanted)
+    name = f"{name}-{_identity(encoder, depth, dtype, config, [utterances[i] for i in order])}"
+    index_file, values_file = folder / f"{name}.json", folder / f"{name}.states"
     width = encoder.config.d_model
     with FileLock(folder / f"{name}.lock"):
         if not index_file.exists():
-            order = sorted(wanted)
             mels = []
             for done, i in enumerate(order):
                 mels.append(log_mel(extractor, utterances[i], config.data.pad_to_seconds).to(torch.float16))

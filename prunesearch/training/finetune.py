@@ -20,7 +20,7 @@ LOSS_EVERY = 10  # steps between two points of the recorded loss curve
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss is no longer a finite number; the second argument says how far the fine-tune had come."""
 
 
 class Pruned(Exception):
@@ -103,7 +103,7 @@ def finetune(
         if step % LOSS_EVERY == 0 or step + 1 == budget.steps:
             value = loss.item()
             if not math.isfinite(value):
-                raise Diverged(f"the loss became {value} at step {step + 1}")
+                raise Diverged(f"the loss became {value} at step {step + 1}", progressed)
             progressed.losses.append(round(value, 6))
             if on_step:
                 on_step(step + 1, value)

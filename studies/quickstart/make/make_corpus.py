@@ -39,7 +39,7 @@ def phrases_of_every_split() -> dict[str, list[tuple[str, str]]]:
 
 
 def speak(job: tuple[int, str, str, str]) -> tuple[np.ndarray, str, str]:
-    """(seed, split, language, text) -> samples, variant, accent; said again, faster, if too long."""
+    """(seed, split, language, text) -> samples, variant, accent; said again by another voice if too long."""
     seed, split, language, text = job
     rng = random.Random(f"{split} {seed}")
     while True:
