@@ -32,9 +32,9 @@ from prunesearch.training.workshop import Workshop
 def plain_loss(workshop: Workshop, slam: SlamAsr, batch: list[int]) -> torch.Tensor:
     """Cross-entropy the plain way: everything from the audio file on, at full length."""
     recordings = [read_audio(workshop.corpora["train"][i].audio) for i in batch]
-    features = workshop.extractor(recordings, sampling_rate=16_000, return_tensors="pt")[
-        "input_features"
-    ]  # (B, M, full window)
+    with torch.autocast(workshop.device.type, enabled=False):  # the extractor computes in torch, and hands out NumPy
+        extracted = workshop.extractor(recordings, sampling_rate=16_000, return_tensors="pt")
+    features = extracted["input_features"]  # (B, M, full window)
     with torch.no_grad():
         states = workshop.encoder(features.to(workshop.dtype)).last_hidden_state
     lengths = torch.full((len(batch),), states.shape[1])
