@@ -66,11 +66,9 @@ def _claim(study: optuna.Study, space: SearchSpace, trials: int, lock: Path) -> 
             if done >= trials:
                 return None
             running = len(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
-            if done + running < trials:
-                due = enqueue_next_due(study, space)
-                if exhausted and not due and running:  # another worker's candidate may still be lost
-                    time.sleep(POLL_SECONDS)
-                    continue
+            due = enqueue_next_due(study, space) if done + running < trials else None
+            # where the space is used up there is nothing to ask for, but another worker's candidate may still be lost
+            if done + running < trials and (due or not exhausted or not running):
                 trial = study.ask()
                 Lease.mine().write(study, trial._trial_id)
                 try:
