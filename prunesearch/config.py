@@ -5,6 +5,7 @@ Every mistake is reported at once: key path, rule, value, nearest valid name.
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,19 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from prunesearch.candidate import Candidate
 
@@ -47,12 +60,15 @@ class EncoderConfig(_Section):
 
 
 class LlmConfig(_Section):
-    """Any decoder-only causal LM: a folder or a hub name. LoRA's alpha is `lora_alpha_per_rank` times its rank."""
+    """Any decoder-only causal LM: a folder or a hub name. LoRA's alpha is `lora_alpha_per_rank` times its rank.
+
+    `lora_targets` are names of linear layers; `auto` is q, k, v and o where they have these names, else peft's own choice.
+    """
 
     model: str
     revision: str | None = None
     prompt: str = "Transcribe speech to text.\n"
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    lora_targets: tuple[str, ...] | Literal["auto"] = "auto"
     lora_alpha_per_rank: Positive = 2.0
     lora_dropout: Fraction = 0.1
 
@@ -70,36 +86,117 @@ class ProjectorConfig(_Section):
     dropout: Fraction = 0.1
 
 
-class DataConfig(_Section):
-    """JSONL manifests, one utterance a line: `audio`, `text`, and optionally `language`, `group`, `id`."""
+class DatasetSource(_Section):
+    """A Hugging Face dataset: a hub name, or a folder that `load_dataset` or `load_from_disk` opens."""
 
-    train: str
-    dev: str
-    test: str
+    dataset: str
+    config: str | None = None
+    split: str
+    revision: str | None = None
+    data_files: str | None = None
+    audio: str = Field("audio", description="the column of recordings")
+    text: str = Field("text", description="the column of transcripts")
+    language: str | None = None
+    language_column: str | None = None
+
+    @field_validator("dataset")
+    @classmethod
+    def _variables_are_set(cls, value: str) -> str:
+        return _with_variables_checked(value)
+
+
+class CommonVoiceSource(_Section):
+    """One language's folder of an unpacked Common Voice release. `language` is the folder's name where none is given."""
+
+    common_voice: str
+    split: str
+    language: str | None = None
+
+    @field_validator("common_voice")
+    @classmethod
+    def _folder_exists(cls, value: str, info: ValidationInfo) -> str:
+        folder = Path(_locate(_with_variables_checked(value), _context(info, "folder")))
+        if not folder.is_dir():
+            raise ValueError(f"must be an unpacked release's folder: there is no folder {folder}")
+        return value
+
+
+class FleursSource(_Section):
+    """google/fleurs on the hub: `da`, `nl` or `en`."""
+
+    fleurs: Literal["da", "nl", "en"]
+    split: Literal["train", "validation", "test"]
+
+
+def _manifest_exists(value: str, info: ValidationInfo) -> str:
+    path = _locate(_with_variables_checked(value), _context(info, "folder"))
+    if not Path(path).is_file():
+        raise ValueError(f"must be an existing manifest: there is no file {path}")
+    return value
+
+
+def _kind_of_source(value: Any) -> str:
+    keys = value if isinstance(value, dict) else vars(value) if isinstance(value, _Section) else None
+    if keys is None:
+        return "[manifest]"
+    return next((f"[{kind}]" for kind in ("common_voice", "fleurs") if kind in keys), "[dataset]")
+
+
+# tags stand in brackets: `_path` leaves them out of what a user is shown
+Source = Annotated[
+    Annotated[str, AfterValidator(_manifest_exists), Tag("[manifest]")]
+    | Annotated[DatasetSource, Tag("[dataset]")]
+    | Annotated[CommonVoiceSource, Tag("[common_voice]")]
+    | Annotated[FleursSource, Tag("[fleurs]")],
+    Discriminator(_kind_of_source),
+]
+
+
+class DataConfig(_Section):
+    """Each split comes from a source or a list of them: a JSONL manifest (`audio`, `text`, and optionally `language`,
+    `duration`, `id`), a Hugging Face dataset, a Common Voice release, FLEURS."""
+
+    train: tuple[Source, ...]
+    dev: tuple[Source, ...]
+    test: tuple[Source, ...]
     min_seconds: Annotated[float, Field(ge=0)] = 0.1
     max_seconds: Positive = 30.0
+    max_train_hours: Positive | None = None
     max_train_utterances: Count | None = None
     max_dev_utterances: Count | None = None
     max_test_utterances: Count | None = None
     pad_to_seconds: Positive | None = Field(None, description="pad each recording with silence to a multiple of this")
     group: str | None = Field(
-        None, description="the manifest's column kept with each utterance's result: speaker, accent, gender, …"
+        None, description="the sources' column kept with each utterance's result: speaker, accent, gender, …"
     )
     skip_unreadable: bool = False
 
-    @field_validator("train", "dev", "test")
+    @field_validator("train", "dev", "test", mode="before")
     @classmethod
-    def _manifest_exists(cls, value: str, info: ValidationInfo) -> str:
-        path = _locate(_with_variables_checked(value), _context(info, "folder"))
-        if not Path(path).is_file():
-            raise ValueError(f"must be an existing manifest: there is no file {path}")
-        return value
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> "DataConfig":
+        splits = {"train": self.train, "dev": self.dev, "test": self.test}
+        for a, b in itertools.combinations(splits, 2):
+            if both := [source for source in splits[a] if source in splits[b]]:
+                shown = both[0] if isinstance(both[0], str) else both[0].model_dump(exclude_defaults=True)
+                raise ValueError(f"{a} and {b} must not share a source, got {shown!r} for both")
+        return self
+
+
+NormalizerName = Literal["paper", "whisper", "none"]
 
 
 class TextConfig(_Section):
     """`paper`: lowercase, punctuation out, apostrophes kept. `whisper`: Whisper's normalisers. `none`: as written."""
 
-    normalizer: Literal["paper", "whisper", "none"] = "paper"
+    normalizer: NormalizerName | dict[str, NormalizerName] = Field("paper", description="one, or one for each language")
+
+    def normalizer_of(self, language: str | None) -> str:
+        """The language's normaliser; `paper` where a table does not name the language."""
+        return self.normalizer if isinstance(self.normalizer, str) else self.normalizer.get(language or "", "paper")
 
 
 class AnchorConfig(_Section):
@@ -157,7 +254,9 @@ class FixedCandidate(_Section):
     @field_validator("removed_layers")
     @classmethod
     def _layers_exist(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        return _checked_layers(value, info)
+        if len(_checked_layers(value, info)) == _context(info, "encoder_layers"):
+            raise ValueError("must leave one of the encoder's layers")
+        return value
 
 
 class SearchConfig(_Section):
@@ -193,6 +292,8 @@ class SearchConfig(_Section):
         most = depth if layers == "all" else len(layers)
         if value is not None and most is not None and value > most:
             raise ValueError(f"must not exceed the number of removable layers, {most}")
+        if value is not None and depth is not None and value >= depth:
+            raise ValueError(f"must leave one of the encoder's {depth} layers")
         return value
 
 
@@ -306,7 +407,9 @@ def parse_study(raw: dict[str, Any], source: Path) -> StudyConfig:
     try:
         study = StudyConfig.model_validate_json(json.dumps(merged, default=str), context=context)
     except ValidationError as error:
-        lines = {_path(e): _explain(e) for e in reversed(error.errors())}  # one line for each key: a union tells each member's
+        lines = {
+            _path(e, merged): _explain(e, merged) for e in reversed(error.errors())
+        }  # one line for each key: a union tells each member's
         raise StudyError(list(lines.values())[::-1]) from None
     study._source = source
     return study
@@ -356,14 +459,23 @@ def _local_encoder_layers(raw: dict[str, Any], folder: Path) -> int | None:
     return layers if isinstance(layers, int) else None
 
 
-def _path(error: Any) -> str:
-    """The key's path, without the names that pydantic gives a union's members."""
-    return ".".join(str(part) for part in error["loc"] if "[" not in str(part))
+def _path(error: Any, raw: Any) -> str:
+    """The key's path, without the names that pydantic gives a union's members, and without indices of what is no list."""
+    shown = []
+    for part in error["loc"]:
+        if isinstance(part, int) and not isinstance(raw, list):
+            continue
+        if "[" not in str(part):
+            shown.append(str(part))
+            in_list = isinstance(raw, list) and isinstance(part, int) and part < len(raw)
+            inside = in_list or (isinstance(raw, dict) and part in raw)
+            raw = raw[part] if inside else None
+    return ".".join(shown)
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, raw: Any) -> str:
     """One line: key path, rule, value, nearest valid name."""
-    path, (*parents, last) = _path(error), error["loc"]
+    path, (*parents, last) = _path(error, raw), error["loc"]
     if error["type"] == "extra_forbidden":
         fields = list(_section_at(parents).model_fields)
         near = difflib.get_close_matches(str(last), fields, n=1)
@@ -384,10 +496,18 @@ def _explain(error: Any) -> str:
 
 def _section_at(path: list[Any]) -> type[BaseModel]:
     section: type[BaseModel] = StudyConfig
+    kinds: dict[Any, type[BaseModel]] = {
+        "[dataset]": DatasetSource,
+        "[common_voice]": CommonVoiceSource,
+        "[fleurs]": FleursSource,
+    }
     for name in path:
         if isinstance(name, int):
             continue
-        annotation: Any = section.model_fields[name].annotation
-        inner = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(a for a in inner if isinstance(a, type) and issubclass(a, BaseModel))
+        if name in kinds:
+            section = kinds[name]
+        elif name in section.model_fields:
+            annotation: Any = section.model_fields[name].annotation
+            inner = [annotation, *getattr(annotation, "__args__", ())]
+            section = next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), section)
     return section

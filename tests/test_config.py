@@ -46,6 +46,8 @@ def test_every_mistake_is_reported_at_once_each_on_one_line(toy: Path, tmp_path:
     ("sections", "part"),
     [
         ({"search": {"max_removed": 5}}, "must not exceed the number of removable layers, 4"),
+        ({"search": {"max_removed": 4}}, "must leave one of the encoder's 4 layers"),
+        ({"search": {"fixed": [{"removed_layers": [0, 1, 2, 3]}]}}, "must leave one of the encoder's layers"),
         ({"search": {"lora_ranks": [4, 0]}}, "must rise"),
         ({"search": {"fixed": [{"removed_layers": [4]}]}}, "must lie in [0, 4)"),
         ({"training": {"rungs": [0.5, 0.25]}}, "must rise"),
@@ -60,6 +62,33 @@ def test_impossible_combinations(sections: dict, part: str, toy: Path, tmp_path:
     else:
         file = write_study(tmp_path, toy, **sections)
     assert any(part in line for line in mistakes(file))
+
+
+def test_two_splits_of_one_manifest_are_refused(toy: Path, tmp_path: Path) -> None:
+    both = str(toy / "dev.jsonl")
+    assert "dev and test must not share a source" in mistakes(write_study(tmp_path, toy, data={"dev": both, "test": both}))[0]
+
+
+def test_sources_of_every_kind_and_their_mistakes(toy: Path, tmp_path: Path) -> None:
+    fleurs = {"fleurs": "da", "split": "train"}
+    file = write_study(tmp_path, toy, data={"train": [fleurs, {"dataset": "x/y", "split": "train"}]})
+    train = load_study(file).data.train
+    assert [type(source).__name__ for source in train] == ["FleursSource", "DatasetSource"]
+    wrong = {
+        "train": [{"dataset": "x/y", "split": "train", "txt": "sentence"}, {"fleurs": "de", "split": "train"}],
+        "dev": {"common_voice": "nowhere", "split": "dev"},
+        "test": "nowhere.jsonl",
+    }
+    lines = mistakes(write_study(tmp_path, toy, data=wrong))
+    expected = {
+        "data.train.0.txt": "did you mean text?",
+        "data.train.1.fleurs": "must be 'da', 'nl' or 'en', got 'de'",
+        "data.dev.common_voice": "there is no folder",
+        "data.test:": "there is no file",
+    }
+    for (path, part), line in zip(expected.items(), lines, strict=True):
+        assert line.startswith(path), line
+        assert part in line
 
 
 def test_no_file_and_no_toml_are_named(tmp_path: Path) -> None:

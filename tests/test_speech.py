@@ -108,6 +108,11 @@ def test_a_corpus_keeps_its_order_and_its_limits(toy: Path, tmp_path: Path) -> N
     assert all(u.seconds <= 0.7 and u.group in ("a", "b") for u in train)
 
 
+def test_a_group_that_no_line_has_is_a_mistake(toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="has the column 'accent'"):
+        load_corpus(load_study(write_study(tmp_path, toy, data={"group": "accent"})), "dev")
+
+
 def test_broken_lines_are_reported_together_or_skipped_by_order(toy: Path, tmp_path: Path) -> None:
     good = (toy / "dev.jsonl").read_text().replace('"dev/', f'"{toy}/dev/')
     bad = ["{", json.dumps({"audio": "x.wav"}), json.dumps({"audio": "missing.wav", "text": "low"})]

@@ -230,6 +230,18 @@ def test_the_anchor_is_trained_once(open_workshop: Callable[..., Workshop]) -> N
     assert workshop.anchor().stat().st_mtime_ns == stamp
 
 
+def test_a_recording_longer_than_the_encoders_window_is_told_before_anything_runs(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path, toy, data={"pad_to_seconds": 3.0})  # the toy encoder knows 100 positions: 2 s
+    with pytest.raises(StudyError, match=r"longer than the encoder's window of 2 s, the first is train/0.wav"):
+        _ = Workshop.open(load_study(file)).corpora
+
+
+def test_lora_targets_that_the_llm_lacks_are_told_before_anything_runs(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path, toy, llm={"lora_targets": ["q_proj", "kproj"]})
+    with pytest.raises(StudyError, match=r"no layer 'kproj'; it has .*k_proj"):
+        Workshop.open(load_study(file))
+
+
 def test_models_that_cannot_be_had_are_one_clear_error(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="cannot be loaded"):
         Workshop.open(load_study(write_study(tmp_path / "a", toy, llm={"model": "nobody/no-such-model"})))

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from prunesearch.config import LlmConfig
+from prunesearch.config import LlmConfig, StudyError
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # the published work's targets
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,28 @@ def embedding_scale(model: PreTrainedModel) -> float:
     return float(scale)
 
 
+def lora_targets(model: PreTrainedModel, config: LlmConfig) -> list[str]:
+    """Names of the layers that LoRA adapts. Raises StudyError when the model has no layer of a name."""
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    kind = model.config.model_type
+    if config.lora_targets == "auto":
+        targets = ATTENTION if names.issuperset(ATTENTION) else TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ())
+        if not targets:
+            raise StudyError(
+                [f"llm.lora_targets: nothing is known of {kind!r} models; name some of its layers: {_layers(model)}"]
+            )
+        return list(targets)
+    if missing := [t for t in config.lora_targets if t not in names]:
+        raise StudyError([f"llm.lora_targets: this {kind!r} model has no layer {missing[0]!r}; it has {_layers(model)}"])
+    return list(config.lora_targets)
+
+
+def _layers(model: PreTrainedModel) -> str:
+    """The names of the layers within one of the model's blocks."""
+    blocks = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if any(True for _ in m.parameters(False)) and ".0." in n}
+    return ", ".join(sorted(blocks))
+
+
 @contextmanager
 def lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Iterator[Any]:
     """The model with a fresh LoRA of the rank (the bare model for rank 0); taken off at the end.
@@ -76,7 +101,7 @@ def lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Iterator[Any]:
         r=rank,
         lora_alpha=rank * config.lora_alpha_per_rank,  # peft divides by the rank
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_targets),
+        target_modules=lora_targets(llm.model, config),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():

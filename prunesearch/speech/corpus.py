@@ -1,22 +1,24 @@
-"""Manifests -> utterances. A manifest is JSONL, one utterance a line:
+"""Sources -> a split's utterances: within the study's limits, drawn by its seed, every recording known to be readable."""
 
-    {"audio": "clips/0001.opus", "text": "open the window", "language": "en", "speaker": "f3", "duration": 1.9}
-
-`audio` is relative to the manifest. Only `audio` and `text` are required.
-"""
-
+import hashlib
 import json
 import random
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from filelock import FileLock
+
 from prunesearch.config import StudyConfig, StudyError
-from prunesearch.speech.audio import AudioError, seconds_of
+from prunesearch.record import write_atomically
+from prunesearch.speech.audio import AudioError, Recording, read_audio, seconds_of, size_of
+from prunesearch.speech.sources import Row, read_source
 from prunesearch.speech.text import normalizer_for
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Utterance:
     """One recording and what is said in it: `reference` as it is scored, `target` as the LLM is taught to write it."""
 
     id: str
-    audio: Path
+    audio: Recording
     reference: str
     target: str
     seconds: float
@@ -32,55 +34,159 @@ class Utterance:
     group: str | None = None
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """A line of a source that the study does without, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A split. `dropped` is what its sources hold beside, but for what was not drawn."""
+
+    utterances: list[Utterance]
+    dropped: list[Dropped]
+
+    def report(self) -> dict[str, Any]:
+        """Hours and counts, by language too, and every dropped line with its reason."""
+        languages = sorted({u.language or "" for u in self.utterances})
+        return {
+            "utterances": len(self.utterances),
+            "hours": _hours(self.utterances),
+            "languages": {
+                name: {"utterances": len(those), "hours": _hours(those)}
+                for name in languages
+                if (those := [u for u in self.utterances if (u.language or "") == name])
+            },
+            "dropped": [asdict(d) for d in self.dropped],
+        }
+
+
+def _hours(utterances: Sequence[Utterance]) -> float:
+    return round(sum(u.seconds for u in utterances) / 3600, 4)
+
+
 def load_corpus(config: StudyConfig, split: Split) -> list[Utterance]:
-    """The split's utterances, within the study's limits of duration and number, in the manifest's order.
+    """The split's utterances, in their sources' order; recordings are known by their headers alone.
 
-    A smaller number is a draw by the study's seed. Raises StudyError naming every line that cannot be used.
+    Raises StudyError naming every line that cannot be used, unless the study says to go on without them.
     """
-    manifest = Path(config.locate(getattr(config.data, split)))
-    problems: list[str] = []
-    utterances: list[Utterance] = []
-    try:
-        lines = manifest.read_text(encoding="utf-8").split("\n")  # JSON may hold Unicode's other line ends
-    except UnicodeDecodeError as error:
-        raise StudyError([f"{manifest}: must be UTF-8 ({error})"]) from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            utterances.append(_utterance(json.loads(line), manifest, config))
-        except ValueError as error:  # of JSON, of a field, or of the audio
-            problems.append(f"{manifest}:{number}: {error}")
-    unreadable = [p for p in problems if not config.data.skip_unreadable]
-    if unreadable:
-        more = [f"… and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
-        raise StudyError(unreadable[:20] + more + ["data.skip_unreadable = true goes on without them"])
-    kept = [u for u in utterances if config.data.min_seconds <= u.seconds <= config.data.max_seconds and u.reference]
+    return _select(config, split).utterances
+
+
+def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Corpus:
+    """The same after every recording was decoded once: what cannot be is named now, not when its turn comes.
+
+    The outcome is kept as `corpus/<split>.json` in the study's run folder, and used again for the same recordings.
+    Raises StudyError as `load_corpus` does.
+    """
+    corpus = _select(config, split)
+    recordings = [(u.id, size_of(u.audio)) for u in corpus.utterances]
+    identity = hashlib.sha256(json.dumps(recordings).encode()).hexdigest()[:16]
+    path = config.run_folder / "corpus" / f"{split}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if known.get("identity") == identity:
+            unreadable = known["unreadable"]
+        else:
+            unreadable = _decode_all(corpus.utterances, split, progress)
+        _refuse(list(unreadable.values()), config)
+        kept = [u for u in corpus.utterances if u.id not in unreadable]
+        corpus = Corpus(kept, corpus.dropped + [Dropped(i, reason) for i, reason in unreadable.items()])
+        whole = {"identity": identity, "unreadable": unreadable, **corpus.report()}
+        write_atomically(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     if not kept:
-        raise StudyError([f"{manifest}: no utterance of {config.data.min_seconds} to {config.data.max_seconds} s with a text"])
+        raise StudyError([f"data.{split}: none of its recordings can be decoded"])
+    return corpus
+
+
+def _decode_all(utterances: Sequence[Utterance], split: Split, progress: Progress) -> dict[str, str]:
+    """What is wrong with the recordings that cannot be used, by utterance."""
+
+    def problem(utterance: Utterance) -> str | None:
+        try:
+            read_audio(utterance.audio)
+        except AudioError as error:
+            return str(error)
+        return None
+
+    found = {}
+    with ThreadPoolExecutor() as pool:  # libsndfile works without Python's lock
+        for done, (utterance, reason) in enumerate(zip(utterances, pool.map(problem, utterances), strict=True)):
+            if reason:
+                found[utterance.id] = reason
+            if done % 100 == 0:
+                progress(f"checking the recordings of {split}", done, len(utterances))
+    return found
+
+
+def _refuse(problems: Sequence[str], config: StudyConfig) -> None:
+    if problems and not config.data.skip_unreadable:
+        more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise StudyError([*problems[:20], *more, "data.skip_unreadable = true goes on without them"])
+
+
+def _select(config: StudyConfig, split: Split) -> Corpus:
+    """Rows of all sources -> utterances within the limits, fewer where the study says so."""
+    data = config.data
+    sources = getattr(data, split)
+    problems: list[Dropped] = []
+    outside: list[Dropped] = []
+    kept: list[Utterance] = []
+    taken: set[str] = set()
+    for source in sources:
+        for row in read_source(source, config):
+            utterance = _utterance(row, config)
+            if isinstance(utterance, Dropped):
+                problems.append(utterance)
+                continue
+            if utterance.id in taken:
+                utterance = replace(utterance, id=f"{utterance.id}#{len(taken)}")
+            taken.add(utterance.id)
+            if not utterance.reference:
+                outside.append(Dropped(utterance.id, "its text is empty after normalisation"))
+            elif not data.min_seconds <= utterance.seconds <= data.max_seconds:
+                limits = f"{data.min_seconds:g} to {data.max_seconds:g} s"
+                outside.append(Dropped(utterance.id, f"lasts {utterance.seconds:.2f} s, outside {limits}"))
+            else:
+                kept.append(utterance)
+    _refuse([d.reason for d in problems], config)
+    if not kept:
+        limits = f"{data.min_seconds:g} to {data.max_seconds:g} s"
+        raise StudyError([f"data.{split}: {', '.join(map(str, sources))}: no utterance of {limits} with a text"])
+    return Corpus(_drawn(kept, config, split), problems + outside)
+
+
+def _drawn(utterances: list[Utterance], config: StudyConfig, split: Split) -> list[Utterance]:
+    """As many as the study wants, in their order. A smaller draw is a part of a larger one, by the same seed."""
     most = getattr(config.data, f"max_{split}_utterances")
-    if most is not None and most < len(kept):
-        chosen = sorted(random.Random(f"{config.seed} {split}").sample(range(len(kept)), most))
-        kept = [kept[i] for i in chosen]
-    return kept
+    hours = config.data.max_train_hours if split == "train" else None
+    if (most is None or most >= len(utterances)) and hours is None:
+        return utterances
+    order = list(range(len(utterances)))
+    random.Random(f"{config.seed} {split}").shuffle(order)
+    chosen: list[int] = []
+    seconds = 0.0
+    for i in order[:most]:
+        seconds += utterances[i].seconds
+        if hours is not None and seconds > 3600 * hours and chosen:
+            break
+        chosen.append(i)
+    return [utterances[i] for i in sorted(chosen)]
 
 
-def _utterance(row: Any, manifest: Path, config: StudyConfig) -> Utterance:
-    if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not isinstance(row.get("text"), str):
-        raise ValueError("a line must be an object with the strings `audio` and `text`")
-    audio = manifest.parent / row["audio"]
-    language = row.get("language")
-    normalize = normalizer_for(config.text.normalizer, language)
-    reference = normalize(row["text"])
-    group = row.get(config.data.group) if config.data.group else None
-    if not audio.is_file():
-        raise AudioError(f"{audio}: there is no such file")
-    return Utterance(
-        id=str(row.get("id", row["audio"])),
-        audio=audio,
-        reference=reference,
-        target=reference if config.text.normalizer == "paper" else " ".join(row["text"].split()),
-        seconds=float(row["duration"]) if isinstance(row.get("duration"), int | float) else seconds_of(audio),
-        language=language,
-        group=None if group is None else str(group),
-    )
+def _utterance(row: Row, config: StudyConfig) -> Utterance | Dropped:
+    if row.problem:
+        return Dropped(row.id, f"{row.where}: {row.problem}")
+    try:
+        # a header is read even where a source tells the duration: so a missing file is told at once
+        seconds = seconds_of(row.audio) if row.seconds is None or size_of(row.audio) in (None, 0) else row.seconds
+    except AudioError as error:
+        return Dropped(row.id, f"{row.where}: {error}")
+    name = config.text.normalizer_of(row.language)
+    reference = normalizer_for(name, row.language)(row.text)
+    target = reference if name == "paper" else " ".join(row.text.split())
+    return Utterance(row.id, row.audio, reference, target, seconds, row.language, row.group)

@@ -67,6 +67,6 @@ def transcribe(
                 stopping_criteria=StoppingCriteriaList([_RowLimits(limits)]),
             )
         for i, text in zip(batch, slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-            texts[i] = normalizer_for(config.text.normalizer, utterances[i].language)(text)
+            texts[i] = normalizer_for(config.text.normalizer_of(utterances[i].language), utterances[i].language)(text)
         progress("decoding", done, len(batches))
     return [score(utterances[i], texts[i]) for i in indices]

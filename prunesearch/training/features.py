@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from prunesearch.config import StudyConfig, StudyError
 from prunesearch.model.encoder import embed, positions_of, run_layers
 from prunesearch.record import write_atomically
-from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio
-from prunesearch.speech.corpus import Utterance
+from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, size_of
+from prunesearch.speech.corpus import Progress, Utterance
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import autocast
 
 ENCODING_BATCH = 32
-Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def _identity(
     encoder: WhisperEncoder, depth: int, dtype: torch.dtype, config: StudyConfig, utterances: Sequence[Utterance]
 ) -> str:
     """Names what cached states depend on: precision, layers and their weights, recordings and their padding."""
-    recordings = [(u.id, u.audio.stat().st_size if u.audio.exists() else None) for u in utterances]
+    recordings = [(u.id, size_of(u.audio)) for u in utterances]
     digest = hashlib.sha256(json.dumps([depth, str(dtype), config.data.pad_to_seconds, recordings]).encode())
     for weight in [encoder.conv1.weight, *(layer.fc1.weight for layer in encoder.layers[:depth])]:
         digest.update(weight.detach().float().cpu().numpy().tobytes())

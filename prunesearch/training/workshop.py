@@ -17,15 +17,16 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from prunesearch.candidate import Candidate, baselines
 from prunesearch.config import StudyConfig, StudyError
 from prunesearch.model.encoder import load_encoder, remove_layers
-from prunesearch.model.llm import Llm, embedding_scale, load_llm
+from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora_targets
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SlamAsr
 from prunesearch.record import SplitResult, write_atomically
-from prunesearch.speech.corpus import Split, Utterance, load_corpus
+from prunesearch.speech.audio import SAMPLE_RATE
+from prunesearch.speech.corpus import SPLITS, Progress, Split, Utterance, checked_corpus
 from prunesearch.training.batches import plan_batches
 from prunesearch.training.decode import transcribe
 from prunesearch.training.device import pick_device, pick_dtype
-from prunesearch.training.features import Progress, StateStore, finish_encoding, prefix_states
+from prunesearch.training.features import StateStore, finish_encoding, prefix_states
 from prunesearch.training.finetune import Budget, Progressed, finetune, trainable
 
 
@@ -61,6 +62,7 @@ class Workshop:
             raise StudyError(
                 [f"a model cannot be loaded: {reason}", "give a local folder, or a hub name and a network"]
             ) from error
+        lora_targets(llm.model, config.llm)  # a wrong name is told now, not when the first LoRA is made
         encoder.requires_grad_(False).eval().to(device)
         llm.model.to(device)
         workshop = cls(config, device, dtype, encoder, extractor, llm, progress)
@@ -80,7 +82,17 @@ class Workshop:
 
     @cached_property
     def corpora(self) -> dict[Split, list[Utterance]]:
-        return {split: load_corpus(self.config, split) for split in ("train", "dev", "test")}
+        """The three splits. Raises StudyError for a recording that the encoder cannot take whole."""
+        corpora = {split: checked_corpus(self.config, split, self.progress).utterances for split in SPLITS}
+        window = self.encoder.max_source_positions * 2 * self.extractor.hop_length / SAMPLE_RATE  # seconds
+        block = self.config.data.pad_to_seconds
+        for split, utterances in corpora.items():
+            seconds = [u.seconds if block is None else -(-u.seconds // block) * block for u in utterances]
+            if too_long := [u for u, s in zip(utterances, seconds, strict=True) if s > window]:
+                first = f"{too_long[0].id} ({too_long[0].seconds:.1f} s)"
+                line = f"{len(too_long)} recordings of {split} are longer than the encoder's window of {window:g} s, the first"
+                raise StudyError([f"data.max_seconds: {line} is {first}; set it to at most {window:g}"])
+        return corpora
 
     @cached_property
     def targets(self) -> list[list[int]]:
