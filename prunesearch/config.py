@@ -69,6 +69,7 @@ class LlmConfig(_Section):
     revision: str | None = None
     prompt: str = "Transcribe speech to text.\n"
     lora_targets: tuple[str, ...] | Literal["auto"] = "auto"
+    quantization: Literal["8bit", "4bit"] | None = Field(None, description="by bitsandbytes, on a GPU")
     lora_alpha_per_rank: Positive = 2.0
     lora_dropout: Fraction = 0.1
 
@@ -212,6 +213,10 @@ class TrainingConfig(_Section):
     init: Literal["anchor", "scratch"] = "anchor"
     steps: Count = 100
     batch_size: Count = 8
+    micro_batch: Count | None = Field(
+        None, description="utterances in memory at once; default: the batch. Halved when memory runs out"
+    )
+    gradient_checkpointing: bool = False
     learning_rate: Positive = 1e-3
     lora_learning_rate: Positive | None = Field(None, description="default: learning_rate")
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -220,6 +225,7 @@ class TrainingConfig(_Section):
     final_learning_rate: Fraction = Field(0.1, description="of the peak; the decay is a cosine")
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0
+    tensorboard: bool = False
     rungs: tuple[Fraction, ...] = Field((), description="fractions of the steps after which dev WER is measured")
     rung_margin: Annotated[float, Field(ge=0)] = Field(
         0.1, description="WER by which a smaller or equal candidate must be ahead at a rung to end a trial there"
@@ -239,6 +245,8 @@ class DecodingConfig(_Section):
     """Greedy when `beams` is 1. An utterance's limit is `tokens_per_second` of audio plus `extra_tokens`."""
 
     beams: Count = 1
+    test_beams: Count | None = Field(None, description="default: beams")
+    repetition_penalty: Annotated[float, Field(ge=1)] = 1.0
     tokens_per_second: Positive = 12.0
     extra_tokens: Count = 8
     max_tokens: Count = 128
@@ -378,7 +386,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup": 0.05,
             "final_learning_rate": 0.1,
         },
-        "decoding": {"beams": 2, "max_tokens": 128},
+        "decoding": {"beams": 1, "test_beams": 2, "max_tokens": 128},
         "seed": 42,
     }
 }

@@ -52,11 +52,16 @@ def launch(
     config = load_study(source)
     watcher = watcher or Nobody()
     trials = trials or config.search.trials
+    workshop = None
     if workers <= 1:
-        _Worker.open(config, storage, watcher).run(trials)
+        worker = _Worker.open(config, storage, watcher)
+        worker.run(trials)
+        workshop = worker.workshop
+        if not workshop.team.leads:
+            return config
     else:
         _run_workers(config, workers, trials, storage, watcher)
-    _test_those_that_count(config, storage, watcher)
+    _test_those_that_count(config, workshop, watcher)
     return config
 
 
@@ -72,10 +77,10 @@ def _open_workshop(config: StudyConfig, watcher: Watcher) -> Any:
 
 @dataclass
 class _Worker:
-    """A workshop at work on a study."""
+    """A workshop at work on a study; of a team of processes, the leader alone talks to the storage."""
 
     workshop: Any  # training.workshop.Workshop: torch is imported only when a worker starts
-    study: Any
+    study: Any  # optuna.Study; None for those who follow
     space: SearchSpace
     watcher: Watcher
 
@@ -84,18 +89,26 @@ class _Worker:
         workshop = _open_workshop(config, watcher)
         _ = workshop.corpora  # a mistake in a manifest is told before anything is created
         space = SearchSpace.of(config, workshop.depth)
-        study = open_study(config, open_storage(storage or config.storage.url, config.run_folder), space)
+        study = None
+        if workshop.team.leads:
+            study = open_study(config, open_storage(storage or config.storage.url, config.run_folder), space)
         return cls(workshop, study, space, watcher)
 
     def run(self, trials: int) -> None:
         from prunesearch.plan import params_of_candidates
         from prunesearch.training.evaluate import evaluate
 
-        config, workshop = self.workshop.config, self.workshop
+        config, workshop, team = self.workshop.config, self.workshop, self.workshop.team
         if config.training.init == "anchor":
             workshop.anchor()
 
+        if not team.leads:
+            while (job := team.agree(None)) is not None:
+                evaluate(workshop, *job)
+            return
+
         def evaluated(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+            team.agree((candidate, name))
             return evaluate(workshop, candidate, name, on_rung)
 
         params_of = params_of_candidates(config)
@@ -104,6 +117,7 @@ class _Worker:
             config.search.params_objective, trials, config.run_folder / "claim.lock", config.training.rung_margin,
             on_record=lambda number, record: self.watcher.finished(record, settled(self.study), trials),
         )  # fmt: skip
+        team.agree(None)  # the others may go home
 
 
 def _work_in_own_process(source: Path, number: int, workers: int, trials: int, storage: str | None) -> None:
@@ -165,7 +179,7 @@ def _tell_news(config: StudyConfig, study: Any, told: set[int], trials: int, wat
     return news
 
 
-def _test_those_that_count(config: StudyConfig, storage: str | None, watcher: Watcher) -> None:
+def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher) -> None:
     """Decode the test split for the baselines and the front, where that was not done before."""
     from prunesearch.report.front import pareto_front
     from prunesearch.training.evaluate import decode_test
@@ -176,7 +190,7 @@ def _test_those_that_count(config: StudyConfig, storage: str | None, watcher: Wa
     due = [r for r in complete if (r in front or r.name) and r.test is None]
     if not due:
         return
-    workshop = _open_workshop(config, watcher)
+    workshop = workshop or _open_workshop(config, watcher)
     for done, record in enumerate(due):
         watcher.progress("decoding test", done, len(due))
         decode_test(workshop, record)

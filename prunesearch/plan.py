@@ -9,18 +9,12 @@ from prunesearch.config import StudyConfig, StudyError
 from prunesearch.record import Parameters
 from prunesearch.search.space import SearchSpace
 
-MODEL_HINT = "give a local folder, or a hub name and a network"
-
 
 def _architectures(config: StudyConfig) -> tuple[Any, Any]:
     """The two models' configurations. Raises StudyError when one cannot be read."""
-    from transformers import AutoConfig
+    from prunesearch.model.hub import read_architecture
 
-    try:
-        encoder = AutoConfig.from_pretrained(config.locate(config.encoder.model), revision=config.encoder.revision or "main")
-        llm = AutoConfig.from_pretrained(config.locate(config.llm.model), revision=config.llm.revision or "main")
-    except (OSError, ValueError) as error:
-        raise StudyError([f"a model's configuration cannot be read: {str(error).splitlines()[0]}", MODEL_HINT]) from error
+    encoder, llm = read_architecture(config, config.encoder), read_architecture(config, config.llm)
     if not hasattr(encoder, "encoder_layers") or not hasattr(encoder, "num_mel_bins"):
         raise StudyError([f"encoder.model: must be a Whisper checkpoint, got one of type {encoder.model_type!r}"])
     return encoder, llm

@@ -105,13 +105,15 @@ class Rung(_Frozen):
 
 
 class Cost(_Frozen):
-    """Seconds of wall time and bytes at the peak. Never the same twice: left out when records are compared."""
+    """Seconds of wall time, bytes at the peak, and how many utterances fitted in memory at once. Never the same twice: left
+    out when records are compared."""
 
     trial_seconds: float = 0.0  # all of it
     train_seconds: float = 0.0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    micro_batch: int = 0
 
 
 class RunRecord(_Frozen):

@@ -108,7 +108,7 @@ def test_a_preset_fills_in_and_the_study_overrides(toy: Path, tmp_path: Path) ->
     file = write_study(tmp_path, toy, training={"learning_rate": 5e-4})
     file.write_text('preset = "paper"\n' + file.read_text())
     config = load_study(file)
-    assert (config.training.init, config.training.learning_rate, config.decoding.beams) == ("scratch", 5e-4, 2)
+    assert (config.training.init, config.training.learning_rate, config.decoding.test_beams) == ("scratch", 5e-4, 2)
 
 
 def test_the_fingerprint_ignores_what_may_change_and_nothing_else(toy: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from prunesearch.candidate import Candidate
 from prunesearch.config import StudyError, load_study
 from prunesearch.model.encoder import encode
+from prunesearch.model.slam import SlamAsr
 from prunesearch.record import RunRecord, WordErrors, read_record, read_utterances
 from prunesearch.training import evaluate as evaluation
 from prunesearch.training import finetune as tuning
@@ -151,6 +152,44 @@ def test_a_candidate_with_a_record_is_not_trained_again(
     assert evaluate(workshop, Candidate((2,))) == record
 
 
+def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
+    open_workshop: Callable[..., Workshop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = {"projector": {"dropout": 0.0}, "llm": {"lora_dropout": 0.0}}  # masks depend on the shape of what is masked
+    expected = evaluate(open_workshop("whole", **calm), Candidate((1,), 2))
+    whole = SlamAsr.loss_sum
+
+    def small_memory(self: SlamAsr, states: torch.Tensor, lengths: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
+        if len(texts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, states, lengths, texts)
+
+    halved = open_workshop("halved", **calm)
+    halved.anchor()
+    monkeypatch.setattr(SlamAsr, "loss_sum", small_memory)
+    record = evaluate(halved, Candidate((1,), 2))
+    assert (expected.cost.micro_batch, record.cost.micro_batch) == (4, 1)
+    assert record.losses == pytest.approx(expected.losses, abs=1e-4)
+
+    def no_memory(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SlamAsr, "loss_sum", no_memory)
+    failed = evaluate(halved, Candidate((2,), 2))
+    assert failed.state == "failed"
+    assert "out of memory, with one utterance at a time too" in (failed.reason or "")
+
+
+def test_a_curve_lies_beside_the_record(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop()
+    record = evaluate(workshop, Candidate())
+    lines = (workshop.config.run_folder / "records" / "full" / "curve.jsonl").read_text().splitlines()
+    points = [json.loads(line) for line in lines]
+    assert [p["step"] for p in points] == [1, 8]
+    assert [round(p["loss"], 6) for p in points] == list(record.losses)
+    assert all(p["tokens_per_second"] > 0 and p["memory_bytes"] > 0 and p["learning_rate"] > 0 for p in points)
+
+
 def test_divergence_is_recorded_with_its_step(open_workshop: Callable[..., Workshop]) -> None:
     workshop = open_workshop(training={"learning_rate": 1e30, "clip": 1e30})
     record = evaluate(workshop, Candidate((), 2))
@@ -176,7 +215,9 @@ def test_a_rung_can_end_a_trial_and_its_partial_record_is_kept(open_workshop: Ca
 
 def test_decoding_the_test_split_uses_the_candidates_own_weights(toy: Path, tmp_path: Path) -> None:
     # a test split that is the dev split: the same weights must make the same errors
-    workshop = Workshop.open(load_study(write_study(tmp_path / "s", toy, data={"test": str(toy / "dev.jsonl")})))
+    again = toy / "dev-again.jsonl"
+    again.write_text((toy / "dev.jsonl").read_text())
+    workshop = Workshop.open(load_study(write_study(tmp_path / "s", toy, data={"test": str(again)})))
     records = workshop.config.run_folder / "records"
     for candidate in (Candidate((1,), 4), Candidate((), 0)):
         tested = decode_test(workshop, evaluate(workshop, candidate))
@@ -243,7 +284,10 @@ def test_lora_targets_that_the_llm_lacks_are_told_before_anything_runs(toy: Path
 
 
 def test_models_that_cannot_be_had_are_one_clear_error(toy: Path, tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="cannot be loaded"):
+    offline = r"the hub cannot be reached, and nobody/{} is not in its cache on this machine\ngive a local folder instead: {}"
+    with pytest.raises(StudyError, match=offline.format("no-such-model", "llm.model")):
         Workshop.open(load_study(write_study(tmp_path / "a", toy, llm={"model": "nobody/no-such-model"})))
-    with pytest.raises(StudyError, match="cannot be loaded"):
+    with pytest.raises(StudyError, match=offline.format("no-such-whisper", "encoder.model")):
         Workshop.open(load_study(write_study(tmp_path / "b", toy, encoder={"model": "nobody/no-such-whisper"})))
+    with pytest.raises(StudyError, match="there is no folder /nowhere/at/all"):
+        Workshop.open(load_study(write_study(tmp_path / "c", toy, encoder={"model": "/nowhere/at/all"})))

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from prunesearch.config import LlmConfig, StudyError
 
@@ -38,7 +39,12 @@ def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype) -> Llm:
     """Load from a folder or the hub; safetensors only, no remote code. Raises OSError when there is no such model."""
     tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision or "main")
     model = AutoModelForCausalLM.from_pretrained(
-        source, revision=config.revision or "main", dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+        source,
+        revision=config.revision or "main",
+        dtype=dtype,
+        use_safetensors=True,
+        attn_implementation="sdpa",
+        quantization_config=_quantization(config, dtype),
     )
     model.requires_grad_(False).eval()
     # The states whose logits are wanted come as a slice. A matrix product with a sliced (B, S, D) cannot be folded to two
@@ -53,6 +59,18 @@ def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype) -> Llm:
         eos=eos,
         pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos,
     )
+
+
+def _quantization(config: LlmConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if config.quantization is None:
+        return None
+    if not torch.cuda.is_available():
+        raise StudyError([f"llm.quantization: {config.quantization!r} needs a GPU, and there is none; leave the key out"])
+    if find_spec("bitsandbytes") is None:
+        raise StudyError(["llm.quantization: bitsandbytes is not installed: pip install 'prunesearch[quantized]'"])
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def embedding_scale(model: PreTrainedModel) -> float:

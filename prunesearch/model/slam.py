@@ -59,8 +59,12 @@ class SlamAsr:
         )
         return out.logits
 
-    def loss(self, states: Tensor, lengths: Tensor, texts: list[list[int]]) -> Tensor:
-        """Cross-entropy, mean over the batch's text tokens (nats)."""
+    def loss_sum(self, states: Tensor, lengths: Tensor, texts: list[list[int]]) -> Tensor:
+        """Cross-entropy, summed over the batch's text tokens (nats)."""
         labels = pad_tokens(texts, -100).to(states.device)
         logits = self.logits(states, lengths, labels.clamp(min=0))
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+    def loss(self, states: Tensor, lengths: Tensor, texts: list[list[int]]) -> Tensor:
+        """Cross-entropy, mean over the batch's text tokens (nats)."""
+        return self.loss_sum(states, lengths, texts) / sum(map(len, texts))

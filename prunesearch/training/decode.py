@@ -44,8 +44,9 @@ def transcribe(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+    beams: int | None = None,
 ) -> list[UtteranceResult]:
-    """The utterances at `indices`, decoded and scored, in that order."""
+    """The utterances at `indices`, decoded with `beams` (default: the study's) and scored, in that order."""
     texts: dict[int, str] = {}
     batches = by_length([states.length(i) for i in indices], config.decoding.batch_size)
     for done, rows in enumerate(batches):
@@ -59,7 +60,8 @@ def transcribe(
                 attention_mask=mask,
                 generation_config=GenerationConfig(
                     max_new_tokens=int(limits.max()),
-                    num_beams=config.decoding.beams,
+                    num_beams=beams or config.decoding.beams,
+                    repetition_penalty=config.decoding.repetition_penalty,
                     do_sample=False,
                     eos_token_id=slam.llm.eos,
                     pad_token_id=slam.llm.pad,

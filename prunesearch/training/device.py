@@ -7,18 +7,17 @@ import sys
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunesearch.config import StudyError
 
 
-def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """bf16 where the GPU or the processor computes in it, else fp32. Raises StudyError for a bf16 that is not there."""
-    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else bool(torch.cpu._is_avx512_bf16_supported())
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported()
+    else:
+        has_bf16 = device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
     if precision == "bf16" and not has_bf16:
         raise StudyError([f'training.precision: "bf16" is not supported by this {device.type}; "auto" or "fp32" is'])
     return torch.bfloat16 if has_bf16 and precision != "fp32" else torch.float32
@@ -27,6 +26,11 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
     """bf16 arithmetic for trained weights that stay fp32; nothing where the dtype is fp32."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def attention_for_training(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """On a CPU, the backward pass of torch's flash attention takes longer than plain matrix products do."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def seed_everything(seed: int) -> None:

@@ -28,9 +28,10 @@ from prunesearch.record import (
     write_record,
     write_utterances,
 )
+from prunesearch.training.curve import LearningCurve
 from prunesearch.training.decode import transcribe
 from prunesearch.training.device import peak_memory_bytes
-from prunesearch.training.finetune import Diverged, Progressed, Pruned, finetune, restore, trainable
+from prunesearch.training.finetune import CurvePoint, Diverged, Progressed, Pruned, finetune, restore, trainable
 from prunesearch.training.workshop import Workshop, save_weights
 
 OnRung = Callable[[int, WordErrors], bool]  # step, dev errors -> whether to stop here
@@ -41,16 +42,17 @@ def _keep_going(step: int, errors: WordErrors) -> bool:
 
 
 def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, on_rung: OnRung = _keep_going) -> RunRecord:
-    """Train and score a candidate under the study's budget, and write its record, utterances and weights.
+    """Train and score a candidate under the study's budget, and write its record, utterances, curve and weights.
 
     A candidate that has a record already is not trained again; one that was killed goes on from its checkpoint.
-    A run whose loss is no longer finite is recorded as failed; one that `on_rung` stops, as pruned.
+    A run whose loss is no longer finite is recorded as failed; one that `on_rung` stops, as pruned. Every process of a
+    team calls this; the leader decodes, decides and writes.
     """
-    config, records = workshop.config, workshop.config.run_folder / "records"
-    if finished := read_record(records, candidate):
+    config, records, team = workshop.config, workshop.config.run_folder / "records", workshop.team
+    if finished := team.agree(read_record(records, candidate)):
         return finished
     folder = record_folder(records, candidate)
-    device, dtype, dev = workshop.device, workshop.dtype, workshop.corpora["dev"]
+    dtype, dev = workshop.dtype, workshop.corpora["dev"]
     begin = time.perf_counter()
 
     encoder = workshop.pruned_encoder(candidate)
@@ -60,47 +62,56 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
         parameters = count_parameters(encoder, projector, model)
 
         started = time.perf_counter()
-        train_states = workshop.encoded(encoder, "train", [i for batch in workshop.budget.batches for i in batch])
-        dev_states = workshop.encoded(encoder, "dev", workshop.used("dev"))
+        train_states = workshop.encoded(encoder, "train", workshop.drawn(workshop.budget))
+        dev_states = workshop.encoded(encoder, "dev", workshop.used("dev")) if team.leads else None
         encode_seconds = time.perf_counter() - started
 
         decoded: list[SplitResult] = []
         decode_seconds = 0.0
 
-        def decode_dev() -> SplitResult:
+        def decode_dev() -> SplitResult | None:
+            """The leader's; the others wait where they next agree on something."""
             nonlocal decode_seconds
+            if dev_states is None:
+                return None
             started = time.perf_counter()
-            results = transcribe(slam, dev_states, dev, workshop.used("dev"), config, device, dtype, workshop.progress)
+            results = transcribe(slam, dev_states, dev, workshop.used("dev"), config, team.device, dtype, workshop.progress)
             write_utterances(records, candidate, "dev", results)
             decoded.append(SplitResult.of(results))
             decode_seconds += time.perf_counter() - started
             return decoded[-1]
 
         def at_rung(progressed: Progressed) -> None:
-            errors = decode_dev().errors
-            progressed.rungs.append((progressed.step, errors.model_dump()))
-            if on_rung(progressed.step, errors):
+            dev_result, stop = decode_dev(), False
+            if dev_result is not None:
+                progressed.rungs.append((progressed.step, dev_result.errors.model_dump()))
+                stop = on_rung(progressed.step, dev_result.errors)
+            if team.agree(stop):
                 raise Pruned(progressed)
 
-        budget, label = workshop.budget, name or candidate.key
+        def on_step(point: CurvePoint) -> None:
+            curve.add(point)
+            workshop.progress(f"{name or candidate.key}, loss {point.loss:.2f}", point.step, budget.steps)
+
+        budget = workshop.budget
         rung_steps = {round(fraction * budget.steps) or 1 for fraction in config.training.rungs}
-        progressed = Progressed()
+        progressed = Progressed(config.training.batch_size)
         state: Literal["complete", "pruned", "failed"] = "complete"
         reason = None
-        try:
-            progressed = finetune(
-                slam, train_states, workshop.targets, budget, config.training, device, dtype, folder / "checkpoint.pt",
-                rungs=dict.fromkeys(rung_steps, at_rung),
-                on_step=lambda step, loss: workshop.progress(f"{label}, loss {loss:.2f}", step, budget.steps),
-            )  # fmt: skip
-            decode_dev()
-        except Pruned as stop:
-            progressed, state, reason = stop.args[0], "pruned", f"dominated at step {stop.args[0].step}"
-        except Diverged as stop:
-            (reason, progressed), state = stop.args, "failed"
-        except torch.OutOfMemoryError as stop:
-            state, reason = "failed", f"out of memory: a smaller training.batch_size may fit ({str(stop).splitlines()[0]})"
-        if state != "failed":
+        with LearningCurve(folder, config.run_folder, config.training.tensorboard, team.leads) as curve:
+            try:
+                progressed = finetune(
+                    slam, train_states, workshop.targets, budget, config.training, team, dtype, folder / "checkpoint.pt",
+                    rungs=dict.fromkeys(rung_steps, at_rung), on_step=on_step,
+                )  # fmt: skip
+                decode_dev()
+            except Pruned as stop:
+                progressed, state, reason = stop.args[0], "pruned", f"dominated at step {stop.args[0].step}"
+            except Diverged as stop:
+                (reason, progressed), state = stop.args, "failed"
+            except torch.OutOfMemoryError as stop:
+                state, reason = "failed", f"out of memory, with one utterance at a time too ({str(stop).splitlines()[0]})"
+        if state != "failed" and team.leads:
             save_weights(folder / "weights.safetensors", slam)
 
     record = RunRecord(
@@ -122,12 +133,15 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
             encode_seconds=round(encode_seconds, 2),
             decode_seconds=round(decode_seconds, 2),
             trial_seconds=round(time.perf_counter() - begin, 2),
-            peak_memory_bytes=peak_memory_bytes(device),
+            peak_memory_bytes=peak_memory_bytes(team.device),
+            micro_batch=progressed.micro_batch,
         ),
         provenance=provenance(workshop),
     )
-    write_record(records, record)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    record = team.agree(record)
+    if team.leads:
+        write_record(records, record)
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
     return record
 
 
@@ -145,8 +159,9 @@ def decode_test(workshop: Workshop, record: RunRecord) -> RunRecord:
         indices = workshop.used("test")
         states = workshop.encoded(encoder, "test", indices)
         results = transcribe(
-            slam, states, workshop.corpora["test"], indices, config, workshop.device, workshop.dtype, workshop.progress
-        )
+            slam, states, workshop.corpora["test"], indices, config, workshop.device, workshop.dtype, workshop.progress,
+            beams=config.decoding.test_beams or config.decoding.beams,
+        )  # fmt: skip
     write_utterances(records, record.candidate, "test", results)
     tested = record.model_copy(update={"test": SplitResult.of(results)})
     write_record(records, tested)
@@ -176,6 +191,7 @@ def provenance(workshop: Workshop) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optuna", "jiwer")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": workshop.team.size,
         "dtype": str(workshop.dtype).removeprefix("torch."),
         "fingerprint": workshop.config.fingerprint(),
         "config": workshop.config.model_dump(mode="json", exclude={"storage"}),

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio
 from prunesearch.speech.corpus import Progress, Utterance
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import autocast
+from prunesearch.training.team import Team
 
 ENCODING_BATCH = 32
 
@@ -47,6 +49,58 @@ class StateStore:
             first, length = self.spans[i]
             row[:length] = self.values[first : first + length]
         return states.to(device, non_blocking=True), torch.tensor(lengths, device=device)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A step's batch, and the states of this process' share of it."""
+
+    batch: Sequence[int]
+    share: Sequence[int]
+    states: Tensor  # (B, T, D)
+    lengths: list[int]
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Some rows, cut to the longest of them: (b, t, D), (b,)."""
+        lengths = self.lengths[rows]
+        return self.states[rows, : max(lengths)], torch.tensor(lengths, device=self.states.device)
+
+
+@dataclass(frozen=True)
+class Prefetched:
+    """Steps and their batches; for a GPU, each is read while the step before it computes, so that it never waits.
+
+    A CPU has nothing to gain from it: the second thread's OpenMP team would only get in the way of the first one's.
+    """
+
+    states: StateStore
+    batches: Sequence[Sequence[int]]
+    first: int
+    team: Team
+
+    def __iter__(self) -> Iterator[tuple[int, Fetched]]:
+        steps = range(self.first, len(self.batches))
+        if self.team.device.type == "cpu":
+            yield from ((step, self._read(step)) for step in steps)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            upcoming = [reader.submit(self._read, step) for step in steps[:1]]
+            for step in steps:
+                fetched = upcoming.pop().result()
+                if step + 1 < len(self.batches):
+                    upcoming.append(reader.submit(self._read, step + 1))
+                yield step, fetched
+
+    def _read(self, step: int) -> Fetched:
+        batch = self.batches[step]
+        share = self.team.share(batch)
+        if not share:
+            return Fetched(batch, share, self.states.values.new_zeros(0, 0, 0), [])
+        device = self.team.device
+        hidden, lengths = self.states.batch(share, torch.device("cpu"))
+        if device.type == "cuda":
+            hidden = hidden.pin_memory()
+        return Fetched(batch, share, hidden.to(device, non_blocking=True), lengths.tolist())
 
 
 def _mapped(path: str | Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 from prunesearch.config import TrainingConfig
 from prunesearch.model.llm import lora_parameters
 from prunesearch.model.slam import SlamAsr
-from prunesearch.training.device import autocast, seed_everything
-from prunesearch.training.features import StateStore
+from prunesearch.training.device import attention_for_training, autocast, peak_memory_bytes, seed_everything
+from prunesearch.training.features import Fetched, Prefetched, StateStore
+from prunesearch.training.team import Team
 
 LOSS_EVERY = 10  # steps between two points of the recorded loss curve
 
@@ -45,10 +46,23 @@ class Budget:
 class Progressed:
     """How far a fine-tune has come; what a checkpoint holds beside weights and optimiser."""
 
+    micro_batch: int
     step: int = 0
     seconds: float = 0.0
+    tokens: int = 0  # audio embeddings and text tokens that the LLM has read
     losses: list[float] = field(default_factory=list)
     rungs: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A point of the learning curve: loss in nats per token, the projector's learning rate, tokens a second, bytes."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    memory_bytes: int
 
 
 def trainable(slam: SlamAsr) -> dict[str, torch.nn.Parameter]:
@@ -63,16 +77,17 @@ def finetune(
     targets: Sequence[list[int]],
     budget: Budget,
     config: TrainingConfig,
-    device: torch.device,
+    team: Team,
     dtype: torch.dtype,
     checkpoint: Path | None = None,
     rungs: dict[int, Callable[[Progressed], None]] | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[CurvePoint], None] | None = None,
 ) -> Progressed:
     """Train `slam` in place for the budget's steps, going on from `checkpoint` where there is one.
 
     `rungs` maps a step to what is done after it; it may raise Pruned. Every step draws its randomness from the seed
-    and its own number alone, so that a resumed fine-tune ends in the weights of an uninterrupted one.
+    and its own number alone, so that a resumed fine-tune ends in the weights of an uninterrupted one. A batch that does
+    not fit in memory is halved into micro-batches, whose gradients add up to the batch's; the steps stay the same.
     Raises Diverged when the loss is not finite.
     """
     weights = trainable(slam)
@@ -80,46 +95,86 @@ def finetune(
     projector = [p for name, p in weights.items() if name.startswith("projector.")]
     groups = [{"params": projector, "peak": budget.learning_rate}, {"params": lora, "peak": budget.lora_learning_rate}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, weight_decay=config.weight_decay)
-    progressed = _resume(checkpoint, weights, optimizer) or Progressed()
+    progressed = _resume(checkpoint, weights, optimizer) or Progressed(micro_batch=config.micro_batch or config.batch_size)
     begin, saved = time.perf_counter() - progressed.seconds, time.perf_counter()
     parameters = [*projector, *lora]
 
-    slam.projector.train()
-    slam.model.train()
-    for step in range(progressed.step, budget.steps):
-        seed_everything(budget.seed * 1_000_003 + step)
-        batch = budget.batches[step]
-        hidden, lengths = states.batch(batch, device)
-        with autocast(device, dtype):
-            loss = slam.loss(hidden, lengths, [targets[i] for i in batch])
-        loss.backward()
+    def train(on: bool) -> None:
+        slam.projector.train(on)
+        slam.model.train(on)
+
+    train(True)
+    for step, fetched in Prefetched(states, budget.batches, progressed.step, team):
+        loss = _gradients(slam, fetched, targets, budget.seed * 1_000_003 + step, progressed, team, dtype, parameters)
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        rate = schedule(step, budget.steps, config.warmup, config.final_learning_rate)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, budget.steps, config.warmup, config.final_learning_rate)
+            group["lr"] = group["peak"] * rate
         optimizer.step()
         optimizer.zero_grad()
         progressed.step = step + 1
         progressed.seconds = time.perf_counter() - begin
+        progressed.tokens += sum(fetched.lengths) // slam.projector.stack + sum(len(targets[i]) for i in fetched.batch)
         if step % LOSS_EVERY == 0 or step + 1 == budget.steps:
-            value = loss.item()
+            value = team.total(loss.item())
             if not math.isfinite(value):
                 raise Diverged(f"the loss became {value} at step {step + 1}", progressed)
             progressed.losses.append(round(value, 6))
             if on_step:
-                on_step(step + 1, value)
+                pace = progressed.tokens / max(progressed.seconds, 1e-9)
+                on_step(CurvePoint(step + 1, value, rate * budget.learning_rate, pace, peak_memory_bytes(team.device)))
         if rungs and step + 1 in rungs:
-            slam.projector.eval()
-            slam.model.eval()
+            train(False)
             rungs[step + 1](progressed)
-            slam.projector.train()
-            slam.model.train()
+            train(True)
         now = time.perf_counter()
         if checkpoint and now - saved > config.checkpoint_seconds and step + 1 < budget.steps:
-            _save(checkpoint, weights, optimizer, progressed)
+            if team.leads:
+                _save(checkpoint, weights, optimizer, progressed)
             saved = now
-    slam.projector.eval()
-    slam.model.eval()
+    train(False)
     return progressed
+
+
+def _gradients(
+    slam: SlamAsr,
+    fetched: Fetched,
+    targets: Sequence[list[int]],
+    seed: int,
+    progressed: Progressed,
+    team: Team,
+    dtype: torch.dtype,
+    parameters: Sequence[torch.nn.Parameter],
+) -> Tensor:
+    """Leave the whole batch's gradients in the parameters; returns this member's part of its mean loss per token.
+
+    Every member halves its micro-batch when one of them runs out of memory.
+    """
+    tokens = sum(len(targets[i]) for i in fetched.batch)
+    while True:
+        seed_everything(seed + (team.rank << 40))
+        loss = torch.zeros((), device=team.device)
+        problem = None
+        try:
+            for first in range(0, len(fetched.share), progressed.micro_batch):
+                rows = slice(first, first + progressed.micro_batch)
+                hidden, lengths = fetched.rows(rows)
+                with autocast(team.device, dtype), attention_for_training(team.device):
+                    part = slam.loss_sum(hidden, lengths, [targets[i] for i in fetched.share[rows]]) / tokens
+                part.backward()
+                loss = loss + part.detach()
+        except torch.OutOfMemoryError as error:
+            problem = error.with_traceback(None)  # the traceback's frames hold tensors
+        if not (team.total(problem is not None) if team.size > 1 else problem):
+            team.sum_gradients(parameters)
+            return loss
+        if progressed.micro_batch == 1:
+            raise problem or torch.OutOfMemoryError("another process of the team ran out of memory")
+        progressed.micro_batch = (min(progressed.micro_batch, len(fetched.share)) + 1) // 2
+        for p in parameters:
+            p.grad = None
+        if team.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def schedule(step: int, steps: int, warmup: float, final: float) -> float:

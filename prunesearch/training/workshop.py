@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -17,6 +16,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from prunesearch.candidate import Candidate, baselines
 from prunesearch.config import StudyConfig, StudyError
 from prunesearch.model.encoder import load_encoder, remove_layers
+from prunesearch.model.hub import cannot_be_had
 from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora_targets
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SlamAsr
@@ -25,9 +25,10 @@ from prunesearch.speech.audio import SAMPLE_RATE
 from prunesearch.speech.corpus import SPLITS, Progress, Split, Utterance, checked_corpus
 from prunesearch.training.batches import plan_batches
 from prunesearch.training.decode import transcribe
-from prunesearch.training.device import pick_device, pick_dtype
+from prunesearch.training.device import pick_dtype
 from prunesearch.training.features import StateStore, finish_encoding, prefix_states
 from prunesearch.training.finetune import Budget, Progressed, finetune, trainable
+from prunesearch.training.team import Team
 
 
 def _silent(what: str, done: int, of: int) -> None:
@@ -39,7 +40,7 @@ class Workshop:
     """One per worker. Models are loaded when it is opened; states and anchor when they are first asked for."""
 
     config: StudyConfig
-    device: torch.device
+    team: Team
     dtype: torch.dtype
     encoder: WhisperEncoder
     extractor: Any
@@ -49,26 +50,33 @@ class Workshop:
     @classmethod
     def open(cls, config: StudyConfig, progress: Progress = _silent) -> "Workshop":
         """Load the study's models. Raises StudyError when one of them cannot be had."""
-        device = pick_device()
-        dtype = pick_dtype(config.training.precision, device)
+        team = Team.assemble()
+        device, dtype = team.device, pick_dtype(config.training.precision, team.device)
+        source = config.locate(config.encoder.model)
         try:
-            encoder = load_encoder(config.locate(config.encoder.model), config.encoder.revision, dtype)
-            extractor = AutoFeatureExtractor.from_pretrained(
-                config.locate(config.encoder.model), revision=config.encoder.revision or "main"
-            )
-            llm = load_llm(config.locate(config.llm.model), config.llm, dtype)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise StudyError(
-                [f"a model cannot be loaded: {reason}", "give a local folder, or a hub name and a network"]
-            ) from error
+            encoder = load_encoder(source, config.encoder.revision, dtype)
+            extractor = AutoFeatureExtractor.from_pretrained(source, revision=config.encoder.revision or "main")
+        except (OSError, ValueError) as error:
+            raise cannot_be_had(config.encoder, source, error) from error
+        source = config.locate(config.llm.model)
+        try:
+            llm = load_llm(source, config.llm, dtype)
+        except (OSError, ValueError) as error:
+            raise cannot_be_had(config.llm, source, error) from error
         lora_targets(llm.model, config.llm)  # a wrong name is told now, not when the first LoRA is made
         encoder.requires_grad_(False).eval().to(device)
-        llm.model.to(device)
-        workshop = cls(config, device, dtype, encoder, extractor, llm, progress)
+        if config.llm.quantization is None:  # bitsandbytes has put its models where they belong
+            llm.model.to(device)
+        if config.training.gradient_checkpointing:
+            llm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        workshop = cls(config, team, dtype, encoder, extractor, llm, progress if team.leads else _silent)
         if outside := [i for i in config.removable(workshop.depth) if i >= workshop.depth]:
             raise StudyError([f"search.removable_layers: must lie in [0, {workshop.depth}), got {outside[0]}"])
         return workshop
+
+    @property
+    def device(self) -> torch.device:
+        return self.team.device
 
     @property
     def depth(self) -> int:
@@ -115,6 +123,10 @@ class Workshop:
         anchor = self.config.anchor
         return self._budget(anchor.steps, anchor.learning_rate, anchor.learning_rate, "anchor")
 
+    def drawn(self, budget: Budget) -> list[int]:
+        """The utterances of train that this process' steps will need, each once."""
+        return sorted({i for batch in budget.batches for i in self.team.share(batch)})
+
     def used(self, split: Split) -> list[int]:
         """The utterances that the study touches: all of dev and test; of train, those that some step draws."""
         if split != "train":
@@ -156,26 +168,26 @@ class Workshop:
         folder = self.config.run_folder / "anchor"
         weights = folder / "projector.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
-            if weights.exists():
+        with self.team.lock(folder / "lock"):
+            if self.team.agree(weights.exists()):
                 return weights
             slam = SlamAsr(self.fresh_projector(), self.llm, self.llm.model)
             encoder = self.pruned_encoder(Candidate())
-            train = self.encoded(encoder, "train", sorted({i for b in self.anchor_budget.batches for i in b}))
+            train = self.encoded(encoder, "train", self.drawn(self.anchor_budget))
             steps = self.anchor_budget.steps
             done = finetune(
-                slam, train, self.targets, self.anchor_budget, self.config.training, self.device, self.dtype,
-                folder / "checkpoint.pt", on_step=lambda step, loss: self.progress(f"anchor, loss {loss:.2f}", step, steps),
+                slam, train, self.targets, self.anchor_budget, self.config.training, self.team, self.dtype,
+                folder / "checkpoint.pt", on_step=lambda p: self.progress(f"anchor, loss {p.loss:.2f}", p.step, steps),
             )  # fmt: skip
-            results = transcribe(
-                slam, self.encoded(encoder, "dev", self.used("dev")), self.corpora["dev"], self.used("dev"),
-                self.config, self.device, self.dtype,
-            )  # fmt: skip
-            self._write_anchor_log(folder, done, SplitResult.of(results))
-            partial = folder / "projector.partial"
-            save_file({name: p.detach().cpu().contiguous() for name, p in slam.projector.state_dict().items()}, partial)
-            partial.replace(weights)
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            if self.team.leads:
+                dev = self.encoded(encoder, "dev", self.used("dev"))
+                results = transcribe(slam, dev, self.corpora["dev"], self.used("dev"), self.config, self.device, self.dtype)
+                self._write_anchor_log(folder, done, SplitResult.of(results))
+                partial = folder / "projector.partial"
+                save_file({name: p.detach().cpu().contiguous() for name, p in slam.projector.state_dict().items()}, partial)
+                partial.replace(weights)
+                (folder / "checkpoint.pt").unlink(missing_ok=True)
+            self.team.agree(None)  # the others read what the leader has written
         return weights
 
     def _write_anchor_log(self, folder: Path, done: Progressed, dev: SplitResult) -> None:

@@ -1,8 +1,7 @@
 """Speak the study's corpus, and a larger one to pretrain its encoder on. Needs espeak-ng.
 
-    python make_corpus.py study OUT            # OUT/{train,dev,test}.jsonl with Opus files beside them
-    python make_corpus.py pretrain OUT         # OUT/pretrain.npz: log-mel features and texts, 13 hours
-    python make_corpus.py pretrain-varied OUT  # the same, 10 hours, with throats of other sizes, and through Opus
+    python make_corpus.py study OUT        # OUT/{train,dev,test}.jsonl with Opus files beside them
+    python make_corpus.py pretraining OUT  # OUT/pretraining.npz: log-mel features and texts, 15 hours
 
 Phrases of test and dev occur in no other split; nor do their voice variants. The same command makes the same corpus,
 up to the version of espeak-ng (1.51 was used).
@@ -20,9 +19,9 @@ from phrases import LANGUAGES, draw_distinct
 from speech import SAMPLE_RATE, another_throat, record, through_opus, write_opus
 
 STUDY_UTTERANCES = {"test": 300, "dev": 180, "train": 780}
-PRETRAIN_UTTERANCES = {"pretrain": 21_000, "pretrain-varied": 16_000}
+PRETRAINING_UTTERANCES = 24_000
 STUDY_NOISE = (12.0, 30.0)  # dB
-PRETRAIN_NOISE = (5.0, 35.0)  # dB
+PRETRAINING_NOISE = (8.0, 35.0)  # dB
 MAX_SECONDS = 7.9
 
 
@@ -30,7 +29,7 @@ def phrases_of_every_split() -> dict[str, list[tuple[str, str]]]:
     """(language, text) by split, with no phrase in two splits; languages in equal shares."""
     taken: set[str] = set()
     splits = {}
-    for split, count in {**STUDY_UTTERANCES, **PRETRAIN_UTTERANCES}.items():
+    for split, count in {**STUDY_UTTERANCES, "pretraining": PRETRAINING_UTTERANCES}.items():
         rng = random.Random(split)
         pairs = [(language, t) for language in LANGUAGES for t in draw_distinct(count // len(LANGUAGES), language, rng, taken)]
         rng.shuffle(pairs)
@@ -43,17 +42,20 @@ def speak(job: tuple[int, str, str, str]) -> tuple[np.ndarray, str, str]:
     seed, split, language, text = job
     rng = random.Random(f"{split} {seed}")
     while True:
-        voices, noise = (split, STUDY_NOISE) if split in STUDY_UTTERANCES else ("train", PRETRAIN_NOISE)
+        voices, noise = (split, STUDY_NOISE) if split in STUDY_UTTERANCES else ("train", PRETRAINING_NOISE)
         samples, voice = record(text, language, voices, rng, noise)
-        if split == "pretrain-varied":
-            samples = through_opus(another_throat(samples, rng.uniform(0.87, 1.15)))
+        if split == "pretraining":
+            if rng.random() < 0.5:
+                samples = another_throat(samples, rng.uniform(0.87, 1.15))
+            if rng.random() < 0.35:  # it takes longer than everything else
+                samples = through_opus(samples)
         if len(samples) <= MAX_SECONDS * SAMPLE_RATE:
             return samples, voice.variant, voice.accent
 
 
 def make_study(out: Path) -> None:
     for split, pairs in phrases_of_every_split().items():
-        if split in PRETRAIN_UTTERANCES:
+        if split not in STUDY_UTTERANCES:
             continue
         (out / split).mkdir(parents=True, exist_ok=True)
         jobs = [(i, split, language, text) for i, (language, text) in enumerate(pairs)]
@@ -73,23 +75,23 @@ def _mel(job: tuple[int, str, str, str]) -> np.ndarray:
     return features["input_features"][0].T.astype(np.float16)  # (frames, mels)
 
 
-def make_pretrain(out: Path, split: str) -> None:
+def make_pretraining(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    pairs = phrases_of_every_split()[split]
-    jobs = [(i, split, language, text) for i, (language, text) in enumerate(pairs)]
+    pairs = phrases_of_every_split()["pretraining"]
+    jobs = [(i, "pretraining", language, text) for i, (language, text) in enumerate(pairs)]
     with ProcessPoolExecutor() as pool:
         mels = list(pool.map(_mel, jobs, chunksize=64))
     lengths = np.array([len(m) for m in mels])
-    np.savez(out / f"{split}.npz", mels=np.concatenate(mels), lengths=lengths, texts=np.array([t for _, t in pairs]))
+    np.savez(out / "pretraining.npz", mels=np.concatenate(mels), lengths=lengths, texts=np.array([t for _, t in pairs]))
     print(f"{len(mels)} phrases, {lengths.sum() * 256 / SAMPLE_RATE / 3600:.1f} hours")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["study", *PRETRAIN_UTTERANCES])
+    parser.add_argument("what", choices=["study", "pretraining"])
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "study":
         make_study(arguments.out)
     else:
-        make_pretrain(arguments.out, arguments.what)
+        make_pretraining(arguments.out)

@@ -1,11 +1,11 @@
 """Pretrain the quickstart's Whisper encoder on synthetic speech.
 
-    python pretrain_encoder.py OUT/pretrain.npz ../llm ../encoder --minutes 47
-    python pretrain_encoder.py OUT/pretrain-varied.npz ../llm ../encoder --minutes 18 --go-on --peak 1.2e-3
+    python pretrain_encoder.py BIG/pretraining.npz ../llm ../encoder --minutes 120
+
 
 As Whisper is trained: encoder and decoder, cross-entropy on the text. A CTC loss on the encoder's output is added
 (hybrid CTC/attention, Watanabe et al. 2017), since it makes the alignment appear in minutes instead of hours. The
-decoder and the CTC head are thrown away; no layer is dropped, weighted or treated differently from another.
+decoder and the CTC head stay behind, beside the corpus; no layer is dropped, weighted or treated differently.
 """
 
 import argparse
@@ -52,9 +52,14 @@ def main(data: Path, llm: Path, out: Path, minutes: float, go_on: bool, peak: fl
 
     shape = config(len(tokenizer))
     model = WhisperForConditionalGeneration(shape)
+    ctc = nn.Linear(shape.d_model, len(letters))
+    left_behind = data.with_name("decoder.pt")
     if go_on:
         model.model.encoder.load_state_dict(load_encoder(out).state_dict())
-    ctc = nn.Linear(shape.d_model, len(letters))
+        if left_behind.exists():
+            states = torch.load(left_behind, weights_only=True)
+            model.model.decoder.load_state_dict(states["decoder"])
+            ctc.load_state_dict(states["ctc"])
     parameters = [p for p in (*model.parameters(), *ctc.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     held_out = set(range(300))  # a look at progress; the study's own dev and test speakers are not here
@@ -123,7 +128,7 @@ def main(data: Path, llm: Path, out: Path, minutes: float, go_on: bool, peak: fl
         model.train()
         print(f"== epoch {epoch}: held out: attention {attention:.3f} ctc {aligned:.3f}", flush=True)
         save(model, out)
-    save(model, out)
+        torch.save({"decoder": model.model.decoder.state_dict(), "ctc": ctc.state_dict()}, left_behind)
 
 
 def save(model: WhisperForConditionalGeneration, out: Path) -> None:
@@ -137,7 +142,7 @@ if __name__ == "__main__":
     parser.add_argument("llm", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=47)
-    parser.add_argument("--go-on", action="store_true", help="from the encoder that OUT holds")
+    parser.add_argument("--go-on", action="store_true", help="from the encoder that OUT holds, and its decoder if it is there")
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
     arguments = parser.parse_args()
     main(**vars(arguments))

@@ -51,9 +51,9 @@ def main(out: Path, minutes: float) -> None:
     rng = random.Random(0)
     splits = phrases_of_every_split()
     unseen = {text for split in ("dev", "test") for _, text in splits[split]}
-    tokenizer = train_tokenizer([text for _, text in splits["pretrain"]])
+    tokenizer = train_tokenizer([text for _, text in splits["pretraining"]])
     tokenizer.save_pretrained(out)
-    letters = "".join(sorted({c for _, text in splits["pretrain"] for c in text}))
+    letters = "".join(sorted({c for _, text in splits["pretraining"] for c in text}))
     pieces = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
 
     shape = LlamaConfig(

@@ -1,13 +1,17 @@
 """Synthetic speakers: a phrase, said by espeak-ng in one of many voices, in a room, with noise. Mono, 16 kHz.
 
-A *voice variant* of espeak-ng changes formants, breathiness, tremor and pitch range. Variants are dealt to the splits
-once and for all, so that dev and test are spoken by voices which nothing was ever trained on.
+A *voice variant* of espeak-ng changes formants, breathiness, tremor and pitch range. Its own variants are dealt to the
+splits once and for all, so that dev and test are spoken by voices which nothing was ever trained on; training also
+hears hundreds of variants that are drawn at random (`made_up_variant`).
 """
 
 import io
+import os
 import random
 import subprocess
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,7 @@ SAMPLE_RATE = 16_000
 ACCENTS = {
     "da": ("da",),
     "nl": ("nl",),
-    "en": ("en-gb", "en-us", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc"),
+    "en": ("en", "en-us", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc"),  # espeak-ng 1.51 ignores the variant of "en-gb"
 }
 
 # Variants that stay intelligible; the whispered, demonic and effect voices are left out.
@@ -35,6 +39,50 @@ VARIANTS = {
 }
 
 
+MADE_UP = 200  # espeak-ng takes 349 voices in all
+
+
+def made_up_variant(seed: int) -> str:
+    """A voice file of espeak-ng: a throat of random size, with formants, breath and tremor around the usual."""
+    rng = random.Random(seed)
+    size, pitch = rng.uniform(0.84, 1.28), rng.uniform(65, 210)
+    lines = ["language variant", f"name made-up{seed}", f"pitch {pitch:.0f} {pitch * rng.uniform(1.15, 1.6):.0f}"]
+    for formant in range(9):  # frequency, strength and width in per cent
+        own = rng.uniform(0.93, 1.07) if formant < 4 else 1.0
+        lines.append(f"formant {formant} {100 * size * own:.0f} {rng.uniform(55, 140):.0f} {rng.uniform(60, 160):.0f}")
+    for chance, line in (
+        (0.4, f"roughness {rng.randint(0, 4)}"),
+        (0.4, f"flutter {rng.randint(0, 10)}"),
+        (0.5, f"voicing {rng.randint(60, 130)}"),
+        (0.5, f"consonants {rng.randint(70, 130)} {rng.randint(70, 130)}"),
+        (0.3, f"echo {rng.randint(20, 140)} {rng.randint(1, 15)}"),
+        (0.2, "breath " + " ".join(str(rng.randint(0, 8)) for _ in range(8))),
+        (0.2, f"klatt {rng.randint(1, 6)}"),
+        (0.3, f"intonation {rng.randint(1, 4)}"),
+        (0.4, "stressAmp " + " ".join(str(rng.randint(14, 28)) for _ in range(8))),
+    ):
+        if rng.random() < chance:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def voice_folder() -> tempfile.TemporaryDirectory:
+    """espeak-ng's data (as links, other languages left out) with the made-up variants beside its own."""
+    about = subprocess.run(["espeak-ng", "--version"], check=True, capture_output=True, text=True).stdout
+    data = Path(about.split("Data at:")[1].strip())
+    folder = tempfile.TemporaryDirectory(prefix="voices")
+    for directory, _, files in os.walk(data):
+        there = Path(folder.name, "espeak-ng-data", os.path.relpath(directory, data))
+        there.mkdir()
+        for file in files:
+            if not {"lang", "mb"} & set(there.parts) or file.startswith(("da", "nl", "en")):
+                (there / file).symlink_to(Path(directory, file))
+    for seed in range(MADE_UP):
+        Path(folder.name, "espeak-ng-data", "voices", "!v", f"made-up{seed}").write_text(made_up_variant(seed))
+    return folder
+
+
 @dataclass(frozen=True)
 class Voice:
     """A speaker: espeak-ng's accent and variant, words per minute and pitch (0 to 99)."""
@@ -46,13 +94,17 @@ class Voice:
 
     @classmethod
     def draw(cls, language: str, split: str, rng: random.Random) -> "Voice":
-        return cls(rng.choice(ACCENTS[language]), rng.choice(VARIANTS[split]), rng.randint(135, 190), rng.randint(25, 75))
+        variant = rng.choice(VARIANTS[split])
+        if split == "train" and rng.random() < 0.6:
+            variant = f"made-up{rng.randrange(MADE_UP)}"
+        return cls(rng.choice(ACCENTS[language]), variant, rng.randint(135, 190), rng.randint(25, 75))
 
 
 def say(text: str, voice: Voice) -> np.ndarray:
     """The clean recording, float32 in [-1, 1], (samples,)."""
-    command = ["espeak-ng", "-v", f"{voice.accent}+{voice.variant}", "-s", str(voice.speed), "-p", str(voice.pitch)]
-    wav = subprocess.run([*command, "--stdout", text], check=True, capture_output=True).stdout
+    command = ["espeak-ng", f"--path={voice_folder().name}", "-v", f"{voice.accent}+{voice.variant}", "--stdout"]
+    command += ["-s", str(voice.speed), "-p", str(voice.pitch), text]
+    wav = subprocess.run(command, check=True, capture_output=True).stdout
     samples, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
     samples = soxr.resample(samples, rate, SAMPLE_RATE)
     loud = np.flatnonzero(np.abs(samples) > 1e-3)
