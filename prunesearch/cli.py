@@ -78,7 +78,7 @@ def plan(study: Study, as_json: Json = False) -> None:
     from prunesearch.config import load_study
     from prunesearch.plan import plan as make_plan
 
-    made = make_plan(load_study(study))
+    made = make_plan(load_study(study, data_must_exist=False))
     if as_json:
         _print_json(made.to_json())
     else:
@@ -123,7 +123,7 @@ def report(study: Study, as_json: Json = False) -> None:
     from prunesearch.report import write_report
     from prunesearch.report.tables import render, to_json
 
-    config = load_study(study)
+    config = load_study(study, data_must_exist=False)
     comparison = write_report(config)
     if as_json:
         _print_json(to_json(comparison))

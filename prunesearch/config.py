@@ -116,6 +116,8 @@ class CommonVoiceSource(_Section):
     @field_validator("common_voice")
     @classmethod
     def _folder_exists(cls, value: str, info: ValidationInfo) -> str:
+        if not _context(info, "data_must_exist"):
+            return value
         folder = Path(_locate(_with_variables_checked(value), _context(info, "folder")))
         if not folder.is_dir():
             raise ValueError(f"must be an unpacked release's folder: there is no folder {folder}")
@@ -130,6 +132,8 @@ class FleursSource(_Section):
 
 
 def _manifest_exists(value: str, info: ValidationInfo) -> str:
+    if not _context(info, "data_must_exist"):
+        return value
     path = _locate(_with_variables_checked(value), _context(info, "folder"))
     if not Path(path).is_file():
         raise ValueError(f"must be an existing manifest: there is no file {path}")
@@ -392,8 +396,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_study(path: str | Path) -> StudyConfig:
-    """Read a study file, or the `study.toml` of a folder. Raises StudyError with every mistake in it."""
+def load_study(path: str | Path, data_must_exist: bool = True) -> StudyConfig:
+    """Read a study file, or the `study.toml` of a folder. Raises StudyError with every mistake in it.
+
+    A plan or a report can do without the corpora: `data_must_exist` is for what reads them.
+    """
     path = Path(path)
     file = path / "study.toml" if path.is_dir() else path
     if not file.is_file():
@@ -402,16 +409,17 @@ def load_study(path: str | Path) -> StudyConfig:
         raw = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StudyError([f"{file} is not valid TOML: {error}"]) from None
-    return parse_study(raw, file)
+    return parse_study(raw, file, data_must_exist)
 
 
-def parse_study(raw: dict[str, Any], source: Path) -> StudyConfig:
+def parse_study(raw: dict[str, Any], source: Path, data_must_exist: bool = True) -> StudyConfig:
     """The study that a TOML table, read from the file `source`, describes. Raises StudyError with every mistake in it."""
     folder = source.parent
     preset = raw.get("preset")
     merged = _merge(PRESETS.get(preset, {}) if isinstance(preset, str) else {}, raw)
     merged.setdefault("name", folder.resolve().name if source.name == "study.toml" else source.stem)
-    context = {"folder": folder, "encoder_layers": _local_encoder_layers(merged, folder)}
+    depth = _local_encoder_layers(merged, folder)
+    context = {"folder": folder, "encoder_layers": depth, "data_must_exist": data_must_exist}
     try:
         study = StudyConfig.model_validate_json(json.dumps(merged, default=str), context=context)
     except ValidationError as error:

@@ -198,7 +198,7 @@ def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher)
 
 def status(source: str | Path, storage: str | None = None) -> dict[str, Any]:
     """How far a study has come: trials by state, who is working on what, and the best so far. Reads only."""
-    config = load_study(source)
+    config = load_study(source, data_must_exist=False)
     if storage is None and config.storage.url is None and not (config.run_folder / "journal.log").exists():
         raise StudyError([f"{config.name} has not been launched yet: `prunesearch launch {config.source}`"])
     import optuna

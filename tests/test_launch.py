@@ -206,3 +206,21 @@ def test_help_imports_nothing_heavy() -> None:
 def test_a_notebook_can_do_the_same(toy: Path, tmp_path: Path) -> None:
     workshop = Workshop.open(load_study(write_study(tmp_path / "s", toy)))
     assert evaluate(workshop, Candidate((2,), 2)).state == "complete"
+
+
+def test_two_processes_train_one_candidate_as_one_does(toy: Path, tmp_path: Path) -> None:
+    calm = {"projector": {"dropout": 0.0}, "llm": {"lora_dropout": 0.0}}  # each process draws dropout masks of its own
+    alone, team = write_study(tmp_path / "alone", toy, **calm), write_study(tmp_path / "team", toy, **calm)
+    launch(alone, trials=2)
+    # what `accelerate launch` starts on GPUs; on CPUs it would ask for MPI
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "cli.py", "launch", str(team), "--trials", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    theirs = {r.candidate.key: r for r in read_records(load_study(team).run_folder / "records")}
+    ours = {r.candidate.key: r for r in read_records(load_study(alone).run_folder / "records")}
+    assert theirs.keys() == ours.keys()
+    for key, record in theirs.items():
+        assert record.provenance["processes"] == 2
+        assert record.losses == pytest.approx(ours[key].losses, abs=1e-4)
+        assert record.test is not None

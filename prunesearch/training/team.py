@@ -1,9 +1,10 @@
-"""The processes that train one candidate together: one, or as many as `accelerate launch` has started.
+"""The processes that train one candidate together: one, or as many as `accelerate launch` (torchrun, on CPUs) has started.
 
 Every member runs the same code on the same candidate. Each works on its share of a batch, gradients are summed, and
 what only one may do (decide, decode, write) the leader does.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ class Team:
 
     @classmethod
     def assemble(cls) -> "Team":
-        """Join the processes that `accelerate launch` (or torchrun) started; alone where it did not."""
-        state = PartialState()
+        """Join the processes that `accelerate launch` (torchrun, on CPUs) started; alone where it did not."""
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        state = PartialState(cpu=several and not torch.cuda.is_available())  # else accelerate takes each for alone
         return cls(state.device, state.process_index, state.num_processes)
 
     @property

@@ -1,0 +1,52 @@
+"""The shipped studies of the published experiment: what can be known of them without network, data or GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunesearch.candidate import Candidate
+from prunesearch.config import load_study
+from prunesearch.plan import params_of_candidates, plan
+
+STUDIES = Path(__file__).parents[1] / "studies" / "paper"
+
+
+@pytest.mark.parametrize(
+    ("encoder", "of_encoder", "of_speech", "of_all"),
+    [("small", 16.1, 14.1, 0.44), ("medium", 8.2, 7.8, 0.74), ("large-v2", 6.2, 6.0, 1.05)],
+)
+def test_two_layers_shares_are_the_published_ones(encoder: str, of_encoder: float, of_speech: float, of_all: float) -> None:
+    made = plan(load_study(STUDIES / f"{encoder}-da.toml", data_must_exist=False))
+    shares = {name: 100 * share for name, share in made.reduction("top2").items()}
+    assert round(shares["encoder"], 1) == of_encoder
+    assert round(shares["speech"], 1) == of_speech
+    assert round(shares["total"], 2) == of_all
+
+
+def test_lora_on_qwens_attention_counts_what_was_published() -> None:
+    count = params_of_candidates(load_study(STUDIES / "large-v2-nl.toml", data_must_exist=False))
+    assert count(Candidate((), 8)).lora == 3_686_400
+    assert count(Candidate((), 16)).lora == 7_372_800
+
+
+def test_each_study_has_the_published_depths_with_and_without_lora() -> None:
+    files = sorted(STUDIES.glob("*.toml"))
+    assert len(files) == 9
+    for file in files:
+        config = load_study(file, data_must_exist=False)
+        named = plan(config).named if file.stem == "small-da" else None
+        depths = {(len(c.removed_layers), c.lora_rank > 0) for c in config.fixed_candidates()}
+        assert depths == {(k, lora) for k in (4, 6, 8) for lora in (False, True)}
+        assert config.search.baseline_lora_rank == (8 if file.stem.endswith("da") else 16)
+        assert (config.training.init, config.training.learning_rate, config.seed) == ("scratch", 1e-4, 42)
+        assert named is None or len(named) == 10
+
+
+def test_the_command_plans_one_without_network_data_or_variables() -> None:
+    command = [sys.executable, "cli.py", "plan", str(STUDIES / "large-v2-da.toml"), "--json"]
+    done = subprocess.run(command, cwd=STUDIES.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["named"]["unpruned"]["encoder"] == 636_784_640
