@@ -102,8 +102,8 @@ class DatasetSource(_Section):
 
     @field_validator("dataset")
     @classmethod
-    def _variables_are_set(cls, value: str) -> str:
-        return _with_variables_checked(value)
+    def _variables_are_set(cls, value: str, info: ValidationInfo) -> str:
+        return _with_variables_checked(value) if _context(info, "data_must_exist") else value
 
 
 class CommonVoiceSource(_Section):
@@ -423,9 +423,8 @@ def parse_study(raw: dict[str, Any], source: Path, data_must_exist: bool = True)
     try:
         study = StudyConfig.model_validate_json(json.dumps(merged, default=str), context=context)
     except ValidationError as error:
-        lines = {
-            _path(e, merged): _explain(e, merged) for e in reversed(error.errors())
-        }  # one line for each key: a union tells each member's
+        # one line for each key: of a union, each member tells its own
+        lines = {_path(e, merged): _explain(e, merged) for e in reversed(error.errors())}
         raise StudyError(list(lines.values())[::-1]) from None
     study._source = source
     return study

@@ -283,6 +283,13 @@ def test_lora_targets_that_the_llm_lacks_are_told_before_anything_runs(toy: Path
         Workshop.open(load_study(file))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_quantisation_without_a_gpu_is_told_under_its_own_key(toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudyError) as caught:
+        Workshop.open(load_study(write_study(tmp_path, toy, llm={"quantization": "4bit"})))
+    assert caught.value.lines == ["llm.quantization: '4bit' needs a GPU, and there is none; leave the key out"]
+
+
 def test_models_that_cannot_be_had_are_one_clear_error(toy: Path, tmp_path: Path) -> None:
     offline = r"the hub cannot be reached, and nobody/{} is not in its cache on this machine\ngive a local folder instead: {}"
     with pytest.raises(StudyError, match=offline.format("no-such-model", "llm.model")):

@@ -72,7 +72,7 @@ def cannot_be_had(part: EncoderConfig | LlmConfig, source: str, error: Exception
         )
     elif "GatedRepoError" in seen:
         line, advice = f"{source} is gated", f"accept its terms on the hub and log in (`hf auth login`), or {folder}"
-    elif seen & {"RevisionNotFoundError"}:
+    elif "RevisionNotFoundError" in seen:
         line, advice = f"the hub's {source} has no revision {part.revision!r}", "see its page for branches and tags"
     elif "RepositoryNotFoundError" in seen:
         line, advice = f"the hub has no model {source} (or it is private)", f"see its name, or {folder}"

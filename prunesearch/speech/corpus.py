@@ -96,8 +96,9 @@ def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Cor
         _refuse(list(unreadable.values()), config)
         kept = [u for u in corpus.utterances if u.id not in unreadable]
         corpus = Corpus(kept, corpus.dropped + [Dropped(i, reason) for i, reason in unreadable.items()])
-        whole = {"identity": identity, "unreadable": unreadable, **corpus.report()}
-        write_atomically(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+        if known.get("identity") != identity:
+            whole = {"identity": identity, "unreadable": unreadable, **corpus.report()}
+            write_atomically(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     if not kept:
         raise StudyError([f"data.{split}: none of its recordings can be decoded"])
     return corpus

@@ -49,7 +49,7 @@ class Progressed:
     micro_batch: int
     step: int = 0
     seconds: float = 0.0
-    tokens: int = 0  # audio embeddings and text tokens that the LLM has read
+    tokens: int = 0  # audio embeddings and text tokens that this process' LLM has read
     losses: list[float] = field(default_factory=list)
     rungs: list[tuple[int, dict[str, int]]] = field(default_factory=list)
 
@@ -114,7 +114,7 @@ def finetune(
         optimizer.zero_grad()
         progressed.step = step + 1
         progressed.seconds = time.perf_counter() - begin
-        progressed.tokens += sum(fetched.lengths) // slam.projector.stack + sum(len(targets[i]) for i in fetched.batch)
+        progressed.tokens += sum(fetched.lengths) // slam.projector.stack + sum(len(targets[i]) for i in fetched.share)
         if step % LOSS_EVERY == 0 or step + 1 == budget.steps:
             value = team.total(loss.item())
             if not math.isfinite(value):

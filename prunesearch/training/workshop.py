@@ -61,6 +61,8 @@ class Workshop:
         source = config.locate(config.llm.model)
         try:
             llm = load_llm(source, config.llm, dtype)
+        except StudyError:  # of another key than llm.model
+            raise
         except (OSError, ValueError) as error:
             raise cannot_be_had(config.llm, source, error) from error
         lora_targets(llm.model, config.llm)  # a wrong name is told now, not when the first LoRA is made
