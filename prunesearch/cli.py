@@ -196,7 +196,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         # StudyError is looked up late: its module must not be imported for --help
-        from prunesearch.config import StudyError
+        from prunesearch.mistakes import StudyError
 
         if not isinstance(error, StudyError):
             raise

@@ -1,9 +1,5 @@
-"""A study file (TOML) as frozen, validated data. Defaults live here and nowhere else.
+"""A study file (TOML) as frozen, validated data. Defaults live here and nowhere else."""
 
-Every mistake is reported at once: key path, rule, value, nearest valid name.
-"""
-
-import difflib
 import hashlib
 import itertools
 import json
@@ -28,6 +24,7 @@ from pydantic import (
 )
 
 from prunesearch.candidate import Candidate
+from prunesearch.mistakes import StudyError, explained
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -35,12 +32,14 @@ Count = Annotated[int, Field(ge=1)]
 Objective = Literal["speech_params", "encoder_params", "total_params"]
 
 
-class StudyError(ValueError):
-    """The user's study file, or what it points to, is wrong. `lines` holds one message for each mistake."""
+def _with_variables_checked(value: str) -> str:
+    for match in re.finditer(r"\$\{(\w+)\}", value):
+        if match[1] not in os.environ:
+            raise ValueError(f"names the environment variable {match[1]}, which is not set: export {match[1]}=…")
+    return value
 
-    def __init__(self, lines: list[str]):
-        super().__init__("\n".join(lines))
-        self.lines = lines
+
+Located = Annotated[str, AfterValidator(_with_variables_checked)]  # a path or a hub name
 
 
 class _Section(BaseModel):
@@ -50,13 +49,8 @@ class _Section(BaseModel):
 class EncoderConfig(_Section):
     """A Whisper checkpoint: a folder (relative to the study file, `${VARIABLES}` expanded) or a hub name."""
 
-    model: str
+    model: Located
     revision: str | None = None
-
-    @field_validator("model")
-    @classmethod
-    def _variables_are_set(cls, value: str) -> str:
-        return _with_variables_checked(value)
 
 
 class LlmConfig(_Section):
@@ -65,18 +59,13 @@ class LlmConfig(_Section):
     `lora_targets` are names of linear layers; `auto` is q, k, v and o where they have these names, else peft's own choice.
     """
 
-    model: str
+    model: Located
     revision: str | None = None
     prompt: str = "Transcribe speech to text.\n"
     lora_targets: tuple[str, ...] | Literal["auto"] = "auto"
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="by bitsandbytes, on a GPU")
     lora_alpha_per_rank: Positive = 2.0
     lora_dropout: Fraction = 0.1
-
-    @field_validator("model")
-    @classmethod
-    def _variables_are_set(cls, value: str) -> str:
-        return _with_variables_checked(value)
 
 
 class ProjectorConfig(_Section):
@@ -423,9 +412,7 @@ def parse_study(raw: dict[str, Any], source: Path, data_must_exist: bool = True)
     try:
         study = StudyConfig.model_validate_json(json.dumps(merged, default=str), context=context)
     except ValidationError as error:
-        # one line for each key: of a union, each member tells its own
-        lines = {_path(e, merged): _explain(e, merged) for e in reversed(error.errors())}
-        raise StudyError(list(lines.values())[::-1]) from None
+        raise StudyError(explained(error, merged, StudyConfig)) from None
     study._source = source
     return study
 
@@ -442,13 +429,6 @@ def _locate(value: str, folder: Path | None) -> str:
     expanded = os.path.expanduser(os.path.expandvars(value))
     beside = (folder or Path(".")) / expanded
     return str(beside) if beside.exists() or Path(expanded).suffix == ".jsonl" else expanded
-
-
-def _with_variables_checked(value: str) -> str:
-    for match in re.finditer(r"\$\{(\w+)\}", value):
-        if match[1] not in os.environ:
-            raise ValueError(f"names the environment variable {match[1]}, which is not set: export {match[1]}=…")
-    return value
 
 
 def _context(info: ValidationInfo, key: str) -> Any:
@@ -472,57 +452,3 @@ def _local_encoder_layers(raw: dict[str, Any], folder: Path) -> int | None:
         return None
     layers = json.loads(file.read_text(encoding="utf-8")).get("encoder_layers")
     return layers if isinstance(layers, int) else None
-
-
-def _path(error: Any, raw: Any) -> str:
-    """The key's path, without the names that pydantic gives a union's members, and without indices of what is no list."""
-    shown = []
-    for part in error["loc"]:
-        if isinstance(part, int) and not isinstance(raw, list):
-            continue
-        if "[" not in str(part):
-            shown.append(str(part))
-            in_list = isinstance(raw, list) and isinstance(part, int) and part < len(raw)
-            inside = in_list or (isinstance(raw, dict) and part in raw)
-            raw = raw[part] if inside else None
-    return ".".join(shown)
-
-
-def _explain(error: Any, raw: Any) -> str:
-    """One line: key path, rule, value, nearest valid name."""
-    path, (*parents, last) = _path(error, raw), error["loc"]
-    if error["type"] == "extra_forbidden":
-        fields = list(_section_at(parents).model_fields)
-        near = difflib.get_close_matches(str(last), fields, n=1)
-        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(fields)}")
-    if error["type"] == "missing":
-        return f"{path}: this key is required"
-    rule = error["msg"].removeprefix("Value error, ")
-    rule = rule.removeprefix("Input should be ") if error["type"] == "literal_error" else rule
-    line = f"{path}: {rule[0].lower() + rule[1:]}"
-    line += "" if ", got " in rule else f", got {error['input']!r}"
-    if error["type"] == "literal_error":
-        allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        near = difflib.get_close_matches(str(error["input"]), allowed, n=1)
-        line = f"{path}: must be {error['ctx']['expected']}, got {error['input']!r}"
-        line += f"; did you mean {near[0]!r}?" if near else ""
-    return line
-
-
-def _section_at(path: list[Any]) -> type[BaseModel]:
-    section: type[BaseModel] = StudyConfig
-    kinds: dict[Any, type[BaseModel]] = {
-        "[dataset]": DatasetSource,
-        "[common_voice]": CommonVoiceSource,
-        "[fleurs]": FleursSource,
-    }
-    for name in path:
-        if isinstance(name, int):
-            continue
-        if name in kinds:
-            section = kinds[name]
-        elif name in section.model_fields:
-            annotation: Any = section.model_fields[name].annotation
-            inner = [annotation, *getattr(annotation, "__args__", ())]
-            section = next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), section)
-    return section

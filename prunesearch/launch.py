@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from optuna.trial import TrialState
 
 from prunesearch.candidate import Candidate
-from prunesearch.config import StudyConfig, StudyError, load_study
+from prunesearch.config import StudyConfig, load_study
+from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_records
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunesearch.candidate import Candidate
-from prunesearch.config import StudyConfig, StudyError
+from prunesearch.config import StudyConfig
+from prunesearch.mistakes import StudyError
 from prunesearch.record import Parameters
 from prunesearch.search.space import SearchSpace
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from prunesearch.config import StudyError
+from prunesearch.mistakes import StudyError
 
 _TEMPLATE = """\
 # A prunesearch study: which encoder layers can go, and which LoRA rank repairs the damage?

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from prunesearch.config import StudyConfig, StudyError, load_study, parse_study
+from prunesearch.config import StudyConfig, load_study, parse_study
+from prunesearch.mistakes import StudyError
 from prunesearch.template import write_study_file
 from tests.conftest import write_study
 

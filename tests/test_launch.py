@@ -14,8 +14,9 @@ import optuna
 import pytest
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
-from prunesearch.config import StudyError, load_study
+from prunesearch.config import load_study
 from prunesearch.launch import launch, status
+from prunesearch.mistakes import StudyError
 from prunesearch.plan import params_of_candidates, plan
 from prunesearch.record import RunRecord, read_records
 from prunesearch.report import write_report

@@ -15,7 +15,8 @@ import pytest
 from optuna.trial import TrialState
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
-from prunesearch.config import StudyConfig, StudyError, load_study
+from prunesearch.config import StudyConfig, load_study
+from prunesearch.mistakes import StudyError
 from prunesearch.record import Parameters, RunRecord, SplitResult, WordErrors
 from prunesearch.search.rungs import AtRung, clearly_dominated
 from prunesearch.search.sampler import make_sampler

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from prunesearch.config import StudyConfig, StudyError, load_study
+from prunesearch.config import StudyConfig, load_study
+from prunesearch.mistakes import StudyError
 from prunesearch.speech.audio import read_audio
 from prunesearch.speech.corpus import Utterance, checked_corpus, load_corpus
 from tests.conftest import write_study

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from prunesearch.config import StudyError, load_study
+from prunesearch.config import load_study
+from prunesearch.mistakes import StudyError
 from prunesearch.record import WordErrors
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, seconds_of
 from prunesearch.speech.corpus import load_corpus

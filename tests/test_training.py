@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from prunesearch.candidate import Candidate
-from prunesearch.config import StudyError, load_study
+from prunesearch.config import load_study
+from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import encode
 from prunesearch.model.slam import SlamAsr
 from prunesearch.record import RunRecord, WordErrors, read_record, read_utterances

@@ -8,7 +8,7 @@ from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from prunesearch.config import StudyError
+from prunesearch.mistakes import StudyError
 
 logging.getLogger("filelock").setLevel(logging.WARNING)
 

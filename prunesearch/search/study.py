@@ -14,7 +14,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
-from prunesearch.config import StudyConfig, StudyError
+from prunesearch.config import StudyConfig
+from prunesearch.mistakes import StudyError
 from prunesearch.record import write_atomically
 from prunesearch.search.sampler import is_settled, is_taken, make_sampler
 from prunesearch.search.space import SearchSpace

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from prunesearch.config import StudyConfig, StudyError
+from prunesearch.config import StudyConfig
+from prunesearch.mistakes import StudyError
 from prunesearch.record import write_atomically
 from prunesearch.speech.audio import AudioError, Recording, read_audio, seconds_of, size_of
 from prunesearch.speech.sources import Row, read_source

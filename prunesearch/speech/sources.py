@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunesearch.config import CommonVoiceSource, DatasetSource, FleursSource, Source, StudyConfig, StudyError
+from prunesearch.config import CommonVoiceSource, DatasetSource, FleursSource, Source, StudyConfig
+from prunesearch.mistakes import StudyError
 from prunesearch.speech.audio import Cell, Recording
 
 FLEURS_CONFIGS = {"da": "da_dk", "nl": "nl_nl", "en": "en_us"}

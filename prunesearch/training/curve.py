@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from prunesearch.config import StudyError
+from prunesearch.mistakes import StudyError
 from prunesearch.training.finetune import CurvePoint
 
 

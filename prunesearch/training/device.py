@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunesearch.config import StudyError
+from prunesearch.mistakes import StudyError
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

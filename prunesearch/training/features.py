@@ -19,7 +19,8 @@ from filelock import FileLock
 from torch import Tensor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.config import StudyConfig, StudyError
+from prunesearch.config import StudyConfig
+from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import embed, positions_of, run_layers
 from prunesearch.record import write_atomically
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, size_of

@@ -14,7 +14,8 @@ from transformers import AutoFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.candidate import Candidate, baselines
-from prunesearch.config import StudyConfig, StudyError
+from prunesearch.config import StudyConfig
+from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import load_encoder, remove_layers
 from prunesearch.model.hub import cannot_be_had
 from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora_targets
