@@ -13,7 +13,7 @@ import soundfile
 
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
-from prunesearch.speech.audio import read_audio
+from prunesearch.speech.audio import read_audio, version_of
 from prunesearch.speech.corpus import Utterance, checked_corpus, load_corpus
 from tests.conftest import write_study
 
@@ -71,6 +71,17 @@ def test_a_dataset_folder_gives_what_the_manifest_gives(toy: Path, tmp_path: Pat
     assert [u.id for u in ours] == [u.id for u in theirs]
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(read_audio(a.audio), read_audio(b.audio))
+
+
+def test_a_cell_of_a_changed_dataset_is_another_recording(toy: Path, tmp_path: Path) -> None:
+    def versions(split: str) -> set[int | str | None]:
+        save_dataset(toy, split, tmp_path / split)
+        source = {"dataset": str(tmp_path / split), "split": split, "text": "sentence"}
+        loaded = [load_corpus(study(tmp_path, toy, dev=source), "dev") for _ in range(2)]
+        return {version_of(u.audio) for corpus in loaded for u in corpus}
+
+    assert len(versions("dev")) == len(versions("test")) == 1
+    assert versions("dev") != versions("test")
 
 
 def test_a_common_voice_release_gives_what_the_manifest_gives(toy: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_cached_states_equal_recomputed_ones(open_workshop: Callable[..., Worksh
     store = workshop.encoded(encoder, "dev", workshop.used("dev"))
     again = workshop.encoded(encoder, "dev", [5])  # from the cache on disk
     for i, utterance in enumerate(workshop.corpora["dev"]):
-        mel = log_mel(workshop.extractor, utterance, None).half().float()[None]
+        mel = log_mel(workshop.extractor, utterance, None, workshop.device)[None]
         direct, lengths = encode(encoder, mel, torch.tensor([mel.shape[-1]]))
         cached, cached_lengths = store.batch([i], workshop.device)
         assert torch.equal(lengths, cached_lengths)

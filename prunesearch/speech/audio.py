@@ -47,9 +47,11 @@ def _opened(recording: Recording) -> Path | io.BytesIO:
     return recording
 
 
-def size_of(recording: Recording) -> int | None:
-    """Bytes of a file that is there; a dataset's cell has no size of its own."""
-    return recording.stat().st_size if isinstance(recording, Path) and recording.exists() else None
+def version_of(recording: Recording) -> int | str | None:
+    """What tells a recording from another under the same name: a file's bytes, if it is there; a dataset's fingerprint."""
+    if isinstance(recording, Cell):
+        return str(recording.dataset._fingerprint)
+    return recording.stat().st_size if recording.exists() else None
 
 
 def read_audio(recording: Recording) -> NDArray[np.float32]:

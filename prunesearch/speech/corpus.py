@@ -13,7 +13,7 @@ from filelock import FileLock
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.record import write_atomically
-from prunesearch.speech.audio import AudioError, Recording, read_audio, seconds_of, size_of
+from prunesearch.speech.audio import AudioError, Recording, read_audio, seconds_of, version_of
 from prunesearch.speech.sources import Row, read_source
 from prunesearch.speech.text import normalizer_for
 
@@ -84,7 +84,7 @@ def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Cor
     Raises StudyError as `load_corpus` does.
     """
     corpus = _select(config, split)
-    recordings = [(u.id, size_of(u.audio)) for u in corpus.utterances]
+    recordings = [(u.id, version_of(u.audio)) for u in corpus.utterances]
     identity = hashlib.sha256(json.dumps(recordings).encode()).hexdigest()[:16]
     path = config.run_folder / "corpus" / f"{split}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def _utterance(row: Row, config: StudyConfig) -> Utterance | Dropped:
         return Dropped(row.id, f"{row.where}: {row.problem}")
     try:
         # a header is read even where a source tells the duration: so a missing file is told at once
-        seconds = seconds_of(row.audio) if row.seconds is None or size_of(row.audio) in (None, 0) else row.seconds
+        seconds = seconds_of(row.audio) if row.seconds is None or version_of(row.audio) in (None, 0) else row.seconds
     except AudioError as error:
         return Dropped(row.id, f"{row.where}: {error}")
     name = config.text.normalizer_of(row.language)

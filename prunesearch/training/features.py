@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
@@ -21,15 +22,17 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
-from prunesearch.model.encoder import embed, positions_of, run_layers
+from prunesearch.model.encoder import embed, run_layers
 from prunesearch.record import write_atomically
-from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, size_of
+from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, version_of
 from prunesearch.speech.corpus import Progress, Utterance
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import autocast
 from prunesearch.training.team import Team
 
 ENCODING_BATCH = 32
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Prefetched:
-    """Steps and their batches; for a GPU, each is read while the step before it computes, so that it never waits.
-
-    A CPU has nothing to gain from it: the second thread's OpenMP team would only get in the way of the first one's.
-    """
+    """Steps and their batches from the step `first` on; a GPU never waits for them."""
 
     states: StateStore
     batches: Sequence[Sequence[int]]
@@ -81,16 +81,7 @@ class Prefetched:
 
     def __iter__(self) -> Iterator[tuple[int, Fetched]]:
         steps = range(self.first, len(self.batches))
-        if self.team.device.type == "cpu":
-            yield from ((step, self._read(step)) for step in steps)
-            return
-        with ThreadPoolExecutor(1) as reader:
-            upcoming = [reader.submit(self._read, step) for step in steps[:1]]
-            for step in steps:
-                fetched = upcoming.pop().result()
-                if step + 1 < len(self.batches):
-                    upcoming.append(reader.submit(self._read, step + 1))
-                yield step, fetched
+        return zip(steps, ahead(self._read, steps, self.team.device, threads=1), strict=True)
 
     def _read(self, step: int) -> Fetched:
         batch = self.batches[step]
@@ -102,6 +93,24 @@ class Prefetched:
         if device.type == "cuda":
             hidden = hidden.pin_memory()
         return Fetched(batch, share, hidden.to(device, non_blocking=True), lengths.tolist())
+
+
+def ahead(work: Callable[[T], R], items: Iterable[T], device: torch.device, threads: int) -> Iterator[R]:
+    """`work` done on each item, in order; for a GPU, in threads, while it computes on the item before.
+
+    A CPU has nothing to gain from it: the other threads' OpenMP teams would only get in the way of the first one's.
+    """
+    if device.type == "cpu":
+        yield from map(work, items)
+        return
+    upcoming: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            upcoming.append(pool.submit(work, item))
+            if len(upcoming) > threads:
+                yield upcoming.popleft().result()
+        while upcoming:
+            yield upcoming.popleft().result()
 
 
 def _mapped(path: str | Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -120,30 +129,32 @@ def _identity(
     encoder: WhisperEncoder, depth: int, dtype: torch.dtype, config: StudyConfig, utterances: Sequence[Utterance]
 ) -> str:
     """Names what cached states depend on: precision, layers and their weights, recordings and their padding."""
-    recordings = [(u.id, size_of(u.audio)) for u in utterances]
+    recordings = [(u.id, version_of(u.audio)) for u in utterances]
     digest = hashlib.sha256(json.dumps([depth, str(dtype), config.data.pad_to_seconds, recordings]).encode())
     for weight in [encoder.conv1.weight, *(layer.fc1.weight for layer in encoder.layers[:depth])]:
         digest.update(weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
-def log_mel(extractor: Any, utterance: Utterance, pad_to_seconds: float | None) -> Tensor:
+def log_mel(extractor: Any, utterance: Utterance, pad_to_seconds: float | None, device: torch.device) -> Tensor:
     """(M, F), by the checkpoint's own feature extractor, of the recording alone: no padding to 30 s.
 
-    Raises StudyError naming a recording that cannot be read.
+    Computed on `device`, handed out on the CPU. Raises StudyError naming a recording that cannot be read.
     """
     try:
         samples = padded(read_audio(utterance.audio), pad_to_seconds)
     except AudioError as error:
         raise StudyError([f"utterance {utterance.id}: {error}"]) from None
-    out = extractor(samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="pt")
+    out = extractor(
+        samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="pt", device=str(device)
+    )
     return out["input_features"][0]
 
 
 @torch.no_grad()
 def prefix_states(
     folder: Path,
-    name: str,
+    split: str,
     utterances: Sequence[Utterance],
     wanted: Iterable[int],
     encoder: WhisperEncoder,
@@ -156,39 +167,35 @@ def prefix_states(
 ) -> StateStore:
     """States after the convolutions and the first `depth` layers, computed by the first worker that needs them.
 
-    `name` is the split's. They are kept in `folder`; the other workers of the study wait for them.
+    They are kept in `folder`; the other workers of the study wait for them. What is in memory at once is a batch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     order = sorted(wanted)
-    name = f"{name}-{_identity(encoder, depth, dtype, config, [utterances[i] for i in order])}"
+    name = f"{split}-{_identity(encoder, depth, dtype, config, [utterances[i] for i in order])}"
     index_file, values_file = folder / f"{name}.json", folder / f"{name}.states"
     width = encoder.config.d_model
     with FileLock(folder / f"{name}.lock"):
         if not index_file.exists():
-            mels = []
-            for done, i in enumerate(order):
-                mels.append(log_mel(extractor, utterances[i], config.data.pad_to_seconds).to(torch.float16))
-                if done % 20 == 0:
-                    progress(f"log-mels of {name}", done, len(order))
-            lengths = {i: int(positions_of(torch.tensor(m.shape[1]))) for i, m in zip(order, mels, strict=True)}
-            spans = _spans(lengths)
-            handle, scratch = tempfile.mkstemp(dir=folder)
-            os.close(handle)
-            values = _mapped(scratch, sum(lengths.values()), width, dtype)
-            batches = by_length([m.shape[1] for m in mels], ENCODING_BATCH)
-            for done, batch in enumerate(batches):
-                frames = torch.tensor([mels[j].shape[1] for j in batch], device=device)
-                features = torch.zeros(len(batch), mels[0].shape[0], int(frames.max()))
-                for row, j in zip(features, batch, strict=True):
-                    row[:, : mels[j].shape[1]] = mels[j]
-                with autocast(device, dtype):
-                    hidden, positions = embed(encoder, features.to(device), frames)
-                    hidden = run_layers(encoder, hidden, positions, 0, depth)
-                for row, j in zip(hidden.to("cpu", dtype), batch, strict=True):
-                    first, length = spans[order[j]]
-                    values[first : first + length] = row[:length]
-                progress(f"first layers on {name}", done, len(batches))
-            os.replace(scratch, values_file)
+            batches = [[order[j] for j in b] for b in by_length([utterances[i].seconds for i in order], ENCODING_BATCH)]
+
+            def features_of(batch: list[int]) -> list[Tensor]:
+                return [log_mel(extractor, utterances[i], config.data.pad_to_seconds, device) for i in batch]
+
+            lengths: dict[int, int] = {}  # in the order of the file
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as scratch:
+                for done, (batch, mels) in enumerate(zip(batches, ahead(features_of, batches, device, threads=4), strict=True)):
+                    frames = torch.tensor([m.shape[1] for m in mels], device=device)
+                    features = torch.zeros(len(batch), mels[0].shape[0], int(frames.max()))
+                    for row, mel in zip(features, mels, strict=True):
+                        row[:, : mel.shape[1]] = mel
+                    with autocast(device, dtype):
+                        hidden, positions = embed(encoder, features.to(device), frames)
+                        hidden = run_layers(encoder, hidden, positions, 0, depth)
+                    lengths |= zip(batch, positions.tolist(), strict=True)
+                    for row, i in zip(hidden.to("cpu", dtype), batch, strict=True):
+                        scratch.write(row[: lengths[i]].contiguous().view(torch.uint8).numpy().tobytes())
+                    progress(f"log-mels and first layers of {split}", done, len(batches))
+            os.replace(scratch.name, values_file)
             write_atomically(index_file, json.dumps(lengths))
     spans = _spans({int(i): n for i, n in json.loads(index_file.read_text()).items()})
     return StateStore(_mapped(values_file, sum(n for _, n in spans.values()), width, dtype), spans)
