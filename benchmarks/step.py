@@ -24,7 +24,7 @@ from prunesearch.config import load_study
 from prunesearch.model.llm import lora, pad_tokens
 from prunesearch.model.slam import SlamAsr
 from prunesearch.speech.audio import read_audio
-from prunesearch.training.device import autocast, seed_everything
+from prunesearch.training.device import attention_for_training, autocast, seed_everything
 from prunesearch.training.finetune import trainable
 from prunesearch.training.workshop import Workshop
 
@@ -102,7 +102,8 @@ def main(study: Path, steps: int, rank: int, turns: int) -> None:
 
                 def ours(step: int, slam: SlamAsr = slam) -> torch.Tensor:
                     hidden, lengths = states.batch(batches[step], workshop.device)
-                    return slam.loss(hidden, lengths, [workshop.targets[i] for i in batches[step]])
+                    with attention_for_training(workshop.device):
+                        return slam.loss(hidden, lengths, [workshop.targets[i] for i in batches[step]])
 
                 def plain(step: int, slam: SlamAsr = slam) -> torch.Tensor:
                     return plain_loss(workshop, slam, batches[step])

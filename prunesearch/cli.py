@@ -138,7 +138,7 @@ class _Display:
     def __init__(self) -> None:
         self._bars: Progress | None = None
         self._study: TaskID | None = None
-        self._task: TaskID | None = None
+        self._tasks: dict[int, TaskID] = {}  # by worker
         self._begin = time.monotonic()
 
     def __enter__(self) -> "_Display":
@@ -149,7 +149,7 @@ class _Display:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         self._bars = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._study = self._bars.add_task("candidates", total=None)
-        self._task = self._bars.add_task("loading models", total=None)
+        self._tasks[0] = self._bars.add_task("loading models", total=None)
         self._bars.start()
         return self
 
@@ -157,10 +157,11 @@ class _Display:
         assert self._bars
         self._bars.stop()
 
-    def progress(self, what: str, done: int, of: int) -> None:
+    def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
         assert self._bars
-        assert self._task is not None
-        self._bars.update(self._task, description=what, completed=done, total=of)
+        if worker not in self._tasks:
+            self._tasks[worker] = self._bars.add_task(what, total=of)
+        self._bars.update(self._tasks[worker], description=what, completed=done, total=of)
 
     def finished(self, record: "RunRecord", settled: int, of: int) -> None:
         assert self._bars

@@ -2,8 +2,9 @@
 
 import multiprocessing
 import sys
-import time
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from prunesearch.speech.corpus import SPLITS, load_corpus
 class Watcher(Protocol):
     """Who is told how it goes: a progress display, a log, or nobody."""
 
-    def progress(self, what: str, done: int, of: int) -> None: ...
+    def progress(self, what: str, done: int, of: int, worker: int = 0) -> None: ...
 
     def finished(self, record: RunRecord, settled: int, of: int) -> None: ...
 
@@ -31,11 +32,29 @@ class Watcher(Protocol):
 class Nobody:
     """Is told everything and says nothing."""
 
-    def progress(self, what: str, done: int, of: int) -> None:
+    def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
         pass
 
     def finished(self, record: RunRecord, settled: int, of: int) -> None:
         pass
+
+
+@dataclass
+class _Relay:
+    """A worker process' watcher: what it is told, the process that started it tells its own. One may stop listening."""
+
+    number: int
+    listener: Connection
+
+    def _send(self, *message: Any) -> None:
+        with suppress(OSError):  # nobody is there any more; the work goes on
+            self.listener.send(message)
+
+    def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
+        self._send("progress", what, done, of, self.number)
+
+    def finished(self, record: RunRecord, settled: int, of: int) -> None:
+        self._send("finished", record, settled, of)
 
 
 def launch(
@@ -121,63 +140,61 @@ class _Worker:
         team.agree(None)  # the others may go home
 
 
-def _work_in_own_process(source: Path, number: int, workers: int, trials: int, storage: str | None) -> None:
+def _work_in_own_process(source: Path, relay: _Relay, workers: int, trials: int, storage: str | None) -> None:
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
+        torch.cuda.set_device(relay.number % torch.cuda.device_count())
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     try:
-        _Worker.open(load_study(source), storage, Nobody()).run(trials)
+        _Worker.open(load_study(source), storage, relay).run(trials)
     except StudyError as error:
         print(*error.lines, sep="\n", file=sys.stderr)
         sys.exit(2)
 
 
 def _run_workers(config: StudyConfig, workers: int, trials: int, storage: str | None, watcher: Watcher) -> None:
-    """Create the study here, then let the processes work, and tell the watcher of each record as it appears."""
+    """Create the study here, then let the processes work, and tell the watcher what they tell."""
     from prunesearch.plan import encoder_layers
 
     for split in SPLITS:
         load_corpus(config, split)  # a mistake in a manifest is told once, before anything is created
     space = SearchSpace.of(config, encoder_layers(config))
-    study = open_study(config, open_storage(storage or config.storage.url, config.run_folder), space)
-    source = config.source
+    open_study(config, open_storage(storage or config.storage.url, config.run_folder), space)
     context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_work_in_own_process, args=(source, i, workers, trials, storage)) for i in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    told = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
+    processes, listening = [], []
     try:
-        while any(p.is_alive() for p in processes):
-            time.sleep(1)
-            told |= _tell_news(config, study, told, trials, watcher)
-    finally:
+        for number in range(workers):
+            here, there = context.Pipe(duplex=False)
+            relay = _Relay(number, there)
+            process = context.Process(target=_work_in_own_process, args=(config.source, relay, workers, trials, storage))
+            process.start()
+            there.close()  # the worker has its own: when it ends, so does the pipe
+            processes.append(process)
+            listening.append(here)
+        while listening:
+            for connection in wait(listening):
+                assert isinstance(connection, Connection)
+                try:
+                    call, *told = connection.recv()
+                except (EOFError, OSError):  # the worker has ended, in the middle of a message perhaps
+                    listening.remove(connection)
+                else:
+                    getattr(watcher, call)(*told)
+    except BaseException:
         for process in processes:
             process.terminate()
+        raise
+    finally:
+        for process in processes:
             process.join()
-    _tell_news(config, study, told, trials, watcher)
     if any(p.exitcode == 2 for p in processes):
         raise StudyError(["the workers could not start, for the reasons above"])
     if failed := [p for p in processes if p.exitcode]:
         raise RuntimeError(
             f"{len(failed)} of {workers} workers ended with exit code {failed[0].exitcode}; launch again to go on"
         )
-
-
-def _tell_news(config: StudyConfig, study: Any, told: set[int], trials: int, watcher: Watcher) -> set[int]:
-    records = {r.candidate.key: r for r in read_records(config.run_folder / "records")}
-    news = set()
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.PRUNED]):
-        record = records.get(trial.user_attrs.get("candidate", ""))
-        if trial.number not in told and record:
-            watcher.finished(record, settled(study), trials)
-            news.add(trial.number)
-    watcher.progress("candidates", settled(study), trials)
-    return news
 
 
 def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher) -> None:

@@ -91,7 +91,7 @@ def test_launching_again_trains_nothing_and_a_wider_budget_goes_on(calm: Path, m
     told: list[RunRecord] = []
 
     class Watcher:
-        def progress(self, what: str, done: int, of: int) -> None:
+        def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
             pass
 
         def finished(self, record: RunRecord, settled: int, of: int) -> None:
