@@ -353,6 +353,20 @@ class StudyConfig(_Section):
     def fixed_candidates(self) -> list[Candidate]:
         return [Candidate(f.removed_layers, f.lora_rank) for f in self.search.fixed]
 
+    def overrides(self) -> dict[str, tuple[Any, Any]]:
+        """The preset's keys that this study has otherwise: path -> the preset's value, the study's."""
+        found = {}
+
+        def compare(preset: dict[str, Any], own: dict[str, Any], path: str) -> None:
+            for key, value in preset.items():
+                if isinstance(value, dict):
+                    compare(value, own[key], f"{path}{key}.")
+                elif own[key] != value:
+                    found[path + key] = value, own[key]
+
+        compare(PRESETS.get(self.preset or "", {}), self.model_dump(), "")
+        return found
+
     def definition(self) -> dict[str, Any]:
         """What makes two records comparable: everything but where the study is stored and how long it goes on."""
         return self.model_dump(

@@ -25,7 +25,14 @@ def plan_tables(plan: Plan) -> Group:
         ("steps", f"anchor {plan.anchor_steps}, then {plan.steps} each, batch {plan.batch_size}"),
     ):
         run.add_row(label, value)
-    return Group(counts, run)
+    if not plan.overrides:
+        return Group(counts, run)
+    changed = Table(title="what differs from the preset")
+    for column in ("key", "preset", "this study"):
+        changed.add_column(column)
+    for key, (preset, own) in plan.overrides.items():
+        changed.add_row(key, str(preset), str(own))
+    return Group(counts, run, changed)
 
 
 def status_tables(found: dict[str, Any]) -> Group:

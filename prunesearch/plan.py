@@ -67,6 +67,7 @@ class Plan:
     steps: int
     anchor_steps: int
     batch_size: int
+    overrides: dict[str, tuple[Any, Any]]  # the preset's keys that the study has otherwise: preset's value, study's
 
     def reduction(self, name: str) -> dict[str, float]:
         """What a named system saves against `unpruned`, as fractions of encoder, speech side and whole system."""
@@ -100,4 +101,5 @@ def plan(config: StudyConfig) -> Plan:
         steps=config.training.steps,
         anchor_steps=config.anchor.steps if config.training.init == "anchor" else 0,
         batch_size=config.training.batch_size,
+        overrides=config.overrides(),
     )

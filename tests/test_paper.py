@@ -50,3 +50,10 @@ def test_the_command_plans_one_without_network_data_or_variables() -> None:
     done = subprocess.run(command, cwd=STUDIES.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["named"]["unpruned"]["encoder"] == 636_784_640
+
+
+def test_a_plan_tells_what_a_study_changes_in_its_preset(tmp_path: Path) -> None:
+    text = (STUDIES / "large-v2-da.toml").read_text()
+    file = tmp_path / "study.toml"
+    file.write_text(text + "\n[projector]\nhidden = 1024\n\n[decoding]\ntest_beams = 2\n")
+    assert plan(load_study(file, data_must_exist=False)).overrides == {"projector.hidden": (2048, 1024)}
