@@ -39,12 +39,12 @@ def plain_loss(workshop: Workshop, slam: SlamAsr, batch: list[int]) -> torch.Ten
         states = workshop.encoder(features.to(workshop.dtype)).last_hidden_state
     lengths = torch.full((len(batch),), states.shape[1])
     texts = [workshop.targets[i] for i in batch]
-    tokens = pad_tokens(texts, 0)
+    tokens = pad_tokens(texts, 0, workshop.device)
     prefix, mask = slam.prefix(states, lengths)
     embedded = slam.llm.model.get_input_embeddings()(tokens).to(prefix.dtype)
     mask = torch.cat([mask, torch.tensor([[1] * len(t) + [0] * (tokens.shape[1] - len(t)) for t in texts])], 1)
     logits = slam.model(inputs_embeds=torch.cat([prefix, embedded], 1), attention_mask=mask, use_cache=False).logits
-    labels = torch.cat([torch.full(prefix.shape[:2], -100), pad_tokens(texts, -100)], 1)
+    labels = torch.cat([torch.full(prefix.shape[:2], -100), pad_tokens(texts, -100, workshop.device)], 1)
     return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 

@@ -139,7 +139,12 @@ def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def pad_tokens(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+def pad_tokens(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
     """(B, S), padded on the right."""
     width = max(map(len, sequences))
-    return torch.tensor([[*s, *[value] * (width - len(s))] for s in sequences])
+    return sent_to(device, torch.tensor([[*s, *[value] * (width - len(s))] for s in sequences]))
+
+
+def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on the device. A GPU gets it in its own time: the host does not wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

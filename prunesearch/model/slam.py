@@ -4,6 +4,7 @@ Shapes: B batch, T encoder positions, A audio embeddings, P prompt tokens, S tex
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ class SlamAsr:
     llm: Llm
     model: Any  # llm.model, or the same with a LoRA
 
+    @cached_property
+    def _around(self) -> tuple[Tensor, Tensor]:
+        """What stands before and after the audio, embedded: bos (0 or 1, D) and the prompt (P, D)."""
+        embedding = self.llm.model.get_input_embeddings()
+        with torch.no_grad():
+            before, prompt = (
+                embedding(torch.tensor(ids, dtype=torch.long, device=embedding.weight.device))
+                for ids in (self.llm.bos, self.llm.prompt)
+            )
+        return before, prompt
+
     def prefix(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """What the text follows: (B, T, D), (B,) -> embeddings (B, W, D), mask (B, W).
 
@@ -28,21 +40,16 @@ class SlamAsr:
         the logits that training needs are the last ones.
         """
         audio, audio_lengths = self.projector(states, lengths)
-        embedding = self.llm.model.get_input_embeddings()
         batch, device = audio.shape[0], audio.device
-
-        def embedded(ids: tuple[int, ...]) -> Tensor:
-            tokens = embedding(torch.tensor(ids, dtype=torch.long, device=device)).to(audio.dtype)
-            return tokens.expand(batch, len(ids), -1)
-
-        spoken = torch.cat([embedded(self.llm.bos), audio], dim=1)
+        before, prompt = (e.to(audio.dtype).expand(batch, -1, -1) for e in self._around)
+        spoken = torch.cat([before, audio], dim=1)
         spoken_lengths = audio_lengths + len(self.llm.bos)
         width = spoken.shape[1]
         source = torch.arange(width, device=device) - (width - spoken_lengths[:, None])  # (B, width): negative is padding
         shifted = spoken.gather(1, source.clamp(min=0)[..., None].expand_as(spoken))
         mask = source >= 0
         prompt_mask = mask.new_ones(batch, len(self.llm.prompt))
-        return torch.cat([shifted * mask[..., None], embedded(self.llm.prompt)], 1), torch.cat([mask, prompt_mask], 1).long()
+        return torch.cat([shifted * mask[..., None], prompt], 1), torch.cat([mask, prompt_mask], 1).long()
 
     def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
         """(B, T, D), (B,), text (B, S) -> (B, S, V): the prediction of each text token, and of nothing else."""
@@ -61,7 +68,7 @@ class SlamAsr:
 
     def loss_sum(self, states: Tensor, lengths: Tensor, texts: list[list[int]]) -> Tensor:
         """Cross-entropy, summed over the batch's text tokens (nats)."""
-        labels = pad_tokens(texts, -100).to(states.device)
+        labels = pad_tokens(texts, -100, states.device)
         logits = self.logits(states, lengths, labels.clamp(min=0))
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 

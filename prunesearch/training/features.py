@@ -23,6 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import embed, run_layers
+from prunesearch.model.llm import sent_to
 from prunesearch.record import write_atomically
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, version_of
 from prunesearch.speech.corpus import Progress, Utterance
@@ -52,7 +53,7 @@ class StateStore:
         for row, i in zip(states, indices, strict=True):
             first, length = self.spans[i]
             row[:length] = self.values[first : first + length]
-        return states.to(device, non_blocking=True), torch.tensor(lengths, device=device)
+        return states.to(device), torch.tensor(lengths, device=device)
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ class Fetched:
     batch: Sequence[int]
     share: Sequence[int]
     states: Tensor  # (B, T, D)
-    lengths: list[int]
+    lengths: Tensor  # (B,)
+    positions: list[int]  # the same, for the host
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Some rows, cut to the longest of them: (b, t, D), (b,)."""
-        lengths = self.lengths[rows]
-        return self.states[rows, : max(lengths)], torch.tensor(lengths, device=self.states.device)
+        return self.states[rows, : max(self.positions[rows])], self.lengths[rows]
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,10 @@ class Prefetched:
         batch = self.batches[step]
         share = self.team.share(batch)
         if not share:
-            return Fetched(batch, share, self.states.values.new_zeros(0, 0, 0), [])
-        device = self.team.device
+            return Fetched(batch, share, self.states.values.new_zeros(0, 0, 0), torch.zeros(0), [])
         hidden, lengths = self.states.batch(share, torch.device("cpu"))
-        if device.type == "cuda":
-            hidden = hidden.pin_memory()
-        return Fetched(batch, share, hidden.to(device, non_blocking=True), lengths.tolist())
+        device = self.team.device
+        return Fetched(batch, share, sent_to(device, hidden), sent_to(device, lengths), lengths.tolist())
 
 
 def ahead(work: Callable[[T], R], items: Iterable[T], device: torch.device, threads: int) -> Iterator[R]:

@@ -114,7 +114,7 @@ def finetune(
         optimizer.zero_grad()
         progressed.step = step + 1
         progressed.seconds = time.perf_counter() - begin
-        progressed.tokens += sum(fetched.lengths) // slam.projector.stack + sum(len(targets[i]) for i in fetched.share)
+        progressed.tokens += sum(fetched.positions) // slam.projector.stack + sum(len(targets[i]) for i in fetched.share)
         if step % LOSS_EVERY == 0 or step + 1 == budget.steps:
             value = team.total(loss.item())
             if not math.isfinite(value):
