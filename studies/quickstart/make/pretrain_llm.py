@@ -1,6 +1,6 @@
 """Make the quickstart's language model: a byte-level BPE tokenizer, then a small Llama pretrained on phrases.
 
-    python pretrain_llm.py ../llm --minutes 45
+    python pretrain_llm.py ../llm --minutes 42
 
 Large language models can repeat and repair a text that stands before a prompt; a speech-LLM leans on that. A model of a
 million parameters learns it only if its reading had it: a fifth of the documents are plain phrases, the others show a
@@ -116,6 +116,6 @@ def main(out: Path, minutes: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=45)
+    parser.add_argument("--minutes", type=float, default=42)
     arguments = parser.parse_args()
     main(arguments.out, arguments.minutes)
