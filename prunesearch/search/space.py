@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -75,7 +76,5 @@ class SearchSpace:
         """The whole space, for when it is nearly used up. Raises OverflowError for a space too large to list."""
         if self.size > 200_000:
             raise OverflowError(f"{self.size} candidates are too many to list")
-        from itertools import combinations
-
         sets = [s for k in range(self.max_removed + 1) for s in combinations(self.removable, k)]
         return [Candidate(s, rank) for s in sets for rank in self.ranks]
