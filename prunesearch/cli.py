@@ -73,18 +73,30 @@ def validate(
 
 
 @app.command()
-def plan(study: Study, as_json: Json = False) -> None:
-    """Show what will be run: parameters by group, the size of the space, steps. Trains nothing."""
+def plan(
+    study: Study,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Mean length of a recording.")] = 5.0,
+    hours: Annotated[float | None, typer.Option(min=0, help="Size of the train split; default: no epoch repeats.")] = None,
+    teraflops: Annotated[
+        float, typer.Option(min=0, help="What the GPU achieves; a third of an A100's bf16 peak is 100.")
+    ] = 100.0,
+    as_json: Json = False,
+) -> None:
+    """Show what will be run: parameters by group, the size of the space, steps, GPU memory and hours. Trains nothing."""
+    from dataclasses import asdict
+
     from prunesearch.config import load_study
+    from prunesearch.plan import estimate
     from prunesearch.plan import plan as make_plan
 
-    made = make_plan(load_study(study, data_must_exist=False))
+    config = load_study(study, data_must_exist=False)
+    made, cost = make_plan(config), estimate(config, seconds, hours, teraflops)
     if as_json:
-        _print_json(made.to_json())
+        _print_json({**made.to_json(), "estimate": asdict(cost)})
     else:
         from prunesearch.display import plan_tables
 
-        _print(plan_tables(made))
+        _print(plan_tables(made, cost))
 
 
 @app.command()

@@ -56,7 +56,7 @@ class EncoderConfig(_Section):
 class LlmConfig(_Section):
     """Any decoder-only causal LM: a folder or a hub name. LoRA's alpha is `lora_alpha_per_rank` times its rank.
 
-    `lora_targets` are names of linear layers; `auto` is q, k, v and o where they have these names, else peft's own choice.
+    `lora_targets` are names of linear layers; `auto` is q, k, v and o where they go by these names, else peft's own choice.
     """
 
     model: Located

@@ -5,10 +5,10 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from prunesearch.plan import Plan
+from prunesearch.plan import Estimate, Plan
 
 
-def plan_tables(plan: Plan) -> Group:
+def plan_tables(plan: Plan, cost: Estimate) -> Group:
     """Parameters by group for the baselines and the fixed candidates, and what the study will run."""
     counts = Table(title=f"{plan.study}: parameters", caption="reductions against unpruned")
     counts.add_column("system")
@@ -25,14 +25,30 @@ def plan_tables(plan: Plan) -> Group:
         ("steps", f"anchor {plan.anchor_steps}, then {plan.steps} each, batch {plan.batch_size}"),
     ):
         run.add_row(label, value)
+    needs = Table(title="what it will take on a GPU", show_header=False)
+    for label, value in (
+        ("assumed", f"recordings of {cost.seconds:g} s, {cost.teraflops:g} x 10^12 operations a second; decoding not counted"),
+        ("memory of a step", f"{_gib(cost.memory_bytes)}, on the longest recordings {_gib(cost.memory_bytes_longest)}"),
+        (
+            "a step",
+            f"{cost.step_operations / 1e12:.2f} x 10^12 operations in {cost.step_calls:,} calls: {cost.step_seconds:.3f} s",
+        ),
+        ("encoding", f"{cost.encoding_operations / 1e12:.3f} x 10^12 operations an utterance"),
+        ("hours", f"{cost.candidate_hours:.2f} a candidate, {cost.study_hours:.1f} in all"),
+    ):
+        needs.add_row(label, value)
     if not plan.overrides:
-        return Group(counts, run)
+        return Group(counts, run, needs)
     changed = Table(title="what differs from the preset")
     for column in ("key", "preset", "this study"):
         changed.add_column(column)
     for key, (preset, own) in plan.overrides.items():
         changed.add_row(key, str(preset), str(own))
-    return Group(counts, run, changed)
+    return Group(counts, run, needs, changed)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def status_tables(found: dict[str, Any]) -> Group:

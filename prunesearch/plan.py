@@ -1,7 +1,10 @@
-"""What a study will run, before anything is run: parameters by group, the size of the space, steps. No weights are read."""
+"""What a study will run, before anything is run: parameters by group, the size of the space, steps, hours and memory.
+
+No weights are read, and no data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from prunesearch.candidate import Candidate
@@ -9,6 +12,10 @@ from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.record import Parameters
 from prunesearch.search.space import SearchSpace
+
+PROMPT_TOKENS = 6  # about what the default prompt takes; a tokenizer is not at hand where a plan is made
+TEXT_TOKENS_PER_SECOND = 4.0  # read speech has 2 to 3 words a second; LLMs' tokenizers make 1.3 (English) to 2 tokens of one
+CALL_SECONDS = 10e-6  # what starting an operation takes the host in eager PyTorch: small batches wait for this, not for the GPU
 
 
 def _architectures(config: StudyConfig) -> tuple[Any, Any]:
@@ -26,25 +33,43 @@ def encoder_layers(config: StudyConfig) -> int:
     return int(_architectures(config)[0].encoder_layers)
 
 
-def params_of_candidates(config: StudyConfig) -> Callable[[Candidate], Parameters]:
-    """Counts any candidate's parameters without training or even building it, from the architectures on the meta device."""
+@dataclass(frozen=True)
+class _Frame:
+    """The system without its weights, on the meta device."""
+
+    encoder: Any  # WhisperEncoder
+    projector: Any  # Projector
+    llm: Any  # Llm, without a tokenizer
+
+
+def _frame(config: StudyConfig, dtype: Any = None) -> _Frame:
+    """The study's unpruned system; encoder and LLM in `dtype` (default: fp32)."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    from prunesearch.model.llm import Llm, lora
-    from prunesearch.model.parameters import count_parameters
+    from prunesearch.model.llm import Llm
     from prunesearch.model.projector import Projector
 
     encoder_shape, llm_shape = _architectures(config)
     with torch.device("meta"):
-        encoder, model = WhisperEncoder(encoder_shape), AutoModelForCausalLM.from_config(llm_shape)
+        encoder = WhisperEncoder(encoder_shape).to(dtype or torch.float32)
+        model = AutoModelForCausalLM.from_config(llm_shape, dtype=dtype or torch.float32)
         widths = encoder_shape.d_model, model.get_input_embeddings().embedding_dim
         projector = Projector(*widths, config.projector.stack, config.projector.hidden, config.projector.dropout)
-        frame = Llm(model, None, (), (), 0, 0)
-        with lora(frame, 1, config.llm, seed=0) as adapted:
-            whole = count_parameters(encoder, projector, adapted)
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in encoder.layers]
+    model.requires_grad_(False)
+    return _Frame(encoder, projector, Llm(model, None, (), (0,) * PROMPT_TOKENS, 0, 0))
+
+
+def params_of_candidates(config: StudyConfig) -> Callable[[Candidate], Parameters]:
+    """Counts any candidate's parameters without training or even building it, from the architectures on the meta device."""
+    from prunesearch.model.llm import lora
+    from prunesearch.model.parameters import count_parameters
+
+    frame = _frame(config)
+    with lora(frame.llm, 1, config.llm, seed=0) as adapted:
+        whole = count_parameters(frame.encoder, frame.projector, adapted)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in frame.encoder.layers]
 
     def count(candidate: Candidate) -> Parameters:
         removed = sum(layers[i] for i in candidate.removed_layers)
@@ -102,4 +127,79 @@ def plan(config: StudyConfig) -> Plan:
         anchor_steps=config.anchor.steps if config.training.init == "anchor" else 0,
         batch_size=config.training.batch_size,
         overrides=config.overrides(),
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a study will take on a GPU that achieves `teraflops` x 10^12 operations a second, decoding not counted.
+
+    A step takes as long as its operations, or as long as the host needs to start them where that is more.
+    `memory_bytes` is the peak of a step on recordings of `seconds`, `memory_bytes_longest` on ones of the study's
+    `max_seconds`, where no micro-batch is halved; the largest LoRA rank, encoder included, quantisation not counted.
+    """
+
+    seconds: float
+    teraflops: float
+    step_operations: int
+    step_calls: int
+    step_seconds: float
+    encoding_operations: int  # one utterance, all layers
+    memory_bytes: int
+    memory_bytes_longest: int
+    candidate_hours: float
+    study_hours: float
+
+
+def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = None, teraflops: float = 100.0) -> Estimate:
+    """Run a step without data, on recordings of `seconds`; `hours` is the train split's size (default: no epoch repeats).
+
+    Raises StudyError when a model's configuration cannot be read.
+    """
+    import torch
+
+    from prunesearch.model.llm import lora, recompute_activations
+    from prunesearch.model.slam import SlamAsr
+    from prunesearch.training.cost import StepCost, encoding_operations, step_cost
+
+    training, rank = config.training, max(config.search.lora_ranks[-1], config.search.baseline_lora_rank)
+    dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
+
+    @cache
+    def step(length: float, batch: int) -> StepCost:
+        frame = _frame(config, dtype)
+        if training.gradient_checkpointing:
+            recompute_activations(frame.llm.model)
+        text = round(length * TEXT_TOKENS_PER_SECOND) + 1
+        with lora(frame.llm, rank, config.llm, seed=0) as adapted:
+            slam = SlamAsr(frame.projector, frame.llm, adapted)
+            return step_cost(slam, frame.encoder.config.d_model, round(50 * length), text, batch, dtype)
+
+    encoder = _frame(config, dtype).encoder
+    encoding = encoding_operations(encoder, round(50 * seconds))
+    encoder_bytes = sum(p.nbytes for p in encoder.parameters())
+    micro_batch = min(training.micro_batch or training.batch_size, training.batch_size)
+    whole = step(seconds, training.batch_size)
+    usual, longest = step(seconds, micro_batch), step(config.data.max_seconds, micro_batch)
+
+    parts = -(-training.batch_size // micro_batch)
+    step_seconds = max(whole.operations / (teraflops * 1e12), parts * usual.calls * CALL_SECONDS)
+
+    def fine_tune(steps: int) -> float:
+        drawn = steps * training.batch_size
+        encoded = drawn if hours is None else min(drawn, 3600 * hours / seconds)
+        return (steps * step_seconds + encoded * encoding / (teraflops * 1e12)) / 3600
+
+    anchor = fine_tune(config.anchor.steps) if training.init == "anchor" else 0.0
+    return Estimate(
+        seconds=seconds,
+        teraflops=teraflops,
+        step_operations=whole.operations,
+        step_calls=parts * usual.calls,
+        step_seconds=step_seconds,
+        encoding_operations=encoding,
+        memory_bytes=usual.peak_bytes + encoder_bytes,
+        memory_bytes_longest=longest.peak_bytes + encoder_bytes,
+        candidate_hours=fine_tune(training.steps),
+        study_hours=anchor + config.search.trials * fine_tune(training.steps),
     )

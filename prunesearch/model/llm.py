@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from prunesearch.config import LlmConfig
 from prunesearch.mistakes import StudyError
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # the published work's targets
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj")  # the published targets; the same, fused
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,26 @@ class Llm:
 
 
 def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype) -> Llm:
-    """Load from a folder or the hub; safetensors only, no remote code. Raises OSError when there is no such model."""
+    """Load from a folder or the hub; safetensors only, no remote code.
+
+    Raises OSError when there is no such model, StudyError when it cannot be quantised or knows no end of sequence.
+    """
     tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision or "main")
     model = AutoModelForCausalLM.from_pretrained(
         source,
         revision=config.revision or "main",
         dtype=dtype,
         use_safetensors=True,
-        attn_implementation="sdpa",
         quantization_config=_quantization(config, dtype),
     )
     model.requires_grad_(False).eval()
     # The states whose logits are wanted come as a slice. A matrix product with a sliced (B, S, D) cannot be folded to two
     # dimensions: torch would copy the vocabulary's matrix once per utterance (20 of 30 s of a step with 262 k entries).
     model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    eos = tokenizer.eos_token_id
+    own = [i for i in (tokenizer.eos_token_id, model.config.eos_token_id) if i is not None]
+    if not own:
+        raise StudyError([f"llm.model: {source} has no end of sequence: set eos_token in its tokenizer_config.json"])
+    eos = own[0] if isinstance(own[0], int) else own[0][0]
     return Llm(
         model=model,
         tokenizer=tokenizer,
@@ -74,6 +79,13 @@ def _quantization(config: LlmConfig, dtype: torch.dtype) -> BitsAndBytesConfig |
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """From now on, the backward pass computes a layer's activations again instead of keeping them."""
+    # transformers is about to drop the second name, and has not always had the first
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def embedding_scale(model: PreTrainedModel) -> float:
     """Standard deviation of what the LLM's embedding layer puts out, over (at most) 4,096 tokens of the vocabulary."""
     embedding = model.get_input_embeddings()
@@ -89,7 +101,8 @@ def lora_targets(model: PreTrainedModel, config: LlmConfig) -> list[str]:
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     kind = model.config.model_type
     if config.lora_targets == "auto":
-        targets = ATTENTION if names.issuperset(ATTENTION) else TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ())
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ())
+        targets = next((own for own in ATTENTION if names.issuperset(own)), known)
         if not targets:
             raise StudyError(
                 [f"llm.lora_targets: nothing is known of {kind!r} models; name some of its layers: {_layers(model)}"]

@@ -18,7 +18,7 @@ from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import load_encoder, remove_layers
 from prunesearch.model.hub import cannot_be_had
-from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora_targets
+from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora_targets, recompute_activations
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SlamAsr
 from prunesearch.record import SplitResult, write_atomically
@@ -71,7 +71,7 @@ class Workshop:
         if config.llm.quantization is None:  # bitsandbytes has put its models where they belong
             llm.model.to(device)
         if config.training.gradient_checkpointing:
-            llm.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(llm.model)
         workshop = cls(config, team, dtype, encoder, extractor, llm, progress if team.leads else _silent)
         if outside := [i for i in config.removable(workshop.depth) if i >= workshop.depth]:
             raise StudyError([f"search.removable_layers: must lie in [0, {workshop.depth}), got {outside[0]}"])

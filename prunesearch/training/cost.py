@@ -1,0 +1,114 @@
+"""What a training step takes, known before there is a GPU: the step itself, run on tensors that have shapes and no data.
+
+Operations are counted by torch (matrix products and attention, forward and backward); bytes by watching every tensor
+that the step makes, until it is freed. Nothing is computed and no weights are read, so that a 3B model takes seconds.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from prunesearch.model.slam import SlamAsr
+from prunesearch.training.device import autocast
+from prunesearch.training.finetune import trainable
+
+CPU = torch.device("cpu")  # where the tensors pretend to be; attention is fused there, as it is on a GPU
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Operations of one step, how many calls (views aside) the host makes for them, and bytes on the device at its peak:
+    the LLM's, projector's and LoRA's weights and the optimiser's state, with what the step makes on top."""
+
+    operations: int
+    calls: int
+    weight_bytes: int
+    peak_bytes: int
+
+
+class _Watch(TorchDispatchMode):
+    """How many calls there were, and the bytes of the tensors that are alive, now and at the peak."""
+
+    def __init__(self, known: Sequence[Tensor]):
+        super().__init__()
+        self.calls = self.now = self.peak = 0
+        self._seen = {id(t.untyped_storage()) for t in known}
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.calls += not (func.is_view or func is torch.ops.prim.device.default)
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+
+def _without_data(*modules: nn.Module) -> list[Tensor]:
+    """Give modules of the meta device tensors that pretend to be on a device; returns these. Tied weights stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in (m for root in modules for m in root.modules()):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=CPU)
+                    is_weight = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+    return list(made.values())
+
+
+def step_cost(slam: SlamAsr, width: int, positions: int, text_tokens: int, batch: int, dtype: torch.dtype) -> StepCost:
+    """A step of the fine-tune on `batch` utterances of so many encoder positions (of `width`) and text tokens each.
+
+    `slam` is made on the meta device, its LLM in `dtype`, and of no other use afterwards.
+    """
+    with FakeTensorMode():
+        weights = _without_data(slam.model, slam.projector)
+        slam.model.train()
+        slam.projector.train()
+        optimizer = torch.optim.AdamW(trainable(slam).values(), foreach=True)  # what it chooses on a GPU
+        states = torch.empty(batch, positions, width, dtype=dtype)
+        lengths = torch.full((batch,), positions)
+        watch = _Watch([*weights, states])
+        with watch, FlopCounterMode(display=False) as counter:
+            with autocast(CPU, dtype):
+                loss = slam.loss(states, lengths, [[0] * text_tokens] * batch)
+            loss.backward()
+            optimizer.step()
+    weight_bytes = sum(t.nbytes for t in weights)
+    peak_bytes = weight_bytes + states.nbytes + watch.peak
+    return StepCost(counter.get_total_flops(), watch.calls, weight_bytes, peak_bytes)
+
+
+def encoding_operations(encoder: WhisperEncoder, positions: int) -> int:
+    """Operations of the encoder's layers on one utterance; the encoder is made on the meta device."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        hidden = torch.empty(1, positions, encoder.config.d_model, device="meta", dtype=encoder.dtype)
+        for layer in encoder.layers:
+            hidden = layer(hidden, None)
+    return counter.get_total_flops()

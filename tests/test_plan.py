@@ -1,0 +1,56 @@
+"""What a plan says a step will take, against steps that are run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunesearch.config import load_study
+from prunesearch.model.llm import lora
+from prunesearch.model.slam import SlamAsr
+from prunesearch.plan import PROMPT_TOKENS, TEXT_TOKENS_PER_SECOND, estimate
+from prunesearch.training.workshop import Workshop
+from tests.conftest import write_study
+
+PAPER = Path(__file__).parents[1] / "studies" / "paper"
+
+
+def test_operations_are_those_of_a_step_that_is_run(toy: Path, tmp_path: Path) -> None:
+    config = load_study(write_study(tmp_path, toy, llm={"prompt": "lowmid"}))
+    workshop = Workshop.open(config)
+    assert len(workshop.llm.prompt) <= PROMPT_TOKENS
+    workshop.llm = workshop.llm.__class__(**{**vars(workshop.llm), "prompt": (1,) * PROMPT_TOKENS})
+    text = [5] * (round(2 * TEXT_TOKENS_PER_SECOND) + 1)
+    with lora(workshop.llm, 4, config.llm, seed=0) as model, FlopCounterMode(display=False) as counter:
+        slam = SlamAsr(workshop.fresh_projector(), workshop.llm, model)
+        slam.loss(torch.randn(4, 100, 16), torch.full((4,), 100), [text] * 4).backward()
+    assert estimate(config, seconds=2.0).step_operations == counter.get_total_flops()
+
+
+def test_memory_follows_the_micro_batch_and_hours_the_steps(toy: Path, tmp_path: Path) -> None:
+    def estimated(name: str, **training: int | bool) -> tuple[float, ...]:
+        found = estimate(
+            load_study(write_study(tmp_path / name, toy, training=training, data={"max_seconds": 2.0})), seconds=1.0
+        )
+        return found.memory_bytes, found.memory_bytes_longest, found.step_operations, found.candidate_hours
+
+    usual, longest, operations, hours = estimated("all", batch_size=16)
+    in_parts, longest_in_parts, same_operations, _ = estimated("parts", batch_size=16, micro_batch=4)
+    assert in_parts < usual < longest
+    assert longest_in_parts < longest
+    assert operations == same_operations
+    assert estimated("again", batch_size=16, gradient_checkpointing=True)[2] > operations  # layers are run twice
+    assert estimated("long", batch_size=16, steps=16)[3] == pytest.approx(2 * hours)
+
+
+def test_the_published_system_needs_what_arithmetic_says() -> None:
+    config = load_study(PAPER / "large-v2-nl.toml", data_must_exist=False)
+    found = estimate(config, seconds=5.0, hours=54.0)
+    llm_tokens = 8 * (50 + PROMPT_TOKENS + 20)  # 50 audio embeddings in 5 s; the last text token is never read
+    matrices = 3_085_938_688 - 151_936 * 2048  # the vocabulary is looked up, not multiplied, but where text is predicted
+    assert found.step_operations == pytest.approx(4 * matrices * llm_tokens, rel=0.05)  # forward, and backward to the inputs
+    weights = 2 * (3_085_938_688 + 636_784_640)
+    assert weights < found.memory_bytes < found.memory_bytes_longest < 40 * 2**30
+    assert found.encoding_operations == pytest.approx(2 * 636_784_640 * 250, rel=0.05)
+    assert found.study_hours == pytest.approx(config.search.trials * found.candidate_hours)
