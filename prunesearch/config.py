@@ -218,7 +218,7 @@ class TrainingConfig(_Section):
     final_learning_rate: Fraction = Field(0.1, description="of the peak; the decay is a cosine")
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0
-    tensorboard: bool = False
+    tracker: Literal["tensorboard", "trackio", "wandb"] | None = Field(None, description="where learning curves go, too")
     rungs: tuple[Fraction, ...] = Field((), description="fractions of the steps after which dev WER is measured")
     rung_margin: Annotated[float, Field(ge=0)] = Field(
         0.1, description="WER by which a smaller or equal candidate must be ahead at a rung to end a trial there"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prunesearch.candidate import Candidate
 from prunesearch.config import load_study
@@ -189,6 +190,20 @@ def test_a_curve_lies_beside_the_record(open_workshop: Callable[..., Workshop]) 
     assert [p["step"] for p in points] == [1, 8]
     assert [round(p["loss"], 6) for p in points] == list(record.losses)
     assert all(p["tokens_per_second"] > 0 and p["memory_bytes"] > 0 and p["learning_rate"] > 0 for p in points)
+
+
+def test_a_curve_goes_to_tensorboard_with_one_key(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop(training={"tracker": "tensorboard"})
+    record = evaluate(workshop, Candidate())
+    events = EventAccumulator(str(workshop.config.run_folder / "tensorboard" / "full"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 8]
+    assert [round(event.value, 5) for event in events.Scalars("loss")] == [round(loss, 5) for loss in record.losses]
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_runs(open_workshop: Callable[..., Workshop]) -> None:
+    with pytest.raises(StudyError, match=r"training\.tracker: the package trackio is not installed: pip install trackio"):
+        open_workshop(training={"tracker": "trackio"})
 
 
 def test_divergence_is_recorded_with_its_step(open_workshop: Callable[..., Workshop]) -> None:

@@ -98,7 +98,7 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
         progressed = Progressed(config.training.batch_size)
         state: Literal["complete", "pruned", "failed"] = "complete"
         reason = None
-        with LearningCurve(folder, config.run_folder, config.training.tensorboard, team.leads) as curve:
+        with LearningCurve(folder, config, team.leads) as curve:
             try:
                 progressed = finetune(
                     slam, train_states, workshop.targets, budget, config.training, team, dtype, folder / "checkpoint.pt",

@@ -25,6 +25,7 @@ from prunesearch.record import SplitResult, write_atomically
 from prunesearch.speech.audio import SAMPLE_RATE
 from prunesearch.speech.corpus import SPLITS, Progress, Split, Utterance, checked_corpus
 from prunesearch.training.batches import plan_batches
+from prunesearch.training.curve import tracker_for
 from prunesearch.training.decode import transcribe
 from prunesearch.training.device import pick_dtype
 from prunesearch.training.features import StateStore, finish_encoding, prefix_states
@@ -67,6 +68,7 @@ class Workshop:
         except (OSError, ValueError) as error:
             raise cannot_be_had(config.llm, source, error) from error
         lora_targets(llm.model, config.llm)  # a wrong name is told now, not when the first LoRA is made
+        tracker_for(config, "")  # and a missing package, too
         encoder.requires_grad_(False).eval().to(device)
         if config.llm.quantization is None:  # bitsandbytes has put its models where they belong
             llm.model.to(device)
