@@ -34,7 +34,7 @@ def plan_tables(plan: Plan, cost: Estimate) -> Group:
             f"{cost.step_operations / 1e12:.2f} x 10^12 operations in {cost.step_calls:,} calls: {cost.step_seconds:.3f} s",
         ),
         ("encoding", f"{cost.encoding_operations / 1e12:.3f} x 10^12 operations an utterance"),
-        ("hours", f"{cost.candidate_hours:.2f} a candidate, {cost.study_hours:.1f} in all"),
+        ("time", f"{_duration(cost.candidate_hours)} a candidate, {_duration(cost.study_hours)} in all"),
     ):
         needs.add_row(label, value)
     if not plan.overrides:
@@ -45,6 +45,10 @@ def plan_tables(plan: Plan, cost: Estimate) -> Group:
     for key, (preset, own) in plan.overrides.items():
         changed.add_row(key, str(preset), str(own))
     return Group(counts, run, needs, changed)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def _gib(size: int) -> str:

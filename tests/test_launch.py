@@ -213,9 +213,18 @@ def test_two_processes_train_one_candidate_as_one_does(toy: Path, tmp_path: Path
     calm = {"projector": {"dropout": 0.0}, "llm": {"lora_dropout": 0.0}}  # each process draws dropout masks of its own
     alone, team = write_study(tmp_path / "alone", toy, **calm), write_study(tmp_path / "team", toy, **calm)
     launch(alone, trials=2)
-    # what `accelerate launch` starts on GPUs; on CPUs it would ask for MPI
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "cli.py", "launch", str(team), "--trials", "2"]
+    # as on two GPUs: with --cpu, accelerate would ask for MPI
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    command = [*accelerate, "cli.py", "launch", str(team), "--trials", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     theirs = {r.candidate.key: r for r in read_records(load_study(team).run_folder / "records")}
