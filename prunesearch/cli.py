@@ -100,6 +100,31 @@ def plan(
 
 
 @app.command()
+def scan(
+    study: Study,
+    most: Annotated[int, typer.Option(min=1, help="Layers in a set, at most.")] = 2,
+    utterances: Annotated[int, typer.Option(min=1, help="How many of dev.")] = 64,
+    loss_sets: Annotated[int, typer.Option(min=0, help="Larger sets whose loss is measured: those of least drift.")] = 128,
+    wer: Annotated[bool, typer.Option("--wer", help="Decode without each single layer, too.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Run each set by itself as well; compare, and time both.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what each layer, and each pair, is worth to the anchor's system, before anything else is trained."""
+    from prunesearch.launch import scan as run_scan
+
+    with _Display() as display:
+        found = run_scan(study, most, utterances, loss_sets, wer, check, display)
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        from prunesearch.config import load_study
+        from prunesearch.report.scan import render_scan
+
+        _print(render_scan(found))
+        typer.echo(f"scan: {load_study(study, data_must_exist=False).run_folder / 'scan' / 'scan.html'}")
+
+
+@app.command()
 def launch(
     study: Study,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,

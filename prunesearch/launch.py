@@ -14,6 +14,7 @@ from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_records
+from prunesearch.scan import Scan
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage
 from prunesearch.search.study import open_study, settled
@@ -83,6 +84,29 @@ def launch(
         _run_workers(config, workers, trials, storage, watcher)
     _test_those_that_count(config, workshop, watcher)
     return config
+
+
+def scan(
+    source: str | Path,
+    most: int = 2,
+    utterances: int = 64,
+    loss_sets: int = 128,
+    with_wer: bool = False,
+    check: bool = False,
+    watcher: Watcher | None = None,
+) -> Scan:
+    """Measure what the study's layers are worth before any training, and write the scan and its report to `run/scan/`.
+
+    The anchor is trained if it is not there yet. See `training.scan.scan` for the settings. Raises StudyError for the
+    user's mistakes.
+    """
+    from prunesearch.report.scan import write_scan_report
+    from prunesearch.training.scan import scan as run_scan
+
+    config = load_study(source)
+    found = run_scan(_open_workshop(config, watcher or Nobody()), most, utterances, loss_sets, with_wer, check)
+    write_scan_report(config.run_folder / "scan", found)
+    return found
 
 
 def _open_workshop(config: StudyConfig, watcher: Watcher) -> Any:
