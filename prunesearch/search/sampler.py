@@ -1,14 +1,15 @@
-"""An Optuna sampler that never proposes the same candidate twice, nor one outside the space."""
+"""Optuna samplers that never propose the same candidate twice, nor one outside the space."""
 
 import random
 from collections.abc import Callable
 from typing import Any
 
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from prunesearch.candidate import Candidate
 from prunesearch.search.space import SearchSpace
 
 ATTEMPTS = 30  # proposals of the inner sampler, before a random candidate takes their place
@@ -31,17 +32,19 @@ def is_taken(trial: FrozenTrial) -> bool:
 
 
 class CandidateSampler(BaseSampler):
-    """Wraps an Optuna sampler: the first `startup_trials` are random sets, sized uniformly; then `inner` proposes.
+    """Asks `propose` for a candidate, and sees to it that none is proposed twice, nor one outside the space.
 
-    What `inner` proposes is repaired into the space, and asked again if it was seen before. Randomness comes from the
-    seed and the number of settled trials alone: a study that was killed and resumed proposes what it would have.
+    Randomness comes from the seed and the number of settled trials alone: a study that was killed and resumed proposes
+    what it would have.
     """
 
-    def __init__(self, space: SearchSpace, inner: Callable[[int], BaseSampler], seed: int, startup_trials: int):
+    def __init__(self, space: SearchSpace, seed: int):
         self._space = space
-        self._inner = inner
         self._seed = seed
-        self._startup_trials = startup_trials
+
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
+        """A candidate whose key is not among `seen`; None to have a random one drawn."""
+        return None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._space.distributions
@@ -52,17 +55,9 @@ class CandidateSampler(BaseSampler):
         running = sum(t.state == TrialState.RUNNING for t in others)
         seen = {key for t in others if is_taken(t) and (key := t.user_attrs.get("candidate"))}
         rng = random.Random(f"{self._seed} {settled} {running}")
-        if settled >= self._startup_trials:
-            inner = self._inner(rng.randrange(2**31))
-            for _ in range(ATTEMPTS):
-                proposed = inner.sample_relative(study, trial, search_space)
-                if not proposed:
-                    break
-                # what a genetic sampler mutates, it leaves out
-                whole = {**self._space.params(self._space.draw(rng)), **proposed}
-                candidate = self._space.repaired(self._space.candidate(whole), rng)
-                if candidate.key not in seen:
-                    return self._space.params(candidate)
+        proposed = self.propose(study, trial, seen, settled, rng)
+        if proposed is not None:
+            return self._space.params(proposed)
         for _ in range(10 * ATTEMPTS):
             candidate = self._space.draw(rng)
             if candidate.key not in seen:
@@ -78,14 +73,41 @@ class CandidateSampler(BaseSampler):
         raise RuntimeError(f"{param_name} is not a parameter of this study")
 
 
-def make_sampler(name: str, space: SearchSpace, seed: int, startup_trials: int) -> CandidateSampler:
-    """`tpe` (multivariate: layers interact), `nsga2` or `random`, over one boolean per layer."""
+class OptunaSampler(CandidateSampler):
+    """One of Optuna's samplers over one boolean per layer. What it proposes is repaired into the space, and asked again if
+    it was seen before; the first `startup_trials` are random sets, sized uniformly."""
+
+    def __init__(self, space: SearchSpace, inner: Callable[[int], BaseSampler], seed: int, startup_trials: int):
+        super().__init__(space, seed)
+        self._inner = inner
+        self._startup_trials = startup_trials
+
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
+        if settled < self._startup_trials:
+            return None
+        inner = self._inner(rng.randrange(2**31))
+        for _ in range(ATTEMPTS):
+            proposed = inner.sample_relative(study, trial, self._space.distributions)
+            if not proposed:
+                return None
+            # what a genetic sampler mutates, it leaves out
+            whole = {**self._space.params(self._space.draw(rng)), **proposed}
+            candidate = self._space.repaired(self._space.candidate(whole), rng)
+            if candidate.key not in seen:
+                return candidate
+        return None
+
+
+def optuna_sampler(name: str, space: SearchSpace, seed: int, startup_trials: int) -> OptunaSampler:
+    """`tpe` (multivariate: layers interact), `nsga2`, `gp` or `random`."""
 
     def inner(number: int) -> BaseSampler:
         if name == "tpe":
             return TPESampler(multivariate=True, n_startup_trials=0, n_ei_candidates=48, seed=number)
         if name == "nsga2":
             return NSGAIISampler(population_size=16, seed=number)
+        if name == "gp":
+            return GPSampler(n_startup_trials=0, deterministic_objective=False, seed=number)
         return RandomSampler(seed=number)
 
-    return CandidateSampler(space, inner, seed, startup_trials)
+    return OptunaSampler(space, inner, seed, startup_trials)

@@ -1,0 +1,102 @@
+"""Strategies to compare with: what people do by hand, and what the literature does, as samplers of the same study."""
+
+import random
+from collections.abc import Callable, Mapping
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from prunesearch.candidate import Candidate
+from prunesearch.scan import LayerSet
+from prunesearch.search.sampler import CandidateSampler
+from prunesearch.search.space import SearchSpace
+
+Scores = Mapping[LayerSet, float]
+
+
+class InOrder(CandidateSampler):
+    """Sets of one order of removal, one layer more each time, with each rank in turn; then random ones."""
+
+    def __init__(self, space: SearchSpace, seed: int, order: list[int]):
+        super().__init__(space, seed)
+        prefixes = [tuple(sorted(order[:k])) for k in range(space.max_removed + 1)]
+        self._plan = [Candidate(layers, rank) for rank in space.ranks for layers in prefixes]
+
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
+        return next((c for c in self._plan if c.key not in seen), None)
+
+
+class Planned(CandidateSampler):
+    """A plan of sets, with each rank in turn; then random ones."""
+
+    def __init__(self, space: SearchSpace, seed: int, sets: list[LayerSet]):
+        super().__init__(space, seed)
+        self._plan = [Candidate(layers, rank) for rank in space.ranks for layers in sets]
+
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
+        return next((c for c in self._plan if c.key not in seen), None)
+
+
+class IterativeGreedy(CandidateSampler):
+    """Removes one layer at a time for good: tries every layer beside those already gone, keeps the best, goes on; the
+    trials are its scan. Then the same with the next rank."""
+
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
+        wer = {t.user_attrs["candidate"]: t.values[0] for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])}
+        for rank in self._space.ranks:
+            gone: LayerSet = ()
+            if Candidate(gone, rank).key not in seen:
+                return Candidate(gone, rank)
+            while len(gone) < self._space.max_removed:
+                tries = [Candidate((*gone, i), rank) for i in self._space.removable if i not in gone]
+                if due := [c for c in tries if c.key not in seen]:
+                    return due[0]
+                gone = min(tries, key=lambda c: wer.get(c.key, 9.0)).removed_layers
+        return None
+
+
+class Evolution(CandidateSampler):
+    """(1 + lambda) evolution for each number of removed layers in turn, by exchanging layers (EvoPress, arXiv 2410.14649; its
+    staged data budgets have no counterpart where a candidate has one price)."""
+
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
+        space = self._space
+        size = 1 + settled % space.max_removed
+        done = [
+            (t.values[0], self._space.candidate(t.params)) for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        ]
+        parents = [(w, c) for w, c in done if len(c.removed_layers) == size]
+        if not parents:
+            return Candidate(tuple(rng.sample(space.removable, size)), rng.choice(space.ranks))
+        parent = min(parents, key=lambda x: x[0])[1]
+        for _ in range(50):
+            layers = set(parent.removed_layers)
+            for _ in range(1 + (rng.random() < 0.3)):
+                layers.discard(rng.choice(sorted(layers)))
+                layers.add(rng.choice([i for i in space.removable if i not in layers]))
+            rank = parent.lora_rank if rng.random() < 0.7 else rng.choice(space.ranks)
+            candidate = Candidate(tuple(sorted(layers)), rank)
+            if len(layers) == size and candidate.key not in seen:
+                return candidate
+        return None
+
+
+def by_score(space: SearchSpace, scan: Scores) -> list[int]:
+    """Least costly first, by single layers alone."""
+    return sorted(space.removable, key=lambda i: scan.get((i,), 0.0))
+
+
+def evenly_spaced(space: SearchSpace) -> list[LayerSet]:
+    layers, sets = space.removable, []
+    for k in range(space.max_removed + 1):
+        sets.append(tuple(sorted({layers[round((j + 0.5) * len(layers) / k - 0.5)] for j in range(k)})))
+    return sets
+
+
+STRATEGIES: dict[str, Callable[[SearchSpace, int, Scores], CandidateSampler]] = {
+    "top-down": lambda space, seed, scan: InOrder(space, seed, sorted(space.removable, reverse=True)),
+    "evenly spaced": lambda space, seed, scan: Planned(space, seed, evenly_spaced(space)),
+    "leave-one-out order": lambda space, seed, scan: InOrder(space, seed, by_score(space, scan)),
+    "iterative greedy": lambda space, seed, scan: IterativeGreedy(space, seed),
+    "evolution": lambda space, seed, scan: Evolution(space, seed),
+}

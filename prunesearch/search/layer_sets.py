@@ -1,0 +1,246 @@
+"""A sampler for sets of layers: parameters are known beforehand, only WER is uncertain.
+
+It models log WER with a Gaussian process over candidates (`surrogate`), and proposes the candidate whose expected gain
+in hypervolume is greatest, among neighbours of the front, sets that the scan speaks for, and random ones. The gain has a
+closed form: with a known number of parameters, it is a sum of expected improvements over the steps of the front.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
+
+from prunesearch.candidate import Candidate
+from prunesearch.scan import LayerSet
+from prunesearch.search.sampler import CandidateSampler, is_settled
+from prunesearch.search.space import SearchSpace
+from prunesearch.search.surrogate import Array, Posterior, Surrogate
+
+ParamsOf = Callable[[Candidate], float]
+
+SMALL_SPACE = 3000  # a space of so many candidates is looked at whole
+POOL = 1200
+REFINED = 8  # candidates whose neighbours are looked at in turn
+ROUNDS = 3
+FIT_AT_MOST = 160  # candidates that the parts' variances are fitted to
+LEAST_WER = 1e-4  # logarithms begin here
+REFERENCE_WER = 1.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """Candidates with log WER, and the variance by which each is known less well than a finished one."""
+
+    candidates: list[Candidate]
+    values: Array
+    extra: Array
+
+
+class LayerSetSampler(CandidateSampler):
+    """For any study with one boolean `remove_<layer>` per layer, a categorical `lora_rank`, and (WER, parameters) to minimise.
+
+    `params_of` gives a candidate's second objective. `scan` is a criterion of single layers, and of pairs where measured
+    (`Scan.score("delta_loss")`): without it, the first `startup_trials` are random sets, with it, sets that it speaks for.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        params_of: ParamsOf,
+        seed: int = 0,
+        startup_trials: int = 6,
+        scan: Mapping[LayerSet, float] | None = None,
+    ):
+        super().__init__(space, seed)
+        self._params_of = params_of
+        self._startup_trials = startup_trials
+        self._scan = scan
+        self._fitted: tuple[int, Surrogate] | None = None
+        self._everything: list[Candidate] | None = None
+
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
+        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        if settled < self._startup_trials:
+            return self._first(settled, seen, rng)
+        known = self._known(trials)
+        if len(known.candidates) < 3:
+            return None
+        surrogate = self._surrogate(known)
+        posterior = surrogate.given(known.candidates, known.values, known.extra)
+        running = [Candidate.from_key(t.user_attrs["candidate"]) for t in trials
+                   if t.state == TrialState.RUNNING and "candidate" in t.user_attrs]  # fmt: skip
+        if running:  # believed to come out as expected, so that the next proposal lies elsewhere
+            means, _ = posterior.predict(running)
+            everyone = known.candidates + running
+            extra = np.append(known.extra, np.zeros(len(running)))
+            known = Known(everyone, np.append(known.values, means), extra)
+            posterior = surrogate.given(known.candidates, known.values, known.extra)
+        front = self._front(known.candidates, posterior)
+        return self._best(posterior, front, seen, rng)
+
+    def _first(self, number: int, seen: set[str], rng: random.Random) -> Candidate | None:
+        """Sets of every size in turn; the ones that the scan holds dispensable, where there is one."""
+        most, sizes = self._space.max_removed, self._space.max_removed + 1
+        size = most - number % sizes if number % 2 else number % sizes
+        for _ in range(20):
+            rank = rng.choice(self._space.ranks)
+            layers = _guided(self._space, size, self._scan, rng, 0.3) if self._scan else rng.sample(self._space.removable, size)
+            candidate = Candidate(tuple(layers), rank)
+            if candidate.key not in seen:
+                return candidate
+        return None
+
+    def _known(self, trials: Sequence[FrozenTrial]) -> Known:
+        """Finished trials; and trials that a rung ended, at what their WER at that rung would have become."""
+        candidates, values, extra = [], [], []
+        finished = [t for t in trials if t.state == TrialState.COMPLETE]
+        for t in finished:
+            candidates.append(self._space.candidate(t.params))
+            values.append(_log_wer(t.values[0]))
+            extra.append(0.0)
+        for t in trials:
+            if t.state != TrialState.PRUNED or not is_settled(t):
+                continue
+            name, wer = _last_rung(t)
+            both = [(_log_wer(f.user_attrs[name]["wer"]), _log_wer(f.values[0])) for f in finished if name in f.user_attrs]
+            if len(both) >= 3:
+                falls = np.array([after - before for before, after in both])
+                candidates.append(self._space.candidate(t.params))
+                values.append(_log_wer(wer) + float(falls.mean()))
+                extra.append(float(falls.var(ddof=1)))
+        return Known(candidates, np.array(values), np.array(extra))
+
+    def _surrogate(self, known: Known) -> Surrogate:
+        """Fitted anew when a tenth more is known; to the same data whenever it was started."""
+        due = 1
+        while due < len(known.candidates):
+            following = max(due + 1, int(due * 1.1))
+            if following > len(known.candidates):
+                break
+            due = following
+        if self._fitted is None or self._fitted[0] != due:
+            layers = tuple(sorted({*self._space.removable, *(i for c in self._space.named.values() for i in c.removed_layers)}))
+            surrogate = Surrogate(layers, self._space.ranks, self._scan)
+            order = np.argsort(known.values[:due], kind="stable")
+            chosen = sorted(order[np.linspace(0, due - 1, min(due, FIT_AT_MOST)).astype(int)])
+            surrogate.fit([known.candidates[i] for i in chosen], known.values[chosen], known.extra[chosen])
+            self._fitted = due, surrogate
+        return self._fitted[1]
+
+    def _front(self, candidates: Sequence[Candidate], posterior: Posterior) -> list[tuple[float, float, Candidate]]:
+        """(parameters, log WER as believed, candidate) of the non-dominated ones, fewest parameters first."""
+        means, _ = posterior.predict(candidates)
+        front: list[tuple[float, float, Candidate]] = []
+        for params, value, candidate in sorted(
+            ((self._params_of(c), float(m), c) for c, m in zip(candidates, means, strict=True)), key=lambda x: x[:2]
+        ):
+            if not front or value < front[-1][1]:
+                front.append((params, value, candidate))
+        return front
+
+    def _best(
+        self, posterior: Posterior, front: list[tuple[float, float, Candidate]], seen: set[str], rng: random.Random
+    ) -> Candidate | None:
+        pool = [c for c in self._pool(front, rng) if c.key not in seen]
+        if not pool:
+            return None
+        gains = self._gain(pool, posterior, front)
+        if self._everything is None:
+            for _ in range(ROUNDS):  # climb from the best ones
+                best = np.argsort(-gains)[:REFINED]
+                held = {c.key for c in pool}
+                near = {n.key: n for i in best for n in _neighbours(self._space, pool[i])}
+                new = [c for key, c in near.items() if key not in held and key not in seen]
+                if not new:
+                    break
+                pool += new
+                gains = np.append(gains, self._gain(new, posterior, front))
+                if gains.argmax() < len(pool) - len(new):
+                    break
+        return pool[int(gains.argmax())]
+
+    def _pool(self, front: list[tuple[float, float, Candidate]], rng: random.Random) -> list[Candidate]:
+        if self._space.size <= SMALL_SPACE:
+            if self._everything is None:
+                self._everything = self._space.everything()
+            return self._everything
+        found = {n.key: n for _, _, c in front for n in _neighbours(self._space, c)}
+        pool = rng.sample(sorted(found.values(), key=lambda c: c.key), min(len(found), POOL // 2))
+        while len(pool) < POOL:
+            size, rank = rng.randint(0, self._space.max_removed), rng.choice(self._space.ranks)
+            guided = self._scan is not None and rng.random() < 0.7
+            layers = _guided(self._space, size, self._scan, rng, 1.0) if guided else rng.sample(self._space.removable, size)
+            pool.append(Candidate(tuple(layers), rank))
+        return list({c.key: c for c in pool}.values())
+
+    def _gain(self, pool: Sequence[Candidate], posterior: Posterior, front: list[tuple[float, float, Candidate]]) -> Array:
+        """Expected gain in hypervolume under WER 1 and the most parameters there can be; where none is left to expect, the
+        most hopeful candidate is still ahead of the others."""
+        means, deviations = posterior.predict(pool)
+        params = np.array([self._params_of(c) for c in pool])
+        widest = self._params_of(Candidate((), max(self._space.ranks))) * (1 + 1e-9)
+        begins = np.array([p for p, _, _ in front])
+        steps = np.append(0.0, [v for _, v, _ in front])  # log WER; 0 is a WER of 1, where nothing is known yet
+        left, right = np.append(-np.inf, begins), np.append(begins, widest)
+        widths = np.maximum(0.0, right - np.maximum(left, params[:, None]))  # (N, steps)
+        gains = (widths * expected_improvement(steps, means[:, None], deviations[:, None])).sum(1)
+        here = steps[(begins <= params[:, None]).sum(1)]
+        hope = here - means + 2 * deviations
+        return gains + 1e-9 * widest * ndtr(hope)
+
+
+def expected_improvement(best: Array, mean: Array, deviation: Array) -> Array:
+    """E[max(0, exp(best) - exp(Y))] for Y ~ N(mean, deviation^2): a put option's price, with logarithms of WER for prices."""
+    z = (best - mean) / deviation
+    gain = np.exp(best) * ndtr(z) - np.exp(mean + deviation**2 / 2) * ndtr(z - deviation)
+    return np.maximum(gain, 0.0)
+
+
+def _log_wer(wer: float) -> float:
+    return float(np.log(np.clip(wer, LEAST_WER, REFERENCE_WER)))
+
+
+def _last_rung(trial: FrozenTrial) -> tuple[str, float]:
+    name = max((n for n in trial.user_attrs if n.startswith("rung_")), key=lambda n: int(n.removeprefix("rung_")))
+    return name, trial.user_attrs[name]["wer"]
+
+
+def _guided(
+    space: SearchSpace, size: int, scan: Mapping[LayerSet, float] | None, rng: random.Random, temperature: float
+) -> list[int]:
+    """So many layers, one after the other, each likelier the less the scan says it costs beside those already taken."""
+    assert scan is not None
+    taken: list[int] = []
+    costs = sorted(abs(scan.get((i,), 0.0)) for i in space.removable)
+    scale = temperature * (costs[len(costs) // 2] + 1e-12)
+    while len(taken) < size:
+        left = [i for i in space.removable if i not in taken]
+        cost = [scan.get((i,), 0.0) + sum(_beyond(scan, i, j) for j in taken) for i in left]
+        taken.append(max(zip(left, cost, strict=True), key=lambda x: -x[1] / scale + _gumbel(rng))[0])
+    return taken
+
+
+def _beyond(scan: Mapping[LayerSet, float], i: int, j: int) -> float:
+    pair = scan.get((min(i, j), max(i, j)))
+    return 0.0 if pair is None else pair - scan.get((i,), 0.0) - scan.get((j,), 0.0)
+
+
+def _gumbel(rng: random.Random) -> float:
+    return float(-np.log(-np.log(rng.random() + 1e-300) + 1e-300))
+
+
+def _neighbours(space: SearchSpace, candidate: Candidate) -> list[Candidate]:
+    """One layer more, one less, one exchanged for another; or the next rank up or down."""
+    layers, rank = set(candidate.removed_layers) & set(space.removable), candidate.lora_rank
+    kept = [i for i in space.removable if i not in layers]
+    sets = [layers - {i} for i in layers]
+    sets += [layers - {i} | {j} for i in layers for j in kept]
+    sets += [layers | {j} for j in kept]
+    places = [k for k, r in enumerate(space.ranks) if r == rank]
+    ranks = [space.ranks[p] for k in places for p in (k - 1, k + 1) if 0 <= p < len(space.ranks)] or list(space.ranks)
+    found = [Candidate(tuple(sorted(s)), r) for s in sets for r in (rank,) if len(s) <= space.max_removed and r in space.ranks]
+    return found + [Candidate(tuple(sorted(layers)), r) for r in ranks if len(layers) <= space.max_removed]

@@ -1,0 +1,194 @@
+"""A Gaussian process over candidates: what a trained WER is likely to be, from the ones that were seen.
+
+Layers do not add up: neighbours removed together may cost a fraction of one of them alone, and a pair more than its sum.
+So the prior is a sum of parts, each with a variance of its own that the data decide (by their marginal likelihood): single
+layers, pairs at any distance, neighbours, pairs one apart, the number of layers and the shape of their runs, the LoRA rank
+alone, with the number of layers and with each layer, what the scan foretells, and a smooth rest over the Hamming distance.
+
+Shapes: N candidates, L removable layers, K parts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from prunesearch.candidate import Candidate
+from prunesearch.scan import LayerSet
+
+Array = NDArray[np.float64]
+
+PARTS = ("one", "layers", "pairs", "neighbours", "one apart", "runs", "rank", "rank x size", "rank x layers", "scan", "rest")
+# before anything is seen: standard deviations of the standardised log WER that each part may explain
+EXPECTED = np.array([1.0, 0.4, 0.05, 0.15, 0.1, 0.4, 0.1, 0.05, 0.05, 0.5, 0.2])
+NOISE = 0.1
+SPREAD = 1.0  # how far, in natural logarithms of a variance, the data may easily pull one of them
+FIT_STEPS, FIT_RATE = 60, 0.25
+REACH = 3.0  # Hamming distance over which the smooth rest falls to 1 / e
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Candidates as numbers."""
+
+    bits: Array  # (N, L)
+    neighbours: Array  # (N, L - 1)
+    one_apart: Array  # (N, L - 2)
+    runs: Array  # (N, 4), scaled to about one
+    rank: Array  # (N, 2)
+    scan: Array  # (N, 0 or 3)
+
+
+@dataclass
+class Surrogate:
+    """Give it candidates and values; it predicts others. Values are what is modelled: log WER."""
+
+    layers: tuple[int, ...]
+    ranks: tuple[int, ...]
+    scan: Mapping[LayerSet, float] | None = None  # criterion of single layers, and of pairs where measured
+    variances: Array = field(default_factory=lambda: np.append(EXPECTED**2, NOISE**2))
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(0)
+        width = len(self.layers)
+        draws = [Candidate(tuple(rng.choice(self.layers, rng.integers(1, width), False).tolist())) for _ in range(256)]
+        raw = self._foretold(self._bits(draws))
+        self._scan_mean, self._scan_sd = raw.mean(0), raw.std(0) + 1e-12
+
+    def _bits(self, candidates: Sequence[Candidate]) -> Array:
+        place = {layer: k for k, layer in enumerate(self.layers)}
+        bits = np.zeros((len(candidates), len(self.layers)))
+        for row, candidate in zip(bits, candidates, strict=True):
+            row[[place[i] for i in candidate.removed_layers if i in place]] = 1.0
+        return bits
+
+    def _foretold(self, bits: Array) -> Array:
+        """(N, 3): the scan's sum over layers, the same with pairs, and the logarithm of the latter; (N, 0) without a scan."""
+        if self.scan is None:
+            return np.zeros((len(bits), 0))
+        single = np.array([self.scan.get((i,), 0.0) for i in self.layers])
+        beyond = np.zeros((len(self.layers),) * 2)
+        for a, i in enumerate(self.layers):
+            for b, j in enumerate(self.layers[a + 1 :], a + 1):
+                pair = self.scan.get((i, j))
+                beyond[a, b] = 0.0 if pair is None else pair - single[a] - single[b]
+        alone = bits @ single
+        both = alone + np.einsum("na,ab,nb->n", bits, beyond, bits)
+        scale = np.median(np.abs(single)) + 1e-12
+        return np.stack([np.arcsinh(alone / scale), np.arcsinh(both / scale), np.log1p(np.maximum(both, 0) / scale)], 1)
+
+    def encode(self, candidates: Sequence[Candidate]) -> Encoded:
+        bits = self._bits(candidates)
+        width = bits.shape[1]
+        neighbours, one_apart = bits[:, :-1] * bits[:, 1:], bits[:, :-2] * bits[:, 2:]
+        size = bits.sum(1)
+        longest = np.array([_longest_run(row) for row in bits])
+        runs = np.stack([size, size**2 / width, longest, size - neighbours.sum(1)], 1) / (width / 2)
+        lora = np.array([c.lora_rank for c in candidates], dtype=float)
+        top = np.log2(1 + max(self.ranks)) or 1.0
+        rank = np.stack([lora > 0, np.log2(1 + lora) / top], 1).astype(float)
+        return Encoded(bits, neighbours, one_apart, runs, rank, (self._foretold(bits) - self._scan_mean) / self._scan_sd)
+
+    @staticmethod
+    def parts(a: Encoded, b: Encoded) -> Array:
+        """(K, N, M): the covariance of each part at unit variance."""
+        common = a.bits @ b.bits.T
+        sizes = a.bits.sum(1)[:, None], b.bits.sum(1)[None]
+        apart = sizes[0] + sizes[1] - 2 * common
+        ranks = a.rank @ b.rank.T
+        same_rank = np.exp(-np.abs(a.rank[:, 1:] - b.rank[:, 1:].T) * 2)
+        half = a.bits.shape[1] / 2
+        return np.stack(
+            [
+                np.ones_like(common),
+                common,
+                (common**2 - common) / 2,
+                a.neighbours @ b.neighbours.T,
+                a.one_apart @ b.one_apart.T,
+                a.runs @ b.runs.T,
+                ranks,
+                ranks * sizes[0] * sizes[1] / half**2,
+                ranks * common,
+                a.scan @ b.scan.T,
+                np.exp(-apart / REACH) * same_rank,
+            ]
+        )
+
+    @staticmethod
+    def own_parts(a: Encoded) -> Array:
+        """(K, N): the diagonals of `parts(a, a)`."""
+        size, half = a.bits.sum(1), a.bits.shape[1] / 2
+        rank = (a.rank**2).sum(1)
+        rows = [np.ones_like(size), size, (size**2 - size) / 2]
+        rows += [(f**2).sum(1) for f in (a.neighbours, a.one_apart, a.runs)]
+        rows += [rank, rank * size**2 / half**2, rank * size, (a.scan**2).sum(1), np.ones_like(size)]
+        return np.stack(rows)
+
+    def fit(self, candidates: Sequence[Candidate], values: Array, extra: Array) -> None:
+        """Variances of the parts and of the noise that make the values likeliest, kept near what is expected of them.
+
+        `values` (N,); `extra` (N,) is a variance on top of the noise, for values that are known less well.
+        """
+        seen = self.encode(candidates)
+        y, scale = _standardised(values)
+        parts = self.parts(seen, seen)
+        known = np.diag(extra / scale**2 + 1e-6)
+        expected = np.log(np.append(EXPECTED**2, NOISE**2))
+        at, slope, size = expected.copy(), np.zeros(len(expected)), np.zeros(len(expected))
+        for step in range(1, FIT_STEPS + 1):  # Adam, on logarithms
+            variances = np.exp(at)
+            inverse = np.linalg.inv(np.tensordot(variances[:-1], parts, 1) + variances[-1] * np.eye(len(y)) + known)
+            alpha = inverse @ y
+            outer = np.outer(alpha, alpha) - inverse
+            gradient = 0.5 * np.append(np.einsum("kij,ij->k", parts, outer), np.trace(outer)) * variances
+            gradient -= (at - expected) / SPREAD**2
+            slope = 0.9 * slope + 0.1 * gradient
+            size = 0.99 * size + 0.01 * gradient**2
+            at += FIT_RATE * (slope / (1 - 0.9**step)) / (np.sqrt(size / (1 - 0.99**step)) + 1e-8)
+        self.variances = np.exp(at)
+
+    def given(self, candidates: Sequence[Candidate], values: Array, extra: Array) -> "Posterior":
+        """What is known after these values."""
+        seen = self.encode(candidates)
+        y, scale = _standardised(values)
+        noise = self.variances[-1] + extra / scale**2 + 1e-6
+        covariance = np.tensordot(self.variances[:-1], self.parts(seen, seen), 1) + np.diag(noise)
+        lower = np.linalg.cholesky(covariance)
+        weights = scipy.linalg.cho_solve((lower, True), y)
+        return Posterior(self, seen, lower, weights, float(values.mean()), scale)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Predictions after some values."""
+
+    surrogate: Surrogate
+    seen: Encoded
+    lower: Array
+    weights: Array
+    mean: float
+    scale: float
+
+    def predict(self, candidates: Sequence[Candidate]) -> tuple[Array, Array]:
+        """Mean (N,) and standard deviation (N,) of the values, noise left out."""
+        asked = self.surrogate.encode(candidates)
+        variances = self.surrogate.variances[:-1]
+        across = np.tensordot(variances, self.surrogate.parts(asked, self.seen), 1)
+        explained = scipy.linalg.solve_triangular(self.lower, across.T, lower=True)
+        variance = np.maximum(variances @ self.surrogate.own_parts(asked) - (explained**2).sum(0), 1e-12)
+        return self.mean + self.scale * (across @ self.weights), self.scale * np.sqrt(variance)
+
+
+def _standardised(values: Array) -> tuple[Array, float]:
+    scale = float(values.std()) or 1.0
+    return (values - values.mean()) / scale, scale
+
+
+def _longest_run(bits: Array) -> int:
+    longest = here = 0
+    for bit in bits:
+        here = here + 1 if bit else 0
+        longest = max(longest, here)
+    return longest
