@@ -268,7 +268,7 @@ class SearchConfig(_Section):
     lora_ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0, 4, 8, 16)
     baseline_lora_rank: Annotated[int, Field(ge=1)] = 8
     params_objective: Objective = "speech_params"
-    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    sampler: Literal["layer-sets", "tpe", "nsga2", "gp", "random"] = "tpe"
     startup_trials: Count = 12
     trials: Count = 40
     fixed: tuple[FixedCandidate, ...] = ()

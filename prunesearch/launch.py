@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -14,10 +15,10 @@ from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_records
-from prunesearch.scan import Scan
+from prunesearch.scan import Scan, read_scan
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage
-from prunesearch.search.study import open_study, settled
+from prunesearch.search.study import open_study, sampler_of, settled
 from prunesearch.search.worker import OnRung, work
 from prunesearch.speech.corpus import SPLITS, load_corpus
 
@@ -126,20 +127,28 @@ class _Worker:
     workshop: Any  # training.workshop.Workshop: torch is imported only when a worker starts
     study: Any  # optuna.Study; None for those who follow
     space: SearchSpace
+    params_of: Callable[[Candidate], float]  # the second objective, known before training
     watcher: Watcher
 
     @classmethod
     def open(cls, config: StudyConfig, storage: str | None, watcher: Watcher) -> "_Worker":
+        from prunesearch.plan import params_of_candidates
+
         workshop = _open_workshop(config, watcher)
         _ = workshop.corpora  # a mistake in a manifest is told before anything is created
         space = SearchSpace.of(config, workshop.depth)
+        count = params_of_candidates(config)
+
+        def params_of(candidate: Candidate) -> float:
+            return count(candidate).of(config.search.params_objective)
+
         study = None
         if workshop.team.leads:
-            study = open_study(config, open_storage(storage or config.storage.url, config.run_folder), space)
-        return cls(workshop, study, space, watcher)
+            sampler = sampler_of(config, space, params_of, read_scan(config.run_folder / "scan" / "scan.json"))
+            study = open_study(config, open_storage(storage or config.storage.url, config.run_folder), space, sampler)
+        return cls(workshop, study, space, params_of, watcher)
 
     def run(self, trials: int) -> None:
-        from prunesearch.plan import params_of_candidates
         from prunesearch.training.evaluate import evaluate
 
         config, workshop, team = self.workshop.config, self.workshop, self.workshop.team
@@ -155,10 +164,9 @@ class _Worker:
             team.agree((candidate, name))
             return evaluate(workshop, candidate, name, on_rung)
 
-        params_of = params_of_candidates(config)
         work(
-            self.study, self.space, evaluated, lambda c: params_of(c).of(config.search.params_objective),
-            config.search.params_objective, trials, config.run_folder / "claim.lock", config.training.rung_margin,
+            self.study, self.space, evaluated, self.params_of, config.search.params_objective, trials,
+            config.run_folder / "claim.lock", config.training.rung_margin,
             on_record=lambda number, record: self.watcher.finished(record, settled(self.study), trials),
         )  # fmt: skip
         team.agree(None)  # the others may go home

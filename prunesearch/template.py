@@ -48,7 +48,7 @@ removable_layers = "all"              # or a list of zero-based indices
 max_removed = 6
 lora_ranks = [0, 4, 8, 16]            # 0: no LoRA
 params_objective = "speech_params"    # speech_params | encoder_params | total_params
-sampler = "tpe"                       # tpe | nsga2 | random
+sampler = "tpe"                       # layer-sets | tpe | nsga2 | gp | random
 trials = 40                           # candidates in all, the four baselines included
 """
 

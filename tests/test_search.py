@@ -18,8 +18,9 @@ from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import Parameters, RunRecord, SplitResult, WordErrors
+from prunesearch.search.layer_sets import LayerSetSampler
 from prunesearch.search.rungs import AtRung, clearly_dominated
-from prunesearch.search.sampler import make_sampler
+from prunesearch.search.sampler import CandidateSampler, optuna_sampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage
 from prunesearch.search.study import Lease, end_lost, open_study, settled
@@ -60,7 +61,8 @@ def run(
     config: StudyConfig, trials: int, where: SearchSpace | None = None, evaluate: object = None, margin: float = 0.1
 ) -> optuna.Study:
     where = where or space()
-    study = open_study(config, open_storage(None, config.run_folder), where)
+    sampler = optuna_sampler("tpe", where, 0, 12)
+    study = open_study(config, open_storage(None, config.run_folder), where, sampler)
     evaluated = evaluate or (lambda candidate, name, on_rung: landscape(candidate))
     lock = config.run_folder / "claim.lock"
     work(study, where, evaluated, params_of, "speech_params", trials, lock, margin)  # type: ignore[arg-type]
@@ -103,10 +105,17 @@ def test_fixed_candidates_come_after_the_baselines_and_once(toy: Path, tmp_path:
     assert list(named) == [*BASELINE_NAMES, "minus-0"]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def sampler_for(name: str, where: SearchSpace) -> CandidateSampler:
+    scan = {s: 0.1 * len(s) for k in (1, 2) for s in itertools.combinations(where.removable, k)}
+    if name.startswith("layer-sets"):
+        return LayerSetSampler(where, params_of, 0, 5, scan if name.endswith("scan") else None)
+    return optuna_sampler(name, where, 0, 5)
+
+
+@pytest.mark.parametrize("sampler", ["layer-sets", "layer-sets with scan", "tpe", "nsga2", "random"])
 def test_no_candidate_twice_none_outside_and_the_whole_space_in_the_end(sampler: str) -> None:
     small = space(removable=(2, 3, 4, 5), max_removed=2, named={})
-    study = optuna.create_study(directions=["minimize"] * 2, sampler=make_sampler(sampler, small, 0, 5))
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler_for(sampler, small))
     keys = []
     for _ in range(small.size):
         trial = study.ask(small.distributions)

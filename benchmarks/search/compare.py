@@ -71,7 +71,9 @@ def run(landscape: Landscape, sampler: BaseSampler, trials: int, workers: int = 
     return done
 
 
-def shares(landscapes: Iterable[Landscape], make: Make, seeds: int, trials: int, workers: int = 1) -> tuple[list[list[float]], int]:
+def shares(
+    landscapes: Iterable[Landscape], make: Make, seeds: int, trials: int, workers: int = 1
+) -> tuple[list[list[float]], int]:
     """Share of the hypervolume after each trial, one list for each run; and how many candidates were tried twice."""
     curves, twice = [], 0
     for landscape in landscapes:
@@ -90,7 +92,9 @@ def trials_needed(curves: list[list[float]], share: float) -> float:
 def main(seeds: int, trials: int, only: str, synthetic_count: int, workers: int) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = Console(width=120)
-    groups = {f"{synthetic_count} synthetic landscapes": [synthetic(s) for s in range(synthetic_count)]} if synthetic_count else {}
+    groups = (
+        {f"{synthetic_count} synthetic landscapes": [synthetic(s) for s in range(synthetic_count)]} if synthetic_count else {}
+    )
     groups |= {path.stem: [table(path)] for path in sorted(TABLES.glob("*.json"))}
     names = only.split(",") if only else list(METHODS)
     for title, landscapes in groups.items():

@@ -63,7 +63,8 @@ class Evolution(CandidateSampler):
         space = self._space
         size = 1 + settled % space.max_removed
         done = [
-            (t.values[0], self._space.candidate(t.params)) for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+            (t.values[0], self._space.candidate(t.params))
+            for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         ]
         parents = [(w, c) for w, c in done if len(c.removed_layers) == size]
         if not parents:

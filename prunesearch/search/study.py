@@ -5,6 +5,7 @@ import os
 import socket
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +18,38 @@ from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.record import write_atomically
-from prunesearch.search.sampler import is_settled, is_taken, make_sampler
+from prunesearch.scan import Scan
+from prunesearch.search.layer_sets import LayerSetSampler
+from prunesearch.search.sampler import CandidateSampler, is_settled, is_taken, optuna_sampler
 from prunesearch.search.space import SearchSpace
 
 LEASE_SECONDS = 60.0  # a running trial whose lease is older than this is lost
 
 
-def open_study(config: StudyConfig, storage: BaseStorage, space: SearchSpace) -> optuna.Study:
-    """Create the study, or load it and check that it is the same one.
+def sampler_of(
+    config: StudyConfig, space: SearchSpace, params_of: Callable[[Candidate], float], scan: Scan | None
+) -> CandidateSampler:
+    """The sampler that the study file names; `params_of` gives a candidate's second objective before it is trained."""
+    search = config.search
+    if search.sampler == "layer-sets":
+        scores = scan.score("delta_loss") if scan else None
+        return LayerSetSampler(space, params_of, config.seed, search.startup_trials, scores)
+    return optuna_sampler(search.sampler, space, config.seed, search.startup_trials)
+
+
+def open_study(
+    config: StudyConfig, storage: BaseStorage, space: SearchSpace, sampler: CandidateSampler | None = None
+) -> optuna.Study:
+    """Create the study, or load it and check that it is the same one; without a sampler, it proposes at random.
 
     Raises StudyError, naming what differs, when the stored study was made from another definition.
     """
-    sampler = make_sampler(config.search.sampler, space, config.seed, config.search.startup_trials)
     study = optuna.create_study(
-        study_name=config.name, storage=storage, sampler=sampler, directions=["minimize", "minimize"], load_if_exists=True
+        study_name=config.name,
+        storage=storage,
+        sampler=sampler or CandidateSampler(space, config.seed),
+        directions=["minimize", "minimize"],
+        load_if_exists=True,
     )
     beside = config.run_folder / "definition.json"  # records and anchor must not be handed to another study either
     stored = study.user_attrs.get("definition") or (beside.read_text(encoding="utf-8") if beside.exists() else None)

@@ -155,7 +155,7 @@ class Surrogate:
         y, scale = _standardised(values)
         noise = self.variances[-1] + extra / scale**2 + 1e-6
         covariance = np.tensordot(self.variances[:-1], self.parts(seen, seen), 1) + np.diag(noise)
-        lower = np.linalg.cholesky(covariance)
+        lower: Array = scipy.linalg.cholesky(covariance, lower=True)
         weights = scipy.linalg.cho_solve((lower, True), y)
         return Posterior(self, seen, lower, weights, float(values.mean()), scale)
 

@@ -19,7 +19,7 @@ from prunesearch.search.study import LEASE_SECONDS, Lease, end_lost, enqueue_nex
 
 OnRung = Callable[[int, WordErrors], bool]
 Evaluate = Callable[[Candidate, str | None, OnRung], RunRecord]
-ParamsOf = Callable[[Candidate], int]
+ParamsOf = Callable[[Candidate], float]
 
 POLL_SECONDS = 0.5
 

@@ -1,0 +1,147 @@
+"""The sampler for layer sets: its expected gain, its model, and what it finds on a landscape whose front is known."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from prunesearch.candidate import Candidate
+from prunesearch.search.layer_sets import LayerSetSampler, expected_improvement
+from prunesearch.search.sampler import CandidateSampler
+from prunesearch.search.space import SearchSpace
+from prunesearch.search.surrogate import EXPECTED, Surrogate
+
+DEPTH, RANKS = 10, (0, 4, 16)
+SPACE = SearchSpace(tuple(range(DEPTH)), 5, RANKS, {})
+COSTS = [1.5, 0.4, 0.6, 0.15, 0.3, 0.1, 0.2, 0.12, 0.25, 0.5]
+
+
+def log_wer(candidate: Candidate) -> float:
+    """Neighbours cost less together, layers 3 and 7 more; LoRA repairs a tenth."""
+    layers = candidate.removed_layers
+    cost = sum(COSTS[i] for i in layers)
+    cost -= sum(0.6 * min(COSTS[a], COSTS[b]) for a, b in itertools.pairwise(layers) if b - a == 1)
+    cost += 0.4 * ({3, 7} <= set(layers))
+    return math.log(0.05) + cost * (1 - 0.1 * (candidate.lora_rank > 0))
+
+
+def params_of(candidate: Candidate) -> float:
+    return 1000.0 - 50 * len(candidate.removed_layers) + candidate.lora_rank
+
+
+SCAN = {s: log_wer(Candidate(s)) - log_wer(Candidate()) for k in (1, 2) for s in itertools.combinations(range(DEPTH), k)}
+
+
+def found(sampler: CandidateSampler, trials: int) -> optuna.Study:
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+    for _ in range(trials):
+        trial = study.ask(SPACE.distributions)
+        candidate = SPACE.candidate(trial.params)
+        trial.set_user_attr("candidate", candidate.key)
+        study.tell(trial, [math.exp(log_wer(candidate)), params_of(candidate)])
+    return study
+
+
+def best_at_each_size(study: optuna.Study) -> list[float]:
+    values = [(SPACE.candidate(t.params), t.values[0]) for t in study.get_trials()]
+    return [min((v for c, v in values if len(c.removed_layers) >= k), default=math.inf) for k in range(6)]
+
+
+def test_expected_improvement_is_the_mean_of_what_is_drawn() -> None:
+    draws = np.exp(np.random.default_rng(0).normal(-2.0, 0.3, 400_000))
+    for best in (-2.5, -2.0, -1.0):
+        simulated = np.maximum(0, math.exp(best) - draws).mean()
+        closed = expected_improvement(np.array(best), np.array(-2.0), np.array(0.3))
+        assert closed == pytest.approx(simulated, rel=0.02)
+    assert expected_improvement(np.array(-1.0), np.array(-3.0), np.array(1e-6)) == pytest.approx(math.exp(-1) - math.exp(-3))
+
+
+def test_the_gain_is_the_expected_growth_of_the_hypervolume() -> None:
+    sampler = LayerSetSampler(SPACE, params_of)
+    front = [(800.0, math.log(0.5), Candidate()), (900.0, math.log(0.2), Candidate())]
+
+    class Certain:
+        def predict(self, candidates: list[Candidate]) -> tuple[np.ndarray, np.ndarray]:
+            return np.full(len(candidates), math.log(0.3)), np.full(len(candidates), 1e-9)
+
+    gain = sampler._gain([Candidate((0, 1, 2), 0)], Certain(), front)[0]  # type: ignore[arg-type]
+    assert gain == pytest.approx((900 - 850) * (0.5 - 0.3), rel=1e-4)  # at 850 parameters, until the front is lower
+
+
+def test_the_models_prior_is_a_covariance() -> None:
+    rng = random.Random(0)
+    candidates = list({c.key: c for c in (SPACE.draw(rng) for _ in range(60))}.values())
+    surrogate = Surrogate(SPACE.removable, RANKS, SCAN)
+    encoded = surrogate.encode(candidates)
+    parts = surrogate.parts(encoded, encoded)
+    assert len(parts) == len(EXPECTED)
+    for part, own in zip(parts, surrogate.own_parts(encoded), strict=True):
+        assert np.allclose(part, part.T)
+        assert np.allclose(np.diag(part), own)
+        assert np.linalg.eigvalsh(part).min() > -1e-8
+
+
+@pytest.mark.parametrize("scan", [None, SCAN], ids=["no scan", "scan"])
+def test_the_model_foretells_what_it_has_not_seen(scan: dict | None) -> None:
+    rng = random.Random(1)
+    drawn = list({c.key: c for c in (SPACE.draw(rng) for _ in range(120))}.values())
+    seen, unseen = drawn[:50], drawn[50:]
+    values, truth = (np.array([log_wer(c) for c in cs]) for cs in (seen, unseen))
+    surrogate = Surrogate(SPACE.removable, RANKS, scan)
+    surrogate.fit(seen, values, np.zeros(len(seen)))
+    means, deviations = surrogate.given(seen, values, np.zeros(len(seen))).predict(unseen)
+    error = means - truth
+    assert (error**2).mean() < 0.1 * truth.var()
+    assert (np.abs(error) < 3 * deviations).mean() > 0.9
+    again, _ = surrogate.given(seen, values, np.zeros(len(seen))).predict(seen)
+    assert np.abs(again - values).max() < 0.2
+
+
+@pytest.mark.parametrize("scan", [None, SCAN], ids=["no scan", "scan"])
+def test_thirty_trials_know_the_front_better_than_random_ones(scan: dict | None) -> None:
+    truth = [min(math.exp(log_wer(c)) for c in SPACE.everything() if len(c.removed_layers) >= k) for k in range(6)]
+    ours = best_at_each_size(found(LayerSetSampler(SPACE, params_of, scan=scan), 30))
+    others = best_at_each_size(found(CandidateSampler(SPACE, 0), 30))
+    lost = [sum(w / t - 1 for w, t in zip(wers, truth, strict=True)) for wers in (ours, others)]
+    assert lost[0] < 0.3 * lost[1]
+
+
+def test_many_workers_get_different_candidates_and_what_a_rung_ended_counts() -> None:
+    sampler = LayerSetSampler(SPACE, params_of, scan=SCAN)
+    study = found(sampler, 12)
+    keys = set()
+    for _ in range(8):
+        trial = study.ask(SPACE.distributions)
+        key = SPACE.candidate(trial.params).key
+        trial.set_user_attr("candidate", key)
+        keys.add(key)
+    assert len(keys) == 8
+    assert not keys & {t.user_attrs["candidate"] for t in study.get_trials(states=[TrialState.COMPLETE])}
+
+    for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        t.user_attrs["rung_5"] = {"wer": 2 * t.values[0], "params": 0}
+    assert len(sampler._known(study.get_trials(deepcopy=False)).candidates) == 12
+    study.tell(trial, state=TrialState.PRUNED)
+    ended = study.get_trials(deepcopy=False)[-1]
+    ended.user_attrs["rung_5"] = {"wer": 0.4, "params": 0}
+    known = sampler._known(study.get_trials(deepcopy=False))
+    assert known.candidates[-1] == SPACE.candidate(ended.params)
+    assert known.values[-1] == pytest.approx(math.log(0.2))
+    assert known.extra[-1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_study_that_is_taken_up_again_is_proposed_the_same() -> None:
+    study = found(LayerSetSampler(SPACE, params_of, scan=SCAN), 25)
+    first = [t.user_attrs["candidate"] for t in study.get_trials()]
+    part = found(LayerSetSampler(SPACE, params_of, scan=SCAN), 14)
+    part.sampler = LayerSetSampler(SPACE, params_of, scan=SCAN)
+    for _ in range(11):
+        trial = part.ask(SPACE.distributions)
+        candidate = SPACE.candidate(trial.params)
+        trial.set_user_attr("candidate", candidate.key)
+        part.tell(trial, [math.exp(log_wer(candidate)), params_of(candidate)])
+    assert [t.user_attrs["candidate"] for t in part.get_trials()] == first
