@@ -270,6 +270,7 @@ class SearchConfig(_Section):
     params_objective: Objective = "speech_params"
     sampler: Literal["layer-sets", "tpe", "nsga2", "gp", "random"] = "tpe"
     startup_trials: Count = 12
+    scan: bool = Field(True, description="measure what layers are worth before proposing any; `layer-sets` only")
     trials: Count = 40
     fixed: tuple[FixedCandidate, ...] = ()
 
@@ -370,7 +371,7 @@ class StudyConfig(_Section):
     def definition(self) -> dict[str, Any]:
         """What makes two records comparable: everything but where the study is stored and how long it goes on."""
         return self.model_dump(
-            mode="json", exclude={"storage": True, "search": {"trials", "fixed", "sampler", "startup_trials"}}
+            mode="json", exclude={"storage": True, "search": {"trials", "fixed", "sampler", "startup_trials", "scan"}}
         )
 
     def fingerprint(self) -> str:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -125,31 +124,25 @@ class _Worker:
     """A workshop at work on a study; of a team of processes, the leader alone talks to the storage."""
 
     workshop: Any  # training.workshop.Workshop: torch is imported only when a worker starts
-    study: Any  # optuna.Study; None for those who follow
+    storage: Any  # optuna's; None for those who follow
     space: SearchSpace
-    params_of: Callable[[Candidate], float]  # the second objective, known before training
     watcher: Watcher
 
     @classmethod
-    def open(cls, config: StudyConfig, storage: str | None, watcher: Watcher) -> "_Worker":
-        from prunesearch.plan import params_of_candidates
-
+    def open(cls, config: StudyConfig, url: str | None, watcher: Watcher) -> "_Worker":
         workshop = _open_workshop(config, watcher)
         _ = workshop.corpora  # a mistake in a manifest is told before anything is created
         space = SearchSpace.of(config, workshop.depth)
-        count = params_of_candidates(config)
-
-        def params_of(candidate: Candidate) -> float:
-            return count(candidate).of(config.search.params_objective)
-
-        study = None
+        storage = None
         if workshop.team.leads:
-            sampler = sampler_of(config, space, params_of, read_scan(config.run_folder / "scan" / "scan.json"))
-            study = open_study(config, open_storage(storage or config.storage.url, config.run_folder), space, sampler)
-        return cls(workshop, study, space, params_of, watcher)
+            storage = open_storage(url or config.storage.url, config.run_folder)
+            open_study(config, storage, space)  # and one in the study file, too
+        return cls(workshop, storage, space, watcher)
 
     def run(self, trials: int) -> None:
+        from prunesearch.plan import params_of_candidates
         from prunesearch.training.evaluate import evaluate
+        from prunesearch.training.scan import scan
 
         config, workshop, team = self.workshop.config, self.workshop, self.workshop.team
         if config.training.init == "anchor":
@@ -164,10 +157,18 @@ class _Worker:
             team.agree((candidate, name))
             return evaluate(workshop, candidate, name, on_rung)
 
+        count = params_of_candidates(config)
+
+        def params_of(candidate: Candidate) -> float:
+            return count(candidate).of(config.search.params_objective)
+
+        wanted = config.search.sampler == "layer-sets" and config.search.scan and config.training.init == "anchor"
+        found = scan(workshop) if wanted else read_scan(config.run_folder / "scan" / "scan.json")
+        study = open_study(config, self.storage, self.space, sampler_of(config, self.space, params_of, found))
         work(
-            self.study, self.space, evaluated, self.params_of, config.search.params_objective, trials,
+            study, self.space, evaluated, params_of, config.search.params_objective, trials,
             config.run_folder / "claim.lock", config.training.rung_margin,
-            on_record=lambda number, record: self.watcher.finished(record, settled(self.study), trials),
+            on_record=lambda number, record: self.watcher.finished(record, settled(study), trials),
         )  # fmt: skip
         team.agree(None)  # the others may go home
 

@@ -20,6 +20,7 @@ from prunesearch.mistakes import StudyError
 from prunesearch.plan import params_of_candidates, plan
 from prunesearch.record import RunRecord, read_records
 from prunesearch.report import write_report
+from prunesearch.scan import read_scan
 from prunesearch.search.storage import open_storage
 from prunesearch.training.evaluate import evaluate
 from prunesearch.training.workshop import Workshop
@@ -139,6 +140,15 @@ def test_two_workers_share_a_study(toy: Path, tmp_path: Path, calm: Path) -> Non
     assert done.stderr.count("dev WER") == 6
     for key in {"full", "minus-2-3"}:
         assert outcomes(file)[key]["dev"] == outcomes(calm)[key]["dev"], "who trains a candidate does not matter"
+
+
+def test_the_sampler_for_layer_sets_scans_first_and_searches_on(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path, toy, search={"sampler": "layer-sets", "startup_trials": 5, "trials": 8})
+    launch(file)
+    assert len(complete_trials(file)) == len(set(complete_trials(file))) == 8
+    scan = read_scan(tmp_path / "run" / "scan" / "scan.json")
+    assert scan is not None
+    assert len(scan.sets) == 4 + 6
 
 
 def test_rungs_leave_their_marks(toy: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_scan_measures_what_removing_the_layers_one_by_one_does(scanned: tuple
     workshop = Workshop.open(load_study(file))
     corpus = workshop.corpora["dev"]
     chosen = sorted(random.Random(workshop.config.seed).sample(range(len(corpus)), 6))
-    slam = scanning._Scanner(workshop, 2, 6).slam
+    slam = scanning._Scanner(workshop, workshop.anchor(), 6).slam
 
     def measured(layers: tuple[int, ...]) -> tuple[float, list[torch.Tensor]]:
         loss, audio, tokens = 0.0, [], 0
@@ -88,7 +88,7 @@ def test_a_scan_measures_what_removing_the_layers_one_by_one_does(scanned: tuple
 def test_layer_criteria_are_their_definitions(scanned: tuple[Path, Scan]) -> None:
     file, found = scanned
     workshop = Workshop.open(load_study(file))
-    scanner = scanning._Scanner(workshop, 2, 6)
+    scanner = scanning._Scanner(workshop, workshop.anchor(), 6)
     befores, afters = [], []
     for indices in scanner.batches:
         hidden, lengths = scanner.prefix.batch(indices, workshop.device)

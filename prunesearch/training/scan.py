@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -75,21 +76,28 @@ def scan(
     for single layers; `check` runs every set by itself as well, compares, and takes the time of both. A scan that is
     finished is not repeated. The result lies in `scan/scan.json` in the study's run folder.
     """
-    config = workshop.config
-    anchor = hashlib.sha256(workshop.anchor().read_bytes()).hexdigest()[:12]
-    removable = config.removable(workshop.depth)
+    folder = workshop.config.run_folder / "scan"
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = workshop.anchor_weights if workshop.anchor_weights.exists() else workshop.anchor()
+    with FileLock(folder / "lock"):  # the other workers of the study wait, and find it finished
+        return _scan(workshop, folder, weights, most, utterances, loss_sets, with_wer, check)
+
+
+def _scan(
+    workshop: Workshop, folder: Path, weights: Path, most: int, utterances: int, loss_sets: int, with_wer: bool, check: bool
+) -> Scan:
+    anchor = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    removable = workshop.config.removable(workshop.depth)
     settings = [anchor, removable, most, utterances, loss_sets, with_wer, check]
-    folder = config.run_folder / "scan"
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     if finished := read_scan(folder / f"{name}.json"):
         write_scan(folder / "scan.json", finished)
         return finished
-    scanner = _Scanner(workshop, most, utterances)
+    scanner = _Scanner(workshop, weights, utterances)
     sets = family(removable, most)
 
     small = [s for s in sets if len(s) < 2]
-    rest = len(sets) - len(small)
-    everything = rest <= loss_sets
+    everything = len(sets) - len(small) <= loss_sets
     sums = scanner.run(folder / f"{name}.first", sets, set(sets if everything else small))
     if not everything:  # the LLM is asked about the most promising ones only
         best = sorted((s for s in sets if len(s) > 1), key=lambda s: sums.drift[_key(s)])[:loss_sets]
@@ -109,7 +117,7 @@ def scan(
 class _Scanner:
     """The study's dev subset, and the anchor's system."""
 
-    def __init__(self, workshop: Workshop, most: int, utterances: int):
+    def __init__(self, workshop: Workshop, anchor: Path, utterances: int):
         self.workshop = workshop
         self.first = workshop.shared_depth
         self.prefix = workshop.prefix("dev")
@@ -119,7 +127,7 @@ class _Scanner:
         self.batches = [[chosen[j] for j in b] for b in by_length([self.prefix.length(i) for i in chosen], BATCH)]
         self.texts = {i: workshop.llm.tokens(corpus[i].target) for i in chosen}
         projector = workshop.fresh_projector()
-        projector.load_state_dict(load_file(workshop.anchor()))
+        projector.load_state_dict(load_file(anchor))
         self.slam = SlamAsr(projector.eval(), workshop.llm, workshop.llm.model)
 
     def layer(self, states: Sequence[Tensor], lengths: Tensor, layer: int) -> list[Tensor]:

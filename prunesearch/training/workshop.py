@@ -168,10 +168,18 @@ class Workshop:
             projector.load_state_dict(load_file(self.anchor()))
         return projector
 
+    @property
+    def anchor_weights(self) -> Path:
+        """Where the anchor's weights lie, once it is trained."""
+        return self.config.run_folder / "anchor" / "projector.safetensors"
+
     def anchor(self) -> Path:
-        """The anchor's weights: the unpruned encoder's projector, trained once without LoRA, whoever comes first."""
-        folder = self.config.run_folder / "anchor"
-        weights = folder / "projector.safetensors"
+        """The anchor's weights: the unpruned encoder's projector, trained once without LoRA, whoever comes first.
+
+        All members of a team call this.
+        """
+        weights = self.anchor_weights
+        folder = weights.parent
         folder.mkdir(parents=True, exist_ok=True)
         with self.team.lock(folder / "lock"):
             if self.team.agree(weights.exists()):

@@ -1,0 +1,136 @@
+"""An exhaustive table: every set of layers with every rank, trained by our own trainer, as compact data.
+
+    python benchmarks/search/make_table.py benchmarks/search/quickstart.toml --most 3 --ranks 0 8 --workers 2
+
+Hours of two cores. Kill it at any time: it goes on where it was, and writes what there is to `tables/<name>.json` at the
+end. `--seed 1 --share 0.1` trains a random tenth of the candidates once more, anchor and all, from another seed: what two
+trainings of the same candidate differ by goes into the table as well.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from prunesearch.candidate import Candidate
+from prunesearch.config import StudyConfig, load_study
+from prunesearch.record import RunRecord, read_record, write_atomically
+from prunesearch.scan import family
+from prunesearch.training.evaluate import evaluate
+from prunesearch.training.scan import scan
+from prunesearch.training.workshop import Workshop
+
+TABLES = Path(__file__).parent / "tables"
+
+
+def seeded(source: Path, seed: int | None) -> StudyConfig:
+    """The study, or its twin with another seed, which keeps its run folder beside the other's."""
+    config = load_study(source)
+    if seed is None or seed == config.seed:
+        return config
+    twin = config.model_copy(update={"seed": seed, "name": f"{config.name}-seed{seed}"})
+    twin._source = source.with_stem(f"{source.stem}-seed{seed}")
+    return twin
+
+
+def candidates_of(config: StudyConfig, depth: int, most: int, ranks: list[int], share: float) -> list[Candidate]:
+    """Small sets first, so that what is there after a while is complete up to some size."""
+    everything = [Candidate(s, rank) for s in family(config.removable(depth), most) for rank in ranks]
+    if share == 1:
+        return everything
+    chosen = random.Random(0).sample(range(len(everything)), round(share * len(everything)))
+    return [everything[i] for i in sorted(chosen)]
+
+
+def train(source: Path, seed: int | None, most: int, ranks: list[int], share: float, number: int, workers: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    workshop = Workshop.open(seeded(source, seed))
+    workshop.anchor()
+    due = candidates_of(workshop.config, workshop.depth, most, ranks, share)
+    for i, candidate in enumerate(due):
+        if i % workers == number:
+            record = evaluate(workshop, candidate)
+            if record.dev:
+                print(f"{i + 1}/{len(due)} {candidate.key} {100 * record.dev.errors.wer:.2f} %", flush=True)
+
+
+def records_of(config: StudyConfig, depth: int, most: int, ranks: list[int], share: float) -> dict[str, RunRecord]:
+    found = {c.key: read_record(config.run_folder / "records", c) for c in candidates_of(config, depth, most, ranks, share)}
+    return {key: record for key, record in found.items() if record is not None and record.dev is not None}
+
+
+def write_table(source: Path, most: int, ranks: list[int], twins: dict[int, float]) -> None:
+    config = load_study(source)
+    workshop = Workshop.open(config)
+    scores = scan(workshop, most=max(2, min(most, 3)), loss_sets=10_000)
+    records = records_of(config, workshop.depth, most, ranks, 1.0)
+    first = next(iter(records.values()))
+    assert first.dev
+
+    def errors(record: RunRecord) -> int:
+        assert record.dev
+        return record.dev.errors.errors
+
+    table = {
+        "name": config.name,
+        "made_by": f"python benchmarks/search/make_table.py {source.name} --most {most} --ranks {' '.join(map(str, ranks))}",
+        "provenance": {k: first.provenance[k] for k in ("prunesearch", "commit", "versions", "dtype", "threads")},
+        "removable": list(config.removable(workshop.depth)),
+        "max_removed": most,
+        "ranks": ranks,
+        "steps": first.steps,
+        "reference_words": first.dev.errors.reference_words,
+        "candidates": {
+            key: {
+                "errors": errors(record),
+                "params": record.parameters.of(config.search.params_objective),
+                "rungs": {str(rung.step): rung.errors.errors for rung in record.rungs},
+            }
+            for key, record in records.items()
+        },
+        "again": {
+            str(seed): {k: errors(r) for k, r in records_of(seeded(source, seed), workshop.depth, most, ranks, share).items()}
+            for seed, share in twins.items()
+        },
+        "scan": {",".join(map(str, s.removed_layers)): round(s.delta_loss, 5) for s in scores.sets if s.delta_loss is not None},
+        "criteria": {
+            criterion: {str(layer): round(value, 5) for layer, value in values.items()}
+            for criterion, values in scores.table().items()
+        },
+        "drift": {",".join(map(str, s.removed_layers)): round(s.drift, 5) for s in scores.sets},
+    }
+    TABLES.mkdir(exist_ok=True)
+    lines = json.dumps(table, indent=0, ensure_ascii=False).replace("\n", " ").replace("}, ", "},\n")
+    write_atomically(TABLES / f"{source.stem}.json", lines + "\n")
+    print(f"{len(records)} candidates: {TABLES / source.stem}.json")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--most", type=int, default=3)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[0, 8])
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("--only-write", action="store_true")
+    a = parser.parse_args()
+    if not a.only_write:
+        context = multiprocessing.get_context("spawn")
+        jobs = [
+            context.Process(target=train, args=(a.study, a.seed, a.most, a.ranks, a.share, n, a.workers))
+            for n in range(a.workers)
+        ]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+    if a.seed is None:
+        twins = {int(p.name.rsplit("seed", 1)[1]): 0.1 for p in a.study.parent.glob(f"run-{a.study.stem}-seed*")}
+        write_table(a.study, a.most, a.ranks, twins)
