@@ -4,9 +4,10 @@
 
 The plain loop does what SLAM-ASR training scripts do: features of each utterance in each step, padded to Whisper's full
 window, the encoder run over all of it in every step, an LLM as long as the window (what lies beyond an utterance is
-masked, so that both sides train the same system), logits at every position. Both sides start from the study's anchor and
-see the same utterances in the same steps, with the same precision and optimiser, taking turns in one process. Ours pays
-for its encoder states once; that time is counted in full, so the ratio is of whole fine-tunes.
+masked, so that both sides train the same system), logits at every position. Both sides start from the same weights (a
+fresh projector; `--warm`: the study's anchor, which ours has trained) and see the same utterances in the same steps, with
+the same precision and optimiser, taking turns in one process. Ours pays for its encoder states once; that time is counted
+in full, so the ratio is of whole fine-tunes.
 
 How much two loss curves may differ by chance is shown by a third run: ours again, with other dropout.
 """
@@ -92,11 +93,10 @@ def run_steps(
     return seconds, losses
 
 
-def main(study: Path, steps: int, rank: int, turns: int) -> None:
+def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
     logging.set_verbosity_error()
     config = load_study(study)
     workshop = Workshop.open(config)
-    workshop.anchor()
     batches = workshop.budget.batches[:steps]
     steps = len(batches)
     training = config.training
@@ -115,7 +115,9 @@ def main(study: Path, steps: int, rank: int, turns: int) -> None:
         span = range(turn * steps // turns, (turn + 1) * steps // turns)
         for name, side in sides.items():
             with lora(workshop.llm, rank, config.llm, config.seed) as model:
-                slam = SlamAsr(workshop.start(workshop.fresh_projector()), workshop.llm, model)
+                slam = SlamAsr(
+                    workshop.start(workshop.fresh_projector()) if warm else workshop.fresh_projector(), workshop.llm, model
+                )
                 optimizer = torch.optim.AdamW(
                     trainable(slam).values(), lr=training.learning_rate, weight_decay=training.weight_decay
                 )
@@ -172,4 +174,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--warm", action="store_true", help="start from the anchor")
     main(**vars(parser.parse_args()))
