@@ -220,8 +220,8 @@ class TrainingConfig(_Section):
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0
     tracker: Literal["tensorboard", "trackio", "wandb"] | None = Field(None, description="where learning curves go, too")
     rungs: tuple[Fraction, ...] = Field((), description="fractions of the steps after which dev WER is measured")
-    rung_margin: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="WER by which a smaller or equal candidate must be ahead at a rung to end a trial there"
+    rung_confidence: Fraction = Field(
+        0.95, description="how likely a trial must be to end dominated, for a rung to end it; baselines never are"
     )
 
     @field_validator("rungs")

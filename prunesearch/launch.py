@@ -167,7 +167,7 @@ class _Worker:
         study = open_study(config, self.storage, self.space, sampler_of(config, self.space, params_of, found))
         work(
             study, self.space, evaluated, params_of, config.search.params_objective, trials,
-            config.run_folder / "claim.lock", config.training.rung_margin,
+            config.run_folder / "claim.lock", config.training.rung_confidence,
             on_record=lambda number, record: self.watcher.finished(record, settled(study), trials),
         )  # fmt: skip
         team.agree(None)  # the others may go home

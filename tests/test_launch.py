@@ -152,7 +152,7 @@ def test_the_sampler_for_layer_sets_scans_first_and_searches_on(toy: Path, tmp_p
 
 
 def test_rungs_leave_their_marks(toy: Path, tmp_path: Path) -> None:
-    file = write_study(tmp_path / "s", toy, training={"rungs": [0.5], "rung_margin": 0.0})
+    file = write_study(tmp_path / "s", toy, training={"rungs": [0.5], "rung_confidence": 1.0})
     launch(file)
     assert all([rung.step for rung in r.rungs] == [4] for r in read_records(file.parent / "run" / "records"))
 

@@ -19,7 +19,7 @@ from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import Parameters, RunRecord, SplitResult, WordErrors
 from prunesearch.search.layer_sets import LayerSetSampler
-from prunesearch.search.rungs import AtRung, clearly_dominated
+from prunesearch.search.rungs import ENOUGH, Finished, chance_of_domination
 from prunesearch.search.sampler import CandidateSampler, optuna_sampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage
@@ -58,14 +58,14 @@ def config(toy: Path, tmp_path: Path) -> StudyConfig:
 
 
 def run(
-    config: StudyConfig, trials: int, where: SearchSpace | None = None, evaluate: object = None, margin: float = 0.1
+    config: StudyConfig, trials: int, where: SearchSpace | None = None, evaluate: object = None, confidence: float = 0.95
 ) -> optuna.Study:
     where = where or space()
     sampler = optuna_sampler("tpe", where, 0, 12)
     study = open_study(config, open_storage(None, config.run_folder), where, sampler)
     evaluated = evaluate or (lambda candidate, name, on_rung: landscape(candidate))
     lock = config.run_folder / "claim.lock"
-    work(study, where, evaluated, params_of, "speech_params", trials, lock, margin)  # type: ignore[arg-type]
+    work(study, where, evaluated, params_of, "speech_params", trials, lock, confidence)  # type: ignore[arg-type]
     return study
 
 
@@ -206,11 +206,33 @@ def test_failed_and_pruned_candidates_settle_but_never_complete(config: StudyCon
     assert all(t.user_attrs["reason"] == "because" for t in study.get_trials() if t.state != TrialState.COMPLETE)
 
 
-def test_domination_at_a_rung_needs_the_same_rung_no_more_parameters_and_the_margin() -> None:
-    here = AtRung(10, 0.5, 100)
-    assert clearly_dominated(here, [AtRung(10, 0.39, 100)], 0.1)
-    for other in (AtRung(20, 0.1, 100), AtRung(10, 0.1, 101), AtRung(10, 0.41, 100)):
-        assert not clearly_dominated(here, [other], 0.1)
+def finished(count: int, noise: float, seed: int = 0) -> list[Finished]:
+    """Trials whose log WER halves from rung to end, up to noise; none has fewer than 100 parameters."""
+    rng = random.Random(seed)
+    ats = [rng.uniform(math.log(0.1), math.log(0.9)) for _ in range(count)]
+    return [Finished(100 + i, math.exp(0.9 * at - 0.7 + rng.gauss(0, noise)), math.exp(at)) for i, at in enumerate(ats)]
+
+
+def test_domination_is_foretold_by_what_rungs_said_of_finished_trials() -> None:
+    known = [*finished(30, 0.1), Finished(50, 0.2, None)]
+    ends_at = math.exp((math.log(0.2) + 0.7) / 0.9)  # what a trial shows at the rung that ends where the smallest one did
+    assert chance_of_domination(ends_at, 60, known) == pytest.approx(0.5, abs=0.15)
+    assert chance_of_domination(2 * ends_at, 60, known) > 0.99
+    assert chance_of_domination(0.5 * ends_at, 60, known) < 0.01
+    assert chance_of_domination(0.9, 40, known) == 0, "nothing so small has finished"
+    assert chance_of_domination(0.9, 60, known[: ENOUGH - 1]) == 0, "too few have finished"
+
+
+def test_the_chance_of_domination_is_a_frequency() -> None:
+    """Of the trials that are given a chance of 80 to 90 %, that many end above."""
+    hits, rng = [], random.Random(5)
+    for seed in range(3000):
+        at = rng.uniform(math.log(0.2), math.log(0.8))
+        known = [*finished(12, 0.2, seed), Finished(50, 0.25, None)]
+        if 0.8 < chance_of_domination(math.exp(at), 60, known) < 0.9:
+            hits.append(0.9 * at - 0.7 + rng.gauss(0, 0.2) > math.log(min(f.wer for f in known if f.params <= 60)))
+    assert len(hits) > 100
+    assert 0.78 < sum(hits) / len(hits) < 0.92
 
 
 def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) -> None:
@@ -220,7 +242,7 @@ def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) ->
         stop = on_rung(1, record.dev.errors)
         return record.model_copy(update={"state": "pruned" if stop else "complete"})
 
-    study = run(config, 20, evaluate=evaluate, margin=0.02)
+    study = run(config, 30, evaluate=evaluate)
     pruned = [t for t in study.get_trials() if t.state == TrialState.PRUNED]
     assert pruned
     assert not any(t.user_attrs.get("name") in BASELINE_NAMES for t in pruned)

@@ -8,23 +8,32 @@ tenth. A method that uses the scan is not charged for it: a scan trains nothing.
 """
 
 import argparse
+import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import optuna
 from landscapes import Landscape, synthetic, table
 from optuna.samplers import BaseSampler
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 from strategies import STRATEGIES
 
 from prunesearch.candidate import Candidate
+from prunesearch.scan import spearman
 from prunesearch.search.layer_sets import LayerSetSampler
+from prunesearch.search.rungs import chance_of_domination
 from prunesearch.search.sampler import SpaceExhausted, optuna_sampler
+from prunesearch.search.worker import finished_at
 
 TABLES = Path(__file__).parent / "tables"
+CONFIDENCE = 0.95
 CHECKPOINTS = (10, 20, 40, 80, 160)
 Make = Callable[[Landscape, int], BaseSampler]
 
@@ -48,27 +57,58 @@ METHODS: dict[str, Make] = {
 }
 
 
-def run(landscape: Landscape, sampler: BaseSampler, trials: int, workers: int = 1) -> list[str]:
-    """The candidates in the order in which they were finished; `workers` are busy at any time."""
+@dataclass
+class Run:
+    """Candidates in the order in which they were settled, and what a rung ended; `share_of_steps` of full budgets."""
+
+    settled: list[str] = field(default_factory=list)
+    ended: set[str] = field(default_factory=set)
+    share_of_steps: float = 0.0
+
+    @property
+    def finished(self) -> list[str]:
+        return [key for key in self.settled if key not in self.ended]
+
+
+def run(landscape: Landscape, sampler: BaseSampler, trials: int, workers: int = 1, confidence: float | None = None) -> Run:
+    """A search with `workers` busy at any time; rungs end trials where a `confidence` is given."""
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     running: list[tuple[optuna.Trial, Candidate]] = []
-    done: list[str] = []
-    while len(done) < trials:
+    out = Run()
+    while len(out.settled) < trials:
         try:
-            while len(running) < min(workers, trials - len(done)):
+            while len(running) < min(workers, trials - len(out.settled)):
                 trial = study.ask()
                 params = {n: trial._suggest(n, d) for n, d in landscape.space.distributions.items()}
                 candidate = landscape.space.candidate(params)
                 trial.set_user_attr("candidate", candidate.key)
                 running.append((trial, candidate))
         except SpaceExhausted:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            study.tell(trial, state=TrialState.FAIL)
             if not running:
                 break
         trial, candidate = running.pop(0)
-        study.tell(trial, [landscape.wer[candidate.key], landscape.params[candidate.key]])
-        done.append(candidate.key)
-    return done
+        key = candidate.key
+        out.settled.append(key)
+        stopped = _ended_at(study, trial, landscape, key, confidence) if confidence is not None else None
+        if stopped is None:
+            study.tell(trial, [landscape.wer[key], landscape.params[key]])
+            out.share_of_steps += 1 / trials
+        else:
+            out.ended.add(key)
+            study.tell(trial, state=TrialState.PRUNED)
+            out.share_of_steps += stopped / landscape.steps / trials
+    return out
+
+
+def _ended_at(study: optuna.Study, trial: optuna.Trial, landscape: Landscape, key: str, confidence: float) -> int | None:
+    """The step at which a rung ends the trial, as the worker would have it."""
+    params = landscape.params[key]
+    for step, wer in sorted((landscape.rungs or {}).get(key, {}).items()):
+        trial.set_user_attr(f"rung_{step}", {"wer": wer, "params": params})
+        if chance_of_domination(wer, params, finished_at(study, step)) >= confidence:
+            return step
+    return None
 
 
 def shares(
@@ -78,7 +118,7 @@ def shares(
     curves, twice = [], 0
     for landscape in landscapes:
         for seed in range(seeds):
-            done = run(landscape, make(landscape, seed), trials, workers)
+            done = run(landscape, make(landscape, seed), trials, workers).settled
             twice += len(done) - len(set(done))
             curves.append([landscape.share(done[: n + 1]) for n in range(len(done))])
     return curves, twice
@@ -89,35 +129,89 @@ def trials_needed(curves: list[list[float]], share: float) -> float:
     return statistics.median(needed)
 
 
-def main(seeds: int, trials: int, only: str, synthetic_count: int, workers: int) -> None:
+def methods_table(title: str, landscapes: list[Landscape], names: list[str], seeds: int, trials: int) -> Table:
+    """Each method's share of the hypervolume: median and, in brackets, the worst tenth."""
+    shown = Table(title=f"{title}: {len(landscapes[0].wer):,} candidates; share of the front's hypervolume, %")
+    shown.add_column("method")
+    at = [n for n in CHECKPOINTS if n <= trials]
+    for column in (*(f"{n} trials" for n in at), "to 95 %", "to 99 %", "ms an ask"):
+        shown.add_column(column, justify="right")
+    for name in names:
+        begin = time.perf_counter()
+        curves, _ = shares(landscapes, METHODS[name], max(1, seeds // len(landscapes)), trials)
+        milliseconds = 1000 * (time.perf_counter() - begin) / sum(map(len, curves))
+        needed = (f"{trials_needed(curves, s):g}" for s in (0.95, 0.99))
+        shown.add_row(
+            name, *(_median_and_low([c[min(n, len(c)) - 1] for c in curves]) for n in at), *needed, f"{milliseconds:.0f}"
+        )
+    return shown
+
+
+def _median_and_low(values: list[float]) -> str:
+    ordered = sorted(100 * v for v in values)
+    return f"{statistics.median(ordered):.1f} ({ordered[len(ordered) // 10]:.1f})"
+
+
+def conditions_table(title: str, landscapes: list[Landscape], seeds: int, trials: int) -> Table:
+    """The same search with many workers, and with rungs."""
+    shown = Table(title=f"{title}: layer-sets after {trials} trials")
+    for column in ("", "share, %", "candidates twice", "steps used, %", "of the true front, ended by a rung"):
+        shown.add_column(column, justify="right" if column else "left")
+    for label, workers, confidence in (("one worker", 1, None), ("eight workers", 8, None), ("rungs", 1, CONFIDENCE)):
+        if confidence and not all(landscape.rungs for landscape in landscapes):
+            continue
+        runs = [
+            (landscape, run(landscape, layer_sets(landscape, seed), trials, workers, confidence))
+            for landscape in landscapes
+            for seed in range(max(1, seeds // len(landscapes)))
+        ]
+        twice = sum(len(r.settled) - len(set(r.settled)) for _, r in runs)
+        on_front = [sum(landscape.on_true_front(key) for key in r.ended) for landscape, r in runs]
+        steps = statistics.mean(r.share_of_steps for _, r in runs)
+        found = _median_and_low([landscape.share(r.finished) for landscape, r in runs])
+        shown.add_row(
+            label, found, str(twice), f"{100 * steps:.0f}", f"{sum(on_front)} in {len(runs)} runs" if confidence else ""
+        )
+    return shown
+
+
+def criteria_table(path: Path) -> Table:
+    """How well what a scan measures ranks what training makes of it."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    wer = {key: row["errors"] for key, row in stored["candidates"].items()}
+    singles = [i for i in stored["removable"] if Candidate((i,)).key in wer]
+    shown = Table(title=f"{path.stem}: Spearman's ρ of a criterion with trained dev WER, without LoRA")
+    for column in ("criterion", "single layers", "pairs", "threes"):
+        shown.add_column(column, justify="left" if column == "criterion" else "right")
+    sets = {n: [s for s in combinations(stored["removable"], n) if Candidate(s).key in wer] for n in (2, 3)}
+
+    def measured(scores: dict[str, float], of: list[tuple[int, ...]]) -> str:
+        both = [(scores[k], wer[Candidate(s).key]) for s in of if (k := ",".join(map(str, s))) in scores]
+        return f"{spearman(*map(list, zip(*both, strict=True))):+.2f}" if len(both) > 2 else "–"
+
+    for name in ("scan", "drift"):
+        label = "Δ loss, of the set" if name == "scan" else "projector drift, of the set"
+        shown.add_row(label, *(measured(stored[name], of) for of in ([(i,) for i in singles], sets[2], sets[3])))
+    for criterion, values in stored["criteria"].items():
+        added = {n: [sum(values[str(i)] for i in s) for s in of] for n, of in sets.items()}
+        rho = [spearman([values[str(i)] for i in singles], [wer[Candidate((i,)).key] for i in singles])]
+        rho += [spearman(added[n], [wer[Candidate(s).key] for s in of]) for n, of in sets.items()]
+        shown.add_row(f"{criterion}, sum over layers", *("–" if math.isnan(r) else f"{r:+.2f}" for r in rho))
+    return shown
+
+
+def main(seeds: int, trials: int, only: str, synthetic_count: int) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = Console(width=120)
     groups = (
         {f"{synthetic_count} synthetic landscapes": [synthetic(s) for s in range(synthetic_count)]} if synthetic_count else {}
     )
     groups |= {path.stem: [table(path)] for path in sorted(TABLES.glob("*.json"))}
-    names = only.split(",") if only else list(METHODS)
     for title, landscapes in groups.items():
-        size = len(landscapes[0].wer)
-        shown = Table(title=f"{title}: {size} candidates, share of the front's hypervolume in %, {workers} worker(s)")
-        shown.add_column("method")
-        at = [n for n in CHECKPOINTS if n <= trials]
-        for column in (*(f"{n} trials" for n in at), "to 95 %", "to 99 %", "ms an ask"):
-            shown.add_column(column, justify="right")
-        for name in names:
-            begin = time.perf_counter()
-            runs = seeds if len(landscapes) == 1 else max(1, seeds // len(landscapes))
-            curves, twice = shares(landscapes, METHODS[name], runs, trials, workers)
-            asked = sum(map(len, curves))
-            cells = []
-            for n in at:
-                values = sorted(100 * curve[min(n, len(curve)) - 1] for curve in curves)
-                cells.append(f"{statistics.median(values):.1f} ({values[len(values) // 10]:.1f})")
-            needed = [f"{trials_needed(curves, s):g}" for s in (0.95, 0.99)]
-            shown.add_row(name, *cells, *needed, f"{1000 * (time.perf_counter() - begin) / asked:.0f}")
-            if twice:
-                console.print(f"{name}: {twice} candidates were tried twice")
-        console.print(shown)
+        console.print(methods_table(title, landscapes, only.split(",") if only else list(METHODS), seeds, trials))
+        console.print(conditions_table(title, landscapes, seeds, trials))
+    for path in sorted(TABLES.glob("*.json")):
+        console.print(criteria_table(path))
 
 
 if __name__ == "__main__":
@@ -126,5 +220,4 @@ if __name__ == "__main__":
     parser.add_argument("--trials", type=int, default=80)
     parser.add_argument("--only", default="", help="methods, separated by commas")
     parser.add_argument("--synthetic", type=int, default=5, dest="synthetic_count")
-    parser.add_argument("--workers", type=int, default=1, help="simulated, all of them busy at any time")
     main(**vars(parser.parse_args()))

@@ -19,8 +19,6 @@ from prunesearch.candidate import Candidate
 from prunesearch.scan import LayerSet, family
 from prunesearch.search.space import SearchSpace
 
-ENOUGH = 60_000  # a space so large is not listed: its front is the best of a long search of the true function
-
 
 @dataclass(frozen=True)
 class Landscape:
@@ -37,6 +35,9 @@ class Landscape:
     @cached_property
     def true_front(self) -> list[tuple[float, float]]:
         return front((self.params[k], w) for k, w in self.wer.items())
+
+    def on_true_front(self, key: str) -> bool:
+        return (self.params[key], self.wer[key]) in self.true_front
 
     @cached_property
     def reference(self) -> tuple[float, float]:

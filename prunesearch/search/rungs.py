@@ -1,22 +1,57 @@
-"""When to end a trial early: it is clearly dominated by what is known at the same rung."""
+"""When to end a trial early: when it is all but sure to come out dominated.
 
-from collections.abc import Iterable
+What a finished trial's WER was at this rung and in the end, foretells where a trial that is at the rung will end: a linear
+regression of log WER on log WER, with Student's prediction interval (the textbook's, for one new observation). A trial is
+dominated if one of no more parameters has finished better. Nobody waits for anybody: what has finished by now decides.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from scipy.special import stdtr
+
+ENOUGH = 8  # finished trials; below, nothing is foretold
+LEAST_WER = 1e-4  # logarithms begin here
 
 
 @dataclass(frozen=True)
-class AtRung:
-    """A trial's dev WER (a fraction) after so many steps, and its parameters."""
+class Finished:
+    """A finished trial: its parameters, its dev WER (a fraction) in the end, and at the rung where it was measured there."""
 
-    step: int
-    wer: float
     params: float
+    wer: float
+    wer_at_rung: float | None
 
 
-def clearly_dominated(here: AtRung, others: Iterable[AtRung], margin: float) -> bool:
-    """Whether another trial, no larger, was ahead by more than `margin` of WER at the same rung.
+def chance_of_domination(wer: float, params: float, finished: Iterable[Finished]) -> float:
+    """How likely a trial of this WER at a rung is to end above the best finished one of no more parameters.
 
-    The margin stands for what the rest of the training may still change and for the noise of a dev split: wide, so that
-    a member of the front is not dropped.
+    0 where there is none, or where too few have finished to foretell anything.
     """
-    return any(o.step == here.step and o.params <= here.params and o.wer + margin < here.wer for o in others)
+    finished = list(finished)
+    smaller = [f.wer for f in finished if f.params <= params]
+    pairs = [(_log(f.wer_at_rung), _log(f.wer)) for f in finished if f.wer_at_rung is not None]
+    if not smaller or len(pairs) < ENOUGH:
+        return 0.0
+    return _chance_above(_log(min(smaller)), _log(wer), pairs)
+
+
+def _chance_above(limit: float, at: float, pairs: Sequence[tuple[float, float]]) -> float:
+    """P(y > limit | x = at) for y regressed on x."""
+    n = len(pairs)
+    mean_x, mean_y = (sum(values) / n for values in zip(*pairs, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in pairs)
+    if spread == 0:
+        return 0.0
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread
+    residual = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in pairs) / (n - 2)
+    deviation = math.sqrt(residual * (1 + 1 / n + (at - mean_x) ** 2 / spread))
+    expected = mean_y + slope * (at - mean_x)
+    if deviation == 0:
+        return float(expected > limit)
+    return float(stdtr(n - 2, (expected - limit) / deviation))
+
+
+def _log(wer: float) -> float:
+    return math.log(max(wer, LEAST_WER))

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.record import RunRecord, WordErrors
-from prunesearch.search.rungs import AtRung, clearly_dominated
+from prunesearch.search.rungs import Finished, chance_of_domination
 from prunesearch.search.sampler import SpaceExhausted
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.study import LEASE_SECONDS, Lease, end_lost, enqueue_next_due, settled
@@ -32,7 +32,7 @@ def work(
     objective: str,
     trials: int,
     lock: Path,
-    rung_margin: float,
+    rung_confidence: float,
     on_record: Callable[[int, RunRecord], None] = lambda number, record: None,
 ) -> None:
     """Evaluate candidates until the study has `trials` settled ones, whoever evaluated them, or none is left.
@@ -45,10 +45,11 @@ def work(
         name = trial.user_attrs.get("name")
 
         def on_rung(step: int, errors: WordErrors, trial: optuna.Trial = trial, candidate: Candidate = candidate) -> bool:
-            here = AtRung(step, errors.wer, params_of(candidate))
-            trial.set_user_attr(f"rung_{step}", {"wer": here.wer, "params": here.params})
-            is_baseline = trial.user_attrs.get("name") in BASELINE_NAMES
-            return not is_baseline and clearly_dominated(here, _others_at_rung(study, trial.number, step), rung_margin)
+            params = params_of(candidate)
+            trial.set_user_attr(f"rung_{step}", {"wer": errors.wer, "params": params})
+            if trial.user_attrs.get("name") in BASELINE_NAMES:
+                return False
+            return chance_of_domination(errors.wer, params, finished_at(study, step)) >= rung_confidence
 
         with _renewed_lease(study, trial):
             record = evaluate(candidate, name, on_rung)
@@ -103,13 +104,12 @@ def _renewed_lease(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
         thread.join()
 
 
-def _others_at_rung(study: optuna.Study, number: int, step: int) -> list[AtRung]:
-    found = []
-    for trial in study.get_trials(deepcopy=False):
-        stored = trial.user_attrs.get(f"rung_{step}")
-        if stored and trial.number != number:
-            found.append(AtRung(step, stored["wer"], stored["params"]))
-    return found
+def finished_at(study: optuna.Study, step: int) -> list[Finished]:
+    """The study's finished trials, and what they were at a rung."""
+    return [
+        Finished(params=t.values[1], wer=t.values[0], wer_at_rung=t.user_attrs.get(f"rung_{step}", {}).get("wer"))
+        for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    ]
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, record: RunRecord, objective: str) -> None:
