@@ -15,7 +15,7 @@ from prunesearch.search.space import SearchSpace
 
 PROMPT_TOKENS = 6  # about what the default prompt takes; a tokenizer is not at hand where a plan is made
 TEXT_TOKENS_PER_SECOND = 4.0  # read speech has 2 to 3 words a second; LLMs' tokenizers make 1.3 (English) to 2 tokens of one
-CALL_SECONDS = 10e-6  # what starting an operation takes the host in eager PyTorch: small batches wait for this, not for the GPU
+CALL_SECONDS = 10e-6  # what starting an operation takes the host in eager PyTorch; small batches wait for this
 
 
 def _architectures(config: StudyConfig) -> tuple[Any, Any]:

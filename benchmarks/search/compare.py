@@ -45,7 +45,7 @@ def layer_sets(landscape: Landscape, seed: int, with_scan: bool = True) -> BaseS
 
 METHODS: dict[str, Make] = {
     "layer-sets": layer_sets,
-    "layer-sets, no scan": lambda landscape, seed: layer_sets(landscape, seed, False),
+    "layer-sets without scan": lambda landscape, seed: layer_sets(landscape, seed, False),
     **{
         name: (lambda landscape, seed, name=name: optuna_sampler(name, landscape.space, seed, 10))
         for name in ("tpe", "nsga2", "gp", "random")

@@ -63,7 +63,7 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 def hypervolume(points: list[tuple[float, float]], reference: tuple[float, float]) -> float:
     """The area between a front and the reference."""
     inside = [p for p in points if p[0] <= reference[0] and p[1] < reference[1]]
-    ends = [p for p, _ in inside[1:]] + [reference[0]]
+    ends = [*(p for p, _ in inside[1:]), reference[0]][: len(inside)]
     return sum((end - params) * (reference[1] - wer) for (params, wer), end in zip(inside, ends, strict=True))
 
 
