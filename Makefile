@@ -2,10 +2,11 @@
 # make test         set up, run the whole test suite
 # make check        lint, format, types, import contracts
 # make bench        our fine-tune against a plain loop, on the quickstart
+# make bench-search how soon each way of searching knows the front, where the truth is known
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench format clean
+.PHONY: quickstart test check bench bench-search format clean
 
 quickstart: .venv/installed
 	$(BIN)/prunesearch launch studies/quickstart
@@ -22,6 +23,9 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/step.py studies/quickstart
+
+bench-search: .venv/installed
+	$(BIN)/python benchmarks/search/compare.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

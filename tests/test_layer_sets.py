@@ -83,6 +83,8 @@ def test_the_models_prior_is_a_covariance() -> None:
         assert np.allclose(part, part.T)
         assert np.allclose(np.diag(part), own)
         assert np.linalg.eigvalsh(part).min() > -1e-8
+    surrogate.variances = np.random.default_rng(0).uniform(0.1, 1, len(EXPECTED) + 1)
+    assert np.allclose(surrogate.covariance(encoded, encoded), np.tensordot(surrogate.variances[:-1], parts, 1))
 
 
 @pytest.mark.parametrize("scan", [None, SCAN], ids=["no scan", "scan"])

@@ -8,6 +8,7 @@ closed form: with a known number of parameters, it is a sum of expected improvem
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from optuna.study import Study
@@ -23,10 +24,11 @@ from prunesearch.search.surrogate import Array, Posterior, Surrogate
 ParamsOf = Callable[[Candidate], float]
 
 SMALL_SPACE = 3000  # a space of so many candidates is looked at whole
-POOL = 1200
-REFINED = 8  # candidates whose neighbours are looked at in turn
-ROUNDS = 3
+POOL = 800
+REFINED = 5  # candidates whose neighbours are looked at in turn
+ROUNDS = 2
 FIT_AT_MOST = 160  # candidates that the parts' variances are fitted to
+BELIEVE_AT_MOST = 400  # candidates that predictions are drawn from: the front's surroundings, and an even choice of the rest
 LEAST_WER = 1e-4  # logarithms begin here
 REFERENCE_WER = 1.0
 
@@ -59,6 +61,8 @@ class LayerSetSampler(CandidateSampler):
         self._params_of = params_of
         self._startup_trials = startup_trials
         self._scan = scan
+        self._guide = Guide(space, scan) if scan else None
+        self._seen: dict[int, tuple[Candidate, float]] = {}  # finished trials, by number
         self._fitted: tuple[int, Surrogate] | None = None
         self._everything: list[Candidate] | None = None
 
@@ -70,6 +74,7 @@ class LayerSetSampler(CandidateSampler):
         if len(known.candidates) < 3:
             return None
         surrogate = self._surrogate(known)
+        known = self._telling(known)
         posterior = surrogate.given(known.candidates, known.values, known.extra)
         running = [Candidate.from_key(t.user_attrs["candidate"]) for t in trials
                    if t.state == TrialState.RUNNING and "candidate" in t.user_attrs]  # fmt: skip
@@ -88,8 +93,11 @@ class LayerSetSampler(CandidateSampler):
         size = most - number % sizes if number % 2 else number % sizes
         for _ in range(20):
             rank = rng.choice(self._space.ranks)
-            layers = _guided(self._space, size, self._scan, rng, 0.3) if self._scan else rng.sample(self._space.removable, size)
-            candidate = Candidate(tuple(layers), rank)
+            if self._guide:
+                layers = self._guide.draw([size], 0.3, np.random.default_rng(rng.getrandbits(32)))[0]
+            else:
+                layers = tuple(rng.sample(self._space.removable, size))
+            candidate = Candidate(layers, rank)
             if candidate.key not in seen:
                 return candidate
         return None
@@ -99,8 +107,11 @@ class LayerSetSampler(CandidateSampler):
         candidates, values, extra = [], [], []
         finished = [t for t in trials if t.state == TrialState.COMPLETE]
         for t in finished:
-            candidates.append(self._space.candidate(t.params))
-            values.append(_log_wer(t.values[0]))
+            if t.number not in self._seen:
+                self._seen[t.number] = self._space.candidate(t.params), _log_wer(t.values[0])
+            candidate, value = self._seen[t.number]
+            candidates.append(candidate)
+            values.append(value)
             extra.append(0.0)
         for t in trials:
             if t.state != TrialState.PRUNED or not is_settled(t):
@@ -113,6 +124,21 @@ class LayerSetSampler(CandidateSampler):
                 values.append(_log_wer(wer) + float(falls.mean()))
                 extra.append(float(falls.var(ddof=1)))
         return Known(candidates, np.array(values), np.array(extra))
+
+    def _telling(self, known: Known) -> Known:
+        """All, or those that lie least above the front, and every so many of the others."""
+        count = len(known.candidates)
+        if count <= BELIEVE_AT_MOST:
+            return known
+        params = np.array([self._params_of(c) for c in known.candidates])
+        order = np.lexsort((known.values, params))
+        best = np.minimum.accumulate(known.values[order])
+        above = np.empty(count)
+        above[order] = known.values[order] - best
+        ranked = np.argsort(above, kind="stable")
+        near, far = ranked[: BELIEVE_AT_MOST // 2], ranked[BELIEVE_AT_MOST // 2 :]
+        chosen = np.sort(np.append(near, far[np.linspace(0, len(far) - 1, BELIEVE_AT_MOST // 2).astype(int)]))
+        return Known([known.candidates[i] for i in chosen], known.values[chosen], known.extra[chosen])
 
     def _surrogate(self, known: Known) -> Surrogate:
         """Fitted anew when a tenth more is known; to the same data whenever it was started."""
@@ -170,11 +196,12 @@ class LayerSetSampler(CandidateSampler):
             return self._everything
         found = {n.key: n for _, _, c in front for n in _neighbours(self._space, c)}
         pool = rng.sample(sorted(found.values(), key=lambda c: c.key), min(len(found), POOL // 2))
-        while len(pool) < POOL:
-            size, rank = rng.randint(0, self._space.max_removed), rng.choice(self._space.ranks)
-            guided = self._scan is not None and rng.random() < 0.7
-            layers = _guided(self._space, size, self._scan, rng, 1.0) if guided else rng.sample(self._space.removable, size)
-            pool.append(Candidate(tuple(layers), rank))
+        left = POOL - len(pool)
+        sizes = [rng.randint(0, self._space.max_removed) for _ in range(left)]
+        guided = left * 2 // 3 if self._guide else 0
+        sets = self._guide.draw(sizes[:guided], 1.0, np.random.default_rng(rng.getrandbits(32))) if self._guide else []
+        sets += [tuple(rng.sample(self._space.removable, size)) for size in sizes[guided:]]
+        pool += [Candidate(layers, rng.choice(self._space.ranks)) for layers in sets]
         return list({c.key: c for c in pool}.values())
 
     def _gain(self, pool: Sequence[Candidate], posterior: Posterior, front: list[tuple[float, float, Candidate]]) -> Array:
@@ -209,28 +236,30 @@ def _last_rung(trial: FrozenTrial) -> tuple[str, float]:
     return name, trial.user_attrs[name]["wer"]
 
 
-def _guided(
-    space: SearchSpace, size: int, scan: Mapping[LayerSet, float] | None, rng: random.Random, temperature: float
-) -> list[int]:
-    """So many layers, one after the other, each likelier the less the scan says it costs beside those already taken."""
-    assert scan is not None
-    taken: list[int] = []
-    costs = sorted(abs(scan.get((i,), 0.0)) for i in space.removable)
-    scale = temperature * (costs[len(costs) // 2] + 1e-12)
-    while len(taken) < size:
-        left = [i for i in space.removable if i not in taken]
-        cost = [scan.get((i,), 0.0) + sum(_beyond(scan, i, j) for j in taken) for i in left]
-        taken.append(max(zip(left, cost, strict=True), key=lambda x: -x[1] / scale + _gumbel(rng))[0])
-    return taken
+class Guide:
+    """Draws sets that a scan speaks for: one layer after the other, each the likelier the less it costs beside those taken."""
 
+    def __init__(self, space: SearchSpace, scan: Mapping[LayerSet, float]):
+        self._layers = sorted(space.removable)
+        self._alone = np.array([scan.get((i,), 0.0) for i in self._layers])
+        self._beyond = np.zeros((len(self._layers),) * 2)
+        for (a, i), (b, j) in combinations(enumerate(self._layers), 2):
+            pair = scan.get((i, j))
+            self._beyond[a, b] = self._beyond[b, a] = 0.0 if pair is None else pair - self._alone[a] - self._alone[b]
+        self._scale = float(np.median(np.abs(self._alone))) + 1e-12
 
-def _beyond(scan: Mapping[LayerSet, float], i: int, j: int) -> float:
-    pair = scan.get((min(i, j), max(i, j)))
-    return 0.0 if pair is None else pair - scan.get((i,), 0.0) - scan.get((j,), 0.0)
-
-
-def _gumbel(rng: random.Random) -> float:
-    return float(-np.log(-np.log(rng.random() + 1e-300) + 1e-300))
+    def draw(self, sizes: Sequence[int], temperature: float, rng: np.random.Generator) -> list[LayerSet]:
+        """A set of each size; low temperatures keep to what is cheapest."""
+        costs = np.tile(self._alone, (len(sizes), 1))
+        taken = np.zeros(costs.shape, dtype=bool)
+        for step in range(max(sizes, default=0)):
+            going = np.flatnonzero(np.array(sizes) > step)
+            luck = rng.gumbel(size=(len(going), costs.shape[1]))
+            wanted = np.where(taken[going], -np.inf, luck - costs[going] / (temperature * self._scale))
+            chosen = wanted.argmax(1)
+            taken[going, chosen] = True
+            costs[going] += self._beyond[chosen]
+        return [tuple(self._layers[k] for k in np.flatnonzero(row)) for row in taken]
 
 
 def _neighbours(space: SearchSpace, candidate: Candidate) -> list[Candidate]:

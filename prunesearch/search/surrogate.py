@@ -84,7 +84,7 @@ class Surrogate:
         width = bits.shape[1]
         neighbours, one_apart = bits[:, :-1] * bits[:, 1:], bits[:, :-2] * bits[:, 2:]
         size = bits.sum(1)
-        longest = np.array([_longest_run(row) for row in bits])
+        longest = _longest_runs(bits)
         runs = np.stack([size, size**2 / width, longest, size - neighbours.sum(1)], 1) / (width / 2)
         lora = np.array([c.lora_rank for c in candidates], dtype=float)
         top = np.log2(1 + max(self.ranks)) or 1.0
@@ -115,6 +115,27 @@ class Surrogate:
                 np.exp(-apart / REACH) * same_rank,
             ]
         )
+
+    def covariance(self, a: Encoded, b: Encoded) -> Array:
+        """(N, M): the parts' sum at this surrogate's variances, in few passes over (N, M)."""
+        v = dict(zip(PARTS, self.variances, strict=False))
+        common = a.bits @ b.bits.T
+        apart = a.bits.sum(1)[:, None] + b.bits.sum(1)[None] - 2 * common
+        whole: Array = self._linear(a) @ self._linear(b).T + v["one"]
+        whole += common * (v["pairs"] / 2 * (common - 1) + v["rank x layers"] * (a.rank @ b.rank.T))
+        whole += v["rest"] * np.exp(-apart / REACH - 2 * np.abs(a.rank[:, 1:] - b.rank[:, 1:].T))
+        return whole
+
+    def _linear(self, a: Encoded) -> Array:
+        """(N, F): features whose products are the sum of the parts that are linear in something."""
+        v = dict(zip(PARTS, np.sqrt(self.variances), strict=False))
+        size = a.bits.sum(1, keepdims=True) / (a.bits.shape[1] / 2)
+        return np.hstack(
+            [
+                v["layers"] * a.bits, v["neighbours"] * a.neighbours, v["one apart"] * a.one_apart, v["runs"] * a.runs,
+                v["rank"] * a.rank, v["rank x size"] * size * a.rank, v["scan"] * a.scan,
+            ]
+        )  # fmt: skip
 
     @staticmethod
     def own_parts(a: Encoded) -> Array:
@@ -154,8 +175,7 @@ class Surrogate:
         seen = self.encode(candidates)
         y, scale = _standardised(values)
         noise = self.variances[-1] + extra / scale**2 + 1e-6
-        covariance = np.tensordot(self.variances[:-1], self.parts(seen, seen), 1) + np.diag(noise)
-        lower: Array = scipy.linalg.cholesky(covariance, lower=True)
+        lower: Array = scipy.linalg.cholesky(self.covariance(seen, seen) + np.diag(noise), lower=True)
         weights = scipy.linalg.cho_solve((lower, True), y)
         return Posterior(self, seen, lower, weights, float(values.mean()), scale)
 
@@ -175,7 +195,7 @@ class Posterior:
         """Mean (N,) and standard deviation (N,) of the values, noise left out."""
         asked = self.surrogate.encode(candidates)
         variances = self.surrogate.variances[:-1]
-        across = np.tensordot(variances, self.surrogate.parts(asked, self.seen), 1)
+        across = self.surrogate.covariance(asked, self.seen)
         explained = scipy.linalg.solve_triangular(self.lower, across.T, lower=True)
         variance = np.maximum(variances @ self.surrogate.own_parts(asked) - (explained**2).sum(0), 1e-12)
         return self.mean + self.scale * (across @ self.weights), self.scale * np.sqrt(variance)
@@ -186,9 +206,10 @@ def _standardised(values: Array) -> tuple[Array, float]:
     return (values - values.mean()) / scale, scale
 
 
-def _longest_run(bits: Array) -> int:
-    longest = here = 0
-    for bit in bits:
-        here = here + 1 if bit else 0
-        longest = max(longest, here)
+def _longest_runs(bits: Array) -> Array:
+    """(N, L) -> (N,)"""
+    longest = here = np.zeros(len(bits))
+    for column in bits.T:
+        here = (here + 1) * column
+        longest = np.maximum(longest, here)
     return longest
