@@ -53,7 +53,7 @@ def plain_loss(workshop: Workshop, slam: SlamAsr, batch: list[int]) -> torch.Ten
         extracted = workshop.extractor(recordings, sampling_rate=16_000, return_tensors="pt")
     features = extracted["input_features"]  # (B, M, full window)
     with torch.no_grad():
-        states = workshop.encoder(features.to(workshop.dtype)).last_hidden_state
+        states = workshop.encoder(features.to(workshop.device, workshop.dtype)).last_hidden_state
     hop = 2 * workshop.extractor.hop_length  # samples per encoder position
     lengths = torch.tensor([-(-len(recording) // hop) for recording in recordings], device=workshop.device)
     texts = [workshop.targets[i] for i in batch]

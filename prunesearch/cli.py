@@ -78,7 +78,7 @@ def plan(
     seconds: Annotated[float, typer.Option(min=0.1, help="Mean length of a recording.")] = 5.0,
     hours: Annotated[float | None, typer.Option(min=0, help="Size of the train split; default: no epoch repeats.")] = None,
     teraflops: Annotated[
-        float, typer.Option(min=0, help="What the GPU achieves; a third of an A100's bf16 peak is 100.")
+        float, typer.Option(min=0.001, help="What the GPU achieves; a third of an A100's bf16 peak is 100.")
     ] = 100.0,
     as_json: Json = False,
 ) -> None:
@@ -107,13 +107,14 @@ def scan(
     loss_sets: Annotated[int, typer.Option(min=0, help="Larger sets whose loss is measured: those of least drift.")] = 128,
     wer: Annotated[bool, typer.Option("--wer", help="Decode without each single layer, too.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Run each set by itself as well; compare, and time both.")] = False,
+    storage: StorageUrl = None,
     as_json: Json = False,
 ) -> None:
     """Measure what each layer, and each pair, is worth to the anchor's system, before anything else is trained."""
     from prunesearch.launch import scan as run_scan
 
     with _Display() as display:
-        found = run_scan(study, most, utterances, loss_sets, wer, check, display)
+        found = run_scan(study, most, utterances, loss_sets, wer, check, storage, display)
     if as_json:
         _print_json(found.model_dump(mode="json"))
     else:

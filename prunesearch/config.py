@@ -27,7 +27,7 @@ from prunesearch.candidate import Candidate
 from prunesearch.mistakes import StudyError, explained
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Objective = Literal["speech_params", "encoder_params", "total_params"]
 
@@ -277,6 +277,8 @@ class SearchConfig(_Section):
     @field_validator("removable_layers")
     @classmethod
     def _layers_exist(cls, value: Any, info: ValidationInfo) -> Any:
+        if not value:
+            raise ValueError("must name at least one layer")
         return value if value == "all" else _checked_layers(value, info)
 
     @field_validator("lora_ranks")
@@ -308,7 +310,7 @@ class StorageConfig(_Section):
 class StudyConfig(_Section):
     """A whole study. Relative paths start where its file lies."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     preset: Literal["paper"] | None = None
     seed: int = 0
     encoder: EncoderConfig
@@ -369,9 +371,16 @@ class StudyConfig(_Section):
         return found
 
     def definition(self) -> dict[str, Any]:
-        """What makes two records comparable: everything but where the study is stored and how long it goes on."""
+        """What makes two records comparable: everything but where the study is stored, how long it goes on, how candidates
+        are chosen, and what changes speed and memory alone."""
         return self.model_dump(
-            mode="json", exclude={"storage": True, "search": {"trials", "fixed", "sampler", "startup_trials", "scan"}}
+            mode="json",
+            exclude={
+                "storage": True,
+                "search": {"trials", "fixed", "sampler", "startup_trials", "scan"},
+                "training": {"micro_batch", "gradient_checkpointing", "checkpoint_seconds", "tracker", "rung_confidence"},
+                "decoding": {"batch_size"},
+            },
         )
 
     def fingerprint(self) -> str:
@@ -465,5 +474,9 @@ def _local_encoder_layers(raw: dict[str, Any], folder: Path) -> int | None:
     file = Path(_locate(model, folder)) / "config.json" if isinstance(model, str) else None
     if file is None or not file.is_file():
         return None
-    layers = json.loads(file.read_text(encoding="utf-8")).get("encoder_layers")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # whoever opens the model will say so
+        return None
+    layers = found.get("encoder_layers") if isinstance(found, dict) else None
     return layers if isinstance(layers, int) else None

@@ -93,6 +93,7 @@ def scan(
     loss_sets: int = 128,
     with_wer: bool = False,
     check: bool = False,
+    storage: str | None = None,
     watcher: Watcher | None = None,
 ) -> Scan:
     """Measure what the study's layers are worth before any training, and write the scan and its report to `run/scan/`.
@@ -104,7 +105,8 @@ def scan(
     from prunesearch.training.scan import scan as run_scan
 
     config = load_study(source)
-    found = run_scan(_open_workshop(config, watcher or Nobody()), most, utterances, loss_sets, with_wer, check)
+    workshop = _Worker.open(config, storage, watcher or Nobody()).workshop
+    found = run_scan(workshop, most, utterances, loss_sets, with_wer, check)
     write_scan_report(config.run_folder / "scan", found)
     return found
 
@@ -141,6 +143,7 @@ class _Worker:
 
     def run(self, trials: int) -> None:
         from prunesearch.plan import params_of_candidates
+        from prunesearch.report.scan import write_scan_report
         from prunesearch.training.evaluate import evaluate
         from prunesearch.training.scan import scan
 
@@ -162,8 +165,11 @@ class _Worker:
         def params_of(candidate: Candidate) -> float:
             return count(candidate).of(config.search.params_objective)
 
+        found = read_scan(config.run_folder / "scan" / "scan.json")  # one that was asked for may know more than the usual one
         wanted = config.search.sampler == "layer-sets" and config.search.scan and config.training.init == "anchor"
-        found = scan(workshop) if wanted else read_scan(config.run_folder / "scan" / "scan.json")
+        if wanted and found is None:
+            found = scan(workshop)
+            write_scan_report(config.run_folder / "scan", found)
         study = open_study(config, self.storage, self.space, sampler_of(config, self.space, params_of, found))
         work(
             study, self.space, evaluated, params_of, config.search.params_objective, trials,
@@ -185,6 +191,8 @@ def _work_in_own_process(source: Path, relay: _Relay, workers: int, trials: int,
     except StudyError as error:
         print(*error.lines, sep="\n", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # the process that started this one says so
+        sys.exit(130)
 
 
 def _run_workers(config: StudyConfig, workers: int, trials: int, storage: str | None, watcher: Watcher) -> None:

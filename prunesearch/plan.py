@@ -2,9 +2,11 @@
 
 No weights are read, and no data."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from prunesearch.candidate import Candidate
@@ -31,6 +33,13 @@ def _architectures(config: StudyConfig) -> tuple[Any, Any]:
 def encoder_layers(config: StudyConfig) -> int:
     """How many layers the unpruned encoder has."""
     return int(_architectures(config)[0].encoder_layers)
+
+
+def _positions_per_second(config: StudyConfig) -> float:
+    """Of the encoder: every other mel frame. Whisper's hop is 10 ms; a local checkpoint may have another."""
+    file = Path(config.locate(config.encoder.model)) / "preprocessor_config.json"
+    hop = json.loads(file.read_text(encoding="utf-8")).get("hop_length", 160) if file.is_file() else 160
+    return 16_000 / (2 * hop)
 
 
 @dataclass(frozen=True)
@@ -162,21 +171,23 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
     from prunesearch.model.slam import SlamAsr
     from prunesearch.training.cost import StepCost, encoding_operations, step_cost
 
+    pace = _positions_per_second(config)
     training, rank = config.training, max(config.search.lora_ranks[-1], config.search.baseline_lora_rank)
     dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
 
     @cache
     def step(length: float, batch: int) -> StepCost:
+        """A step on recordings of so many seconds."""
         frame = _frame(config, dtype)
         if training.gradient_checkpointing:
             recompute_activations(frame.llm.model)
         text = round(length * TEXT_TOKENS_PER_SECOND) + 1
         with lora(frame.llm, rank, config.llm, seed=0) as adapted:
             slam = SlamAsr(frame.projector, frame.llm, adapted)
-            return step_cost(slam, frame.encoder.config.d_model, round(50 * length), text, batch, dtype)
+            return step_cost(slam, frame.encoder.config.d_model, round(pace * length), text, batch, dtype)
 
     encoder = _frame(config, dtype).encoder
-    encoding = encoding_operations(encoder, round(50 * seconds))
+    encoding = encoding_operations(encoder, round(pace * seconds))
     encoder_bytes = sum(p.nbytes for p in encoder.parameters())
     micro_batch = min(training.micro_batch or training.batch_size, training.batch_size)
     whole = step(seconds, training.batch_size)

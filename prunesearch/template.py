@@ -1,5 +1,6 @@
 """The study file that `prunesearch init` writes."""
 
+import re
 from pathlib import Path
 
 from prunesearch.mistakes import StudyError
@@ -55,11 +56,11 @@ trials = 40                           # candidates in all, the four baselines in
 
 def write_study_file(folder: Path, name: str) -> Path:
     """Write `folder/name/study.toml`. Raises StudyError when there is one, or the name is no file name."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise StudyError([f"a study's name must consist of letters, digits, '-', '_' and '.', got {name!r}"])
     path = folder / name / "study.toml"
     if path.exists():
         raise StudyError([f"{path} exists already: choose another name, or edit it"])
-    if not name or Path(name).name != name:
-        raise StudyError([f"a study's name must be a plain folder name, got {name!r}"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_TEMPLATE.format(name=name), encoding="utf-8")
     return path

@@ -52,6 +52,7 @@ def test_every_mistake_is_reported_at_once_each_on_one_line(toy: Path, tmp_path:
         ({"search": {"lora_ranks": [4, 0]}}, "must rise"),
         ({"search": {"fixed": [{"removed_layers": [4]}]}}, "must lie in [0, 4)"),
         ({"training": {"rungs": [0.5, 0.25]}}, "must rise"),
+        ({"search": {"removable_layers": []}}, "at least one layer"),
         ({"encoder": {"model": "${PRUNESEARCH_NO_SUCH_VARIABLE}/w"}}, "export PRUNESEARCH_NO_SUCH_VARIABLE"),
         ({"encoder": {}, "preset": {}}, "preset"),
     ],

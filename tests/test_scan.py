@@ -11,6 +11,7 @@ import torch
 from prunesearch.candidate import Candidate
 from prunesearch.config import load_study
 from prunesearch.launch import scan as run_scan
+from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import encode
 from prunesearch.report.scan import render_scan_page
 from prunesearch.scan import Scan, evaluations, family, prefixes, spearman
@@ -57,7 +58,7 @@ def test_a_scan_measures_what_removing_the_layers_one_by_one_does(scanned: tuple
     workshop = Workshop.open(load_study(file))
     corpus = workshop.corpora["dev"]
     chosen = sorted(random.Random(workshop.config.seed).sample(range(len(corpus)), 6))
-    slam = scanning._Scanner(workshop, workshop.anchor(), 6).slam
+    slam = scanning._Scanner(workshop, workshop.anchor(), 6, 11).slam
 
     def measured(layers: tuple[int, ...]) -> tuple[float, list[torch.Tensor]]:
         loss, audio, tokens = 0.0, [], 0
@@ -88,7 +89,7 @@ def test_a_scan_measures_what_removing_the_layers_one_by_one_does(scanned: tuple
 def test_layer_criteria_are_their_definitions(scanned: tuple[Path, Scan]) -> None:
     file, found = scanned
     workshop = Workshop.open(load_study(file))
-    scanner = scanning._Scanner(workshop, workshop.anchor(), 6)
+    scanner = scanning._Scanner(workshop, workshop.anchor(), 6, 11)
     befores, afters = [], []
     for indices in scanner.batches:
         hidden, lengths = scanner.prefix.batch(indices, workshop.device)
@@ -113,10 +114,10 @@ def test_cka_is_one_for_a_rotation_and_near_zero_for_noise() -> None:
     rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
 
     def cka(a: torch.Tensor, b: torch.Tensor) -> float:
-        one, other = scanning._centred(a), scanning._centred(b)
+        one, other = scanning._gram(a), scanning._gram(b)
         return scanning._hsic(one, other) / math.sqrt(scanning._hsic(one, one) * scanning._hsic(other, other))
 
-    assert cka(x, 3 * x @ rotation) == pytest.approx(1, abs=1e-5)
+    assert cka(x, 3 * x @ rotation + 100) == pytest.approx(1, abs=1e-5)
     assert abs(cka(x, noise)) < 0.02
 
 
@@ -144,6 +145,14 @@ def test_a_scan_that_was_killed_goes_on(toy: Path, tmp_path: Path, monkeypatch: 
     assert len(ran) == 1 + 1 + 2  # the batch that was interrupted is run again, the finished one is not
     assert scanning.scan(workshop, utterances=6) == calm
     assert len(ran) == 4
+
+
+def test_a_study_from_scratch_can_be_scanned_and_a_scan_pins_the_study(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path, toy, training={"init": "scratch", "steps": 1}, anchor={"steps": 5})
+    assert run_scan(file, utterances=2).sets
+    write_study(tmp_path, toy, training={"init": "scratch", "steps": 1}, anchor={"steps": 6})
+    with pytest.raises(StudyError, match=r"anchor.steps: this study was started with 5"):
+        run_scan(file, utterances=2)
 
 
 def test_where_pairs_are_many_the_loss_is_asked_of_those_of_least_drift(toy: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
-from prunesearch.record import Parameters, RunRecord, SplitResult, WordErrors
+from prunesearch.record import Parameters, Rung, RunRecord, SplitResult, WordErrors
 from prunesearch.search.layer_sets import LayerSetSampler
 from prunesearch.search.rungs import ENOUGH, Finished, chance_of_domination
 from prunesearch.search.sampler import CandidateSampler, optuna_sampler
@@ -46,6 +46,11 @@ def landscape(candidate: Candidate) -> RunRecord:
         study="s", encoder_layers=DEPTH, removed_layers=layers, lora_rank=candidate.lora_rank, seed=0, state="complete",
         steps=1, dev=counts, parameters=size,
     )  # fmt: skip
+
+
+def holds(where: SearchSpace, candidate: Candidate) -> bool:
+    layers = set(candidate.removed_layers)
+    return layers <= set(where.removable) and len(layers) <= where.max_removed and candidate.lora_rank in where.ranks
 
 
 def params_of(candidate: Candidate) -> int:
@@ -83,7 +88,7 @@ def test_the_size_of_a_space_is_the_number_of_its_candidates() -> None:
     small = space(removable=(1, 2, 5), max_removed=2)
     everything = small.everything()
     assert len(set(everything)) == len(everything) == small.size == (1 + 3 + 3) * 2
-    assert all(small.holds(c) for c in everything)
+    assert all(holds(small, c) for c in everything)
     rng = random.Random(0)
     assert {small.draw(rng) for _ in range(500)} == set(everything)
 
@@ -93,9 +98,9 @@ def test_repair_keeps_what_is_allowed() -> None:
     for _ in range(100):
         wild = Candidate(tuple(rng.sample(range(DEPTH), rng.randint(0, 6))), rng.choice([0, 4, 8]))
         tame = small.repaired(wild, rng)
-        assert small.holds(tame)
+        assert holds(small, tame)
         assert set(tame.removed_layers) <= set(wild.removed_layers)
-        if small.holds(wild):
+        if holds(small, wild):
             assert tame == wild
 
 
@@ -120,7 +125,7 @@ def test_no_candidate_twice_none_outside_and_the_whole_space_in_the_end(sampler:
     for _ in range(small.size):
         trial = study.ask(small.distributions)
         candidate = small.candidate(trial.params)
-        assert small.holds(candidate)
+        assert holds(small, candidate)
         trial.set_user_attr("candidate", candidate.key)
         keys.append(candidate.key)
         study.tell(trial, [landscape(candidate).dev.errors.wer, params_of(candidate)])  # type: ignore[union-attr]
@@ -248,6 +253,19 @@ def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) ->
     assert not any(t.user_attrs.get("name") in BASELINE_NAMES for t in pruned)
     best = {t.user_attrs["candidate"] for t in study.best_trials}
     assert best.isdisjoint(t.user_attrs["candidate"] for t in pruned)
+
+
+def test_a_record_that_was_there_already_tells_its_rungs(config: StudyConfig) -> None:
+    def found(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+        record = landscape(candidate)
+        assert record.dev
+        rungs = (Rung(step=1, errors=record.dev.errors),)
+        return record.model_copy(update={"rungs": rungs, "state": "pruned" if candidate.lora_rank == 4 else "complete"})
+
+    study = run(config, 12, evaluate=found)
+    settled_trials = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
+    assert {t.state for t in settled_trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert all(t.user_attrs["rung_1"]["wer"] > 0 for t in settled_trials)
 
 
 def slow_worker(source: Path) -> None:

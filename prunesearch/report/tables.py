@@ -147,7 +147,7 @@ def _beaten(comparison: Comparison) -> list[str]:
         return [f"Nothing found beats {TO_BEAT}: no candidate has {bound} and a dev WER below {wer_percent(to_beat.dev)} %."]
     saved = to_beat.parameters.of(comparison.objective) - winner.system.parameters.of(comparison.objective)
     fewer = f"{millions(saved)} M fewer {noun}" if saved else f"as many {noun}"
-    several = f"{len(comparison.dominating)} front members have" if len(comparison.dominating) > 1 else "One front member has"
+    several = f"{len(comparison.dominating)} candidates have" if len(comparison.dominating) > 1 else "One candidate has"
     lines = [
         f"{several} no more {noun} than {TO_BEAT} and a lower dev WER. Dev chooses {title(winner.system)}: {fewer} and a dev "
         f"WER of {wer_percent(winner.system.dev)} % against {wer_percent(to_beat.dev)} %."

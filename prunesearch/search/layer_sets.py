@@ -17,7 +17,7 @@ from scipy.special import ndtr
 
 from prunesearch.candidate import Candidate
 from prunesearch.scan import LayerSet
-from prunesearch.search.sampler import CandidateSampler, is_settled
+from prunesearch.search.sampler import CandidateSampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.surrogate import Array, Posterior, Surrogate
 
@@ -31,12 +31,14 @@ FIT_AT_MOST = 160  # candidates that the parts' variances are fitted to
 BELIEVE_AT_MOST = 400  # candidates that predictions are drawn from: the front's surroundings, and an even choice of the rest
 LEAST_WER = 1e-4  # logarithms begin here
 REFERENCE_WER = 1.0
+CAUTION = 1.5  # times the model's deviations, which take its fitted variances for certain
 
 
 @dataclass(frozen=True)
 class Known:
     """Candidates with log WER, and the variance by which each is known less well than a finished one."""
 
+    numbers: list[int]  # of their trials
     candidates: list[Candidate]
     values: Array
     extra: Array
@@ -73,7 +75,7 @@ class LayerSetSampler(CandidateSampler):
         known = self._known(trials)
         if len(known.candidates) < 3:
             return None
-        surrogate = self._surrogate(known)
+        surrogate = self._surrogate(trials, known)
         known = self._telling(known)
         posterior = surrogate.given(known.candidates, known.values, known.extra)
         running = [Candidate.from_key(t.user_attrs["candidate"]) for t in trials
@@ -82,15 +84,15 @@ class LayerSetSampler(CandidateSampler):
             means, _ = posterior.predict(running)
             everyone = known.candidates + running
             extra = np.append(known.extra, np.zeros(len(running)))
-            known = Known(everyone, np.append(known.values, means), extra)
+            known = Known(known.numbers, everyone, np.append(known.values, means), extra)
             posterior = surrogate.given(known.candidates, known.values, known.extra)
         front = self._front(known.candidates, posterior)
         return self._best(posterior, front, seen, rng)
 
     def _first(self, number: int, seen: set[str], rng: random.Random) -> Candidate | None:
         """Sets of every size in turn; the ones that the scan holds dispensable, where there is one."""
-        most, sizes = self._space.max_removed, self._space.max_removed + 1
-        size = most - number % sizes if number % 2 else number % sizes
+        most = self._space.max_removed
+        size = sorted(range(most + 1), key=lambda k: (min(k, most - k), k))[number % (most + 1)]  # 0, most, 1, most - 1, …
         for _ in range(20):
             rank = rng.choice(self._space.ranks)
             if self._guide:
@@ -103,27 +105,28 @@ class LayerSetSampler(CandidateSampler):
         return None
 
     def _known(self, trials: Sequence[FrozenTrial]) -> Known:
-        """Finished trials; and trials that a rung ended, at what their WER at that rung would have become."""
-        candidates, values, extra = [], [], []
+        """Finished trials, and those that a rung ended, at what their WER at that rung would have become; by number."""
         finished = [t for t in trials if t.state == TrialState.COMPLETE]
+        found: list[tuple[int, Candidate, float, float]] = []
         for t in finished:
             if t.number not in self._seen:
                 self._seen[t.number] = self._space.candidate(t.params), _log_wer(t.values[0])
-            candidate, value = self._seen[t.number]
-            candidates.append(candidate)
-            values.append(value)
-            extra.append(0.0)
+            found.append((t.number, *self._seen[t.number], 0.0))
         for t in trials:
-            if t.state != TrialState.PRUNED or not is_settled(t):
+            if t.state != TrialState.PRUNED or (last := _last_rung(t)) is None:
                 continue
-            name, wer = _last_rung(t)
-            both = [(_log_wer(f.user_attrs[name]["wer"]), _log_wer(f.values[0])) for f in finished if name in f.user_attrs]
-            if len(both) >= 3:
-                falls = np.array([after - before for before, after in both])
-                candidates.append(self._space.candidate(t.params))
-                values.append(_log_wer(wer) + float(falls.mean()))
-                extra.append(float(falls.var(ddof=1)))
-        return Known(candidates, np.array(values), np.array(extra))
+            name, wer = last
+            falls = [_log_wer(f.values[0]) - _log_wer(f.user_attrs[name]["wer"]) for f in finished if name in f.user_attrs]
+            if len(falls) >= 3:
+                value = _log_wer(wer) + float(np.mean(falls))
+                found.append((t.number, self._space.candidate(t.params), value, float(np.var(falls, ddof=1))))
+        found.sort(key=lambda x: x[0])
+        return Known(
+            [n for n, *_ in found],
+            [c for _, c, _, _ in found],
+            np.array([v for *_, v, _ in found]),
+            np.array([e for *_, e in found]),
+        )
 
     def _telling(self, known: Known) -> Known:
         """All, or those that lie least above the front, and every so many of the others."""
@@ -138,22 +141,22 @@ class LayerSetSampler(CandidateSampler):
         ranked = np.argsort(above, kind="stable")
         near, far = ranked[: BELIEVE_AT_MOST // 2], ranked[BELIEVE_AT_MOST // 2 :]
         chosen = np.sort(np.append(near, far[np.linspace(0, len(far) - 1, BELIEVE_AT_MOST // 2).astype(int)]))
-        return Known([known.candidates[i] for i in chosen], known.values[chosen], known.extra[chosen])
+        return Known(
+            [known.numbers[i] for i in chosen], [known.candidates[i] for i in chosen], known.values[chosen], known.extra[chosen]
+        )
 
-    def _surrogate(self, known: Known) -> Surrogate:
-        """Fitted anew when a tenth more is known; to the same data whenever it was started."""
+    def _surrogate(self, trials: Sequence[FrozenTrial], known: Known) -> Surrogate:
+        """Fitted anew when a tenth more is known, and to what was known then: a study taken up again is fitted alike."""
         due = 1
-        while due < len(known.candidates):
-            following = max(due + 1, int(due * 1.1))
-            if following > len(known.candidates):
-                break
+        while (following := max(due + 1, int(due * 1.1))) <= len(known.candidates):
             due = following
         if self._fitted is None or self._fitted[0] != due:
+            then = self._known([t for t in trials if t.number <= known.numbers[due - 1]])
             layers = tuple(sorted({*self._space.removable, *(i for c in self._space.named.values() for i in c.removed_layers)}))
             surrogate = Surrogate(layers, self._space.ranks, self._scan)
-            order = np.argsort(known.values[:due], kind="stable")
-            chosen = sorted(order[np.linspace(0, due - 1, min(due, FIT_AT_MOST)).astype(int)])
-            surrogate.fit([known.candidates[i] for i in chosen], known.values[chosen], known.extra[chosen])
+            order = np.argsort(then.values, kind="stable")
+            chosen = sorted(order[np.linspace(0, len(order) - 1, min(len(order), FIT_AT_MOST)).astype(int)])
+            surrogate.fit([then.candidates[i] for i in chosen], then.values[chosen], then.extra[chosen])
             self._fitted = due, surrogate
         return self._fitted[1]
 
@@ -208,6 +211,7 @@ class LayerSetSampler(CandidateSampler):
         """Expected gain in hypervolume under WER 1 and the most parameters there can be; where none is left to expect, the
         most hopeful candidate is still ahead of the others."""
         means, deviations = posterior.predict(pool)
+        deviations = CAUTION * deviations
         params = np.array([self._params_of(c) for c in pool])
         widest = self._params_of(Candidate((), max(self._space.ranks))) * (1 + 1e-9)
         begins = np.array([p for p, _, _ in front])
@@ -231,9 +235,9 @@ def _log_wer(wer: float) -> float:
     return float(np.log(np.clip(wer, LEAST_WER, REFERENCE_WER)))
 
 
-def _last_rung(trial: FrozenTrial) -> tuple[str, float]:
-    name = max((n for n in trial.user_attrs if n.startswith("rung_")), key=lambda n: int(n.removeprefix("rung_")))
-    return name, trial.user_attrs[name]["wer"]
+def _last_rung(trial: FrozenTrial) -> tuple[str, float] | None:
+    name = max((n for n in trial.user_attrs if n.startswith("rung_")), key=lambda n: int(n.removeprefix("rung_")), default=None)
+    return None if name is None else (name, trial.user_attrs[name]["wer"])
 
 
 class Guide:

@@ -38,10 +38,6 @@ class SearchSpace:
         """How many candidates there are (named ones outside the space not counted)."""
         return sum(math.comb(len(self.removable), k) for k in range(self.max_removed + 1)) * len(self.ranks)
 
-    def holds(self, candidate: Candidate) -> bool:
-        layers = set(candidate.removed_layers)
-        return layers <= set(self.removable) and len(layers) <= self.max_removed and candidate.lora_rank in self.ranks
-
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's parameters. Wide enough for every named candidate; the sampler keeps to the space."""

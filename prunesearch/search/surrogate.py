@@ -34,8 +34,8 @@ class Encoded:
     """Candidates as numbers."""
 
     bits: Array  # (N, L)
-    neighbours: Array  # (N, L - 1)
-    one_apart: Array  # (N, L - 2)
+    neighbours: Array  # (N, pairs of layers i, i + 1)
+    one_apart: Array  # (N, pairs of layers i, i + 2)
     runs: Array  # (N, 4), scaled to about one
     rank: Array  # (N, 2)
     scan: Array  # (N, 0 or 3)
@@ -43,7 +43,7 @@ class Encoded:
 
 @dataclass
 class Surrogate:
-    """Give it candidates and values; it predicts others. Values are what is modelled: log WER."""
+    """`layers` rise. Give it candidates and values; it predicts others. Values are what is modelled: log WER."""
 
     layers: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -64,6 +64,13 @@ class Surrogate:
             row[[place[i] for i in candidate.removed_layers if i in place]] = 1.0
         return bits
 
+    def _pairs(self, bits: Array, apart: int) -> Array:
+        """Whether both of two layers so far apart in the encoder are gone."""
+        place = {layer: k for k, layer in enumerate(self.layers)}
+        both = [(place[i], place[i + apart]) for i in self.layers if i + apart in place]
+        left, right = ([pair[side] for pair in both] for side in (0, 1))
+        return bits[:, left] * bits[:, right]
+
     def _foretold(self, bits: Array) -> Array:
         """(N, 3): the scan's sum over layers, the same with pairs, and the logarithm of the latter; (N, 0) without a scan."""
         if self.scan is None:
@@ -82,9 +89,11 @@ class Surrogate:
     def encode(self, candidates: Sequence[Candidate]) -> Encoded:
         bits = self._bits(candidates)
         width = bits.shape[1]
-        neighbours, one_apart = bits[:, :-1] * bits[:, 1:], bits[:, :-2] * bits[:, 2:]
+        neighbours, one_apart = self._pairs(bits, 1), self._pairs(bits, 2)
         size = bits.sum(1)
-        longest = _longest_runs(bits)
+        encoder = np.zeros((len(bits), self.layers[-1] + 1))  # a layer that cannot go ends a run
+        encoder[:, self.layers] = bits
+        longest = _longest_runs(encoder)
         runs = np.stack([size, size**2 / width, longest, size - neighbours.sum(1)], 1) / (width / 2)
         lora = np.array([c.lora_rank for c in candidates], dtype=float)
         top = np.log2(1 + max(self.ranks)) or 1.0

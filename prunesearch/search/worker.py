@@ -113,7 +113,12 @@ def finished_at(study: optuna.Study, step: int) -> list[Finished]:
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, record: RunRecord, objective: str) -> None:
-    """A pruned trial has no values in a study of two objectives; a failed one must never be complete."""
+    """A pruned trial has no values in a study of two objectives; a failed one must never be complete.
+
+    Rungs are told once more: a record that was there already has passed them without this trial.
+    """
+    for rung in record.rungs:
+        trial.set_user_attr(f"rung_{rung.step}", {"wer": rung.errors.wer, "params": record.parameters.of(objective)})
     if record.state == "complete":
         assert record.dev is not None
         study.tell(trial, [record.dev.errors.wer, record.parameters.of(objective)])

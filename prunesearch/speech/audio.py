@@ -47,11 +47,20 @@ def _opened(recording: Recording) -> Path | io.BytesIO:
     return recording
 
 
-def version_of(recording: Recording) -> int | str | None:
-    """What tells a recording from another under the same name: a file's bytes, if it is there; a dataset's fingerprint."""
+def version_of(recording: Recording) -> str | None:
+    """What tells a recording from another under the same name: a file's size and time, if it is there; a dataset's
+    fingerprint."""
     if isinstance(recording, Cell):
         return str(recording.dataset._fingerprint)
-    return recording.stat().st_size if recording.exists() else None
+    if not recording.exists():
+        return None
+    found = recording.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def is_there(recording: Recording) -> bool:
+    """Whether there is something to decode; of a file, it is looked at, not into."""
+    return isinstance(recording, Cell) or (recording.is_file() and recording.stat().st_size > 0)
 
 
 def read_audio(recording: Recording) -> NDArray[np.float32]:

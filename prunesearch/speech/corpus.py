@@ -13,7 +13,7 @@ from filelock import FileLock
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.record import write_atomically
-from prunesearch.speech.audio import AudioError, Recording, read_audio, seconds_of, version_of
+from prunesearch.speech.audio import AudioError, Recording, is_there, read_audio, seconds_of, version_of
 from prunesearch.speech.sources import Row, read_source
 from prunesearch.speech.text import normalizer_for
 
@@ -185,7 +185,7 @@ def _utterance(row: Row, config: StudyConfig) -> Utterance | Dropped:
         return Dropped(row.id, f"{row.where}: {row.problem}")
     try:
         # a header is read even where a source tells the duration: so a missing file is told at once
-        seconds = seconds_of(row.audio) if row.seconds is None or version_of(row.audio) in (None, 0) else row.seconds
+        seconds = seconds_of(row.audio) if row.seconds is None or not is_there(row.audio) else row.seconds
     except AudioError as error:
         return Dropped(row.id, f"{row.where}: {error}")
     name = config.text.normalizer_of(row.language)

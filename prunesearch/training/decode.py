@@ -46,11 +46,15 @@ def transcribe(
     progress: Callable[[str, int, int], None] = lambda what, done, of: None,
     beams: int | None = None,
 ) -> list[UtteranceResult]:
-    """The utterances at `indices`, decoded with `beams` (default: the study's) and scored, in that order."""
+    """The utterances at `indices`, decoded with `beams` (default: the study's) and scored, in that order.
+
+    A batch that does not fit in memory is halved.
+    """
     texts: dict[int, str] = {}
     batches = by_length([states.length(i) for i in indices], config.decoding.batch_size)
-    for done, rows in enumerate(batches):
-        batch = [indices[row] for row in rows]
+    due = [[indices[row] for row in rows] for rows in batches]
+
+    def decoded(batch: list[int]) -> list[str]:
         limits = torch.tensor([token_limit(utterances[i].seconds, config) for i in batch], device=device)
         hidden, lengths = states.batch(batch, device)
         with autocast(device, dtype):
@@ -68,7 +72,19 @@ def transcribe(
                 ),
                 stopping_criteria=StoppingCriteriaList([_RowLimits(limits)]),
             )
-        for i, text in zip(batch, slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+        hypotheses: list[str] = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return hypotheses
+
+    while due:
+        batch = due.pop(0)
+        try:
+            hypotheses = decoded(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            due[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+            continue
+        for i, text in zip(batch, hypotheses, strict=True):
             texts[i] = normalizer_for(config.text.normalizer_of(utterances[i].language), utterances[i].language)(text)
-        progress("decoding", done, len(batches))
+        progress("decoding", len(texts), len(indices))
     return [score(utterances[i], texts[i]) for i in indices]

@@ -181,7 +181,8 @@ def prefix_states(
                 return [log_mel(extractor, utterances[i], config.data.pad_to_seconds, device) for i in batch]
 
             lengths: dict[int, int] = {}  # in the order of the file
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as scratch:
+            unfinished = folder / f"{name}.partial"  # a killed worker's is begun anew
+            with unfinished.open("wb") as scratch:
                 for done, (batch, mels) in enumerate(zip(batches, ahead(features_of, batches, device, threads=4), strict=True)):
                     frames = torch.tensor([m.shape[1] for m in mels], device=device)
                     features = torch.zeros(len(batch), mels[0].shape[0], int(frames.max()))
@@ -194,7 +195,7 @@ def prefix_states(
                     for row, i in zip(hidden.to("cpu", dtype), batch, strict=True):
                         scratch.write(row[: lengths[i]].contiguous().view(torch.uint8).numpy().tobytes())
                     progress(f"log-mels and first layers of {split}", done, len(batches))
-            os.replace(scratch.name, values_file)
+            unfinished.replace(values_file)
             write_atomically(index_file, json.dumps(lengths))
     spans = _spans({int(i): n for i, n in json.loads(index_file.read_text()).items()})
     return StateStore(_mapped(values_file, sum(n for _, n in spans.values()), width, dtype), spans)

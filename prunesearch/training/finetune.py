@@ -18,10 +18,11 @@ from prunesearch.training.features import Fetched, Prefetched, StateStore
 from prunesearch.training.team import Team
 
 LOSS_EVERY = 10  # steps between two points of the recorded loss curve
+EXPLODED = 10.0  # times the loss of guessing among the whole vocabulary
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number; the second argument says how far the fine-tune had come."""
+    """The loss is no longer a finite number, or beyond reason; the second argument says how far the fine-tune had come."""
 
 
 class Pruned(Exception):
@@ -88,7 +89,7 @@ def finetune(
     `rungs` maps a step to what is done after it; it may raise Pruned. Every step draws its randomness from the seed
     and its own number alone, so that a resumed fine-tune ends in the weights of an uninterrupted one. A batch that does
     not fit in memory is halved into micro-batches, whose gradients add up to the batch's; the steps stay the same.
-    Raises Diverged when the loss is not finite.
+    Raises Diverged when the loss is not finite, or ten times that of a guess: at the next point of the curve, naming the step.
     """
     weights = trainable(slam)
     lora = [p for name, p in weights.items() if not name.startswith("projector.")]
@@ -103,6 +104,8 @@ def finetune(
         slam.projector.train(on)
         slam.model.train(on)
 
+    beyond = EXPLODED * math.log(slam.llm.model.get_input_embeddings().num_embeddings)
+    wrong: Tensor | None = None  # on the device: nobody waits for it at every step
     train(True)
     for step, fetched in Prefetched(states, budget.batches, progressed.step, team):
         loss = _gradients(slam, fetched, targets, budget.seed * 1_000_003 + step, progressed, team, dtype, parameters)
@@ -115,10 +118,12 @@ def finetune(
         progressed.step = step + 1
         progressed.seconds = time.perf_counter() - begin
         progressed.tokens += sum(fetched.positions) // slam.projector.stack + sum(len(targets[i]) for i in fetched.share)
+        here = torch.where(loss < beyond, budget.steps, step)  # no comparison with NaN holds
+        wrong = here if wrong is None else torch.minimum(wrong, here)
         if step % LOSS_EVERY == 0 or step + 1 == budget.steps:
-            value = team.total(loss.item())
-            if not math.isfinite(value):
-                raise Diverged(f"the loss became {value} at step {step + 1}", progressed)
+            value, first = team.total(loss.item()), team.least(int(wrong))
+            if first < budget.steps or not math.isfinite(value):
+                raise Diverged(f"the loss left all reason at step {first + 1} ({value:.6g} at step {step + 1})", progressed)
             progressed.losses.append(round(value, 6))
             if on_step:
                 pace = progressed.tokens / max(progressed.seconds, 1e-9)

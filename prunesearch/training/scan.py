@@ -34,13 +34,16 @@ from prunesearch.scan import (
     read_scan,
     write_scan,
 )
+from prunesearch.speech.audio import version_of
 from prunesearch.training.batches import by_length
 from prunesearch.training.decode import transcribe
 from prunesearch.training.device import autocast
 from prunesearch.training.workshop import Workshop
 
 ROWS = 128  # sequences that go through a layer at once
-BATCH = 16  # utterances
+BATCH = 16  # utterances, if the end states of all sets fit
+END_STATES = 2 * 2**30  # bytes that they may take
+CKA_POSITIONS = 2048  # of a batch, at most: the Gram matrices are squares of this
 
 
 class _Sums(BaseModel):
@@ -88,13 +91,14 @@ def _scan(
 ) -> Scan:
     anchor = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
     removable = workshop.config.removable(workshop.depth)
-    settings = [anchor, removable, most, utterances, loss_sets, with_wer, check]
+    dev = [(u.id, u.target, version_of(u.audio)) for u in workshop.corpora["dev"]]
+    settings = [workshop.config.fingerprint(), anchor, dev, removable, most, utterances, loss_sets, with_wer, check]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     if finished := read_scan(folder / f"{name}.json"):
         write_scan(folder / "scan.json", finished)
         return finished
-    scanner = _Scanner(workshop, weights, utterances)
     sets = family(removable, most)
+    scanner = _Scanner(workshop, weights, utterances, len(sets))
 
     small = [s for s in sets if len(s) < 2]
     everything = len(sets) - len(small) <= loss_sets
@@ -117,14 +121,17 @@ def _scan(
 class _Scanner:
     """The study's dev subset, and the anchor's system."""
 
-    def __init__(self, workshop: Workshop, anchor: Path, utterances: int):
+    def __init__(self, workshop: Workshop, anchor: Path, utterances: int, sets: int):
         self.workshop = workshop
         self.first = workshop.shared_depth
         self.prefix = workshop.prefix("dev")
         corpus = workshop.corpora["dev"]
         chosen = sorted(random.Random(workshop.config.seed).sample(range(len(corpus)), min(utterances, len(corpus))))
         self.chosen = chosen
-        self.batches = [[chosen[j] for j in b] for b in by_length([self.prefix.length(i) for i in chosen], BATCH)]
+        longest = max(self.prefix.length(i) for i in chosen)
+        one = sets * longest * self.prefix.values.shape[1] * self.prefix.values.element_size()
+        batch = max(1, min(BATCH, END_STATES // one))
+        self.batches = [[chosen[j] for j in b] for b in by_length([self.prefix.length(i) for i in chosen], batch)]
         self.texts = {i: workshop.llm.tokens(corpus[i].target) for i in chosen}
         projector = workshop.fresh_projector()
         projector.load_state_dict(load_file(anchor))
@@ -172,8 +179,7 @@ class _Scanner:
         sums = _Sums.model_validate_json(path.read_text()) if path.exists() else _Sums()
         for done, indices in list(enumerate(self.batches))[sums.batches :]:
             begin = time.perf_counter()
-            with autocast(workshop.device, workshop.dtype):
-                self._batch(indices, sets, with_loss, statistics, sums)
+            self._batch(indices, sets, with_loss, statistics, sums)
             sums.batches = done + 1
             sums.seconds += time.perf_counter() - begin
             write_atomically(path, sums.model_dump_json())
@@ -187,15 +193,16 @@ class _Scanner:
         texts = [self.texts[i] for i in indices]
         path: list[Tensor] = []
         whole = None
-        for node, states, is_end in self.tree(hidden, lengths, sets):
-            if not is_end:
-                path.append(states)
-                continue
-            encoded, audio = self.projected(states, lengths)
-            whole = audio if whole is None else whole  # the empty set comes first
-            sums.add("drift", _key(node), (audio - whole).square().sum().item())
-            if node in with_loss:
-                sums.add("loss", _key(node), self.slam.loss_sum(encoded, lengths, texts).item())
+        with autocast(self.workshop.device, self.workshop.dtype):
+            for node, states, is_end in self.tree(hidden, lengths, sets):
+                if not is_end:
+                    path.append(states)
+                    continue
+                encoded, audio = self.projected(states, lengths)
+                whole = audio if whole is None else whole  # the empty set comes first
+                sums.add("drift", _key(node), (audio - whole).square().sum().item())
+                if node in with_loss:
+                    sums.add("loss", _key(node), self.slam.loss_sum(encoded, lengths, texts).item())
         assert whole is not None
         sums.reference += whole.square().sum().item()
         sums.tokens += sum(map(len, texts))
@@ -213,12 +220,15 @@ class _Scanner:
             if end == begin + 1:
                 sums.add("cosine", begin, cosines.sum().item())
                 sums.add("change", begin, (flat[end] - flat[begin]).square().sum().item())
-        grams = [_centred(x) for x in flat]
-        for i, gram in enumerate(grams):
-            sums.add("size", i, flat[i].square().sum().item())
+        every = -(-len(flat[0]) // CKA_POSITIONS)
+        before = None
+        for i, states in enumerate(flat):
+            sums.add("size", i, states.square().sum().item())
+            gram = _gram(states[::every])
             sums.add("hsic", f"{i}-{i}", _hsic(gram, gram))
-            if i + 1 < len(grams):
-                sums.add("hsic", f"{i}-{i + 1}", _hsic(gram, grams[i + 1]))
+            if before is not None:
+                sums.add("hsic", f"{i - 1}-{i}", _hsic(before, gram))
+            before = gram
 
     def wer(self, sets: Sequence[LayerSet]) -> dict[LayerSet, float]:
         """Dev WER of the subset, decoded."""
@@ -240,8 +250,10 @@ class _Scanner:
         """
         workshop, seconds = self.workshop, {"tree_seconds": 0.0, "one_by_one_seconds": 0.0}
 
+        encoders = {s: workshop.pruned_encoder(Candidate(s)) for s in sets}
+
         def one_by_one(hidden: Tensor, lengths: Tensor) -> dict[LayerSet, Tensor]:
-            return {s: run_layers(workshop.pruned_encoder(Candidate(s)), hidden, lengths, self.first) for s in sets}
+            return {s: run_layers(encoder, hidden, lengths, self.first) for s, encoder in encoders.items()}
 
         def as_tree(hidden: Tensor, lengths: Tensor) -> dict[LayerSet, Tensor]:
             return {node: states for node, states, is_end in self.tree(hidden, lengths, sets) if is_end}
@@ -314,10 +326,10 @@ class _Scanner:
         )
 
 
-def _centred(features: Tensor) -> Tensor:
-    """(n, D) -> linear Gram matrix (n, n), its diagonal zero."""
-    gram = features @ features.T
-    return gram.fill_diagonal_(0)
+def _gram(features: Tensor) -> Tensor:
+    """(n, D) -> linear Gram matrix (n, n) of the centred features, its diagonal zero."""
+    features = features - features.mean(0)
+    return (features @ features.T).fill_diagonal_(0)
 
 
 def _hsic(a: Tensor, b: Tensor) -> float:

@@ -32,7 +32,10 @@ class Team:
         """Join the processes that `accelerate launch` (torchrun, on CPUs) started; alone where it did not."""
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         state = PartialState(cpu=several and not torch.cuda.is_available())  # else accelerate takes each for alone
-        return cls(state.device, state.process_index, state.num_processes)
+        device = state.device
+        if device.type == "cuda" and device.index is None:  # threads begin on the first GPU, whatever the process chose
+            device = torch.device("cuda", torch.cuda.current_device())
+        return cls(device, state.process_index, state.num_processes)
 
     @property
     def leads(self) -> bool:
@@ -61,6 +64,14 @@ class Team:
         torch.distributed.all_reduce(flat)
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
+
+    def least(self, value: int) -> int:
+        """The smallest of the members' values."""
+        if self.size == 1:
+            return value
+        whole = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MIN)
+        return int(whole)
 
     def total(self, value: float) -> float:
         """The sum over the members."""

@@ -139,17 +139,20 @@ class Workshop:
         budgets = [self.budget, self.anchor_budget] if self.config.training.init == "anchor" else [self.budget]
         return sorted({i for budget in budgets for batch in budget.batches for i in batch})
 
-    def prefix(self, split: Split) -> StateStore:
-        """The states that all candidates share, from the study's cache."""
+    def prefix(self, split: Split, indices: Sequence[int] = ()) -> StateStore:
+        """The states that all candidates share, from the study's cache; for `indices` too, which only an anchor of a study
+        that starts from scratch has beyond what it uses."""
+        wanted = sorted({*self.used(split), *indices})
         return prefix_states(
-            self.config.run_folder / "features", split, self.corpora[split], self.used(split), self.encoder,
+            self.config.run_folder / "features", split, self.corpora[split], wanted, self.encoder,
             self.shared_depth, self.extractor, self.config, self.device, self.dtype, self.progress,
         )  # fmt: skip
 
     def encoded(self, encoder: WhisperEncoder, split: Split, indices: Sequence[int]) -> StateStore:
         """A candidate's encoder states for some utterances."""
         scratch = self.config.run_folder / "scratch"
-        return finish_encoding(self.prefix(split), encoder, self.shared_depth, indices, scratch, self.device, self.progress)
+        prefix = self.prefix(split, indices)
+        return finish_encoding(prefix, encoder, self.shared_depth, indices, scratch, self.device, self.progress)
 
     def pruned_encoder(self, candidate: Candidate) -> WhisperEncoder:
         return remove_layers(self.encoder, candidate.removed_layers)
