@@ -166,8 +166,9 @@ def test_every_kind_of_broken_recording_is_handled_or_named(toy: Path, tmp_path:
     wrong = {name for name, problem in expected.items() if problem is not None}
 
     strict = study(tmp_path, toy, dev=str(tmp_path / "dev.jsonl"), min_seconds=0.0)
-    with pytest.raises(StudyError, match="skip_unreadable"):
+    with pytest.raises(StudyError, match="skip_unreadable") as caught:
         checked_corpus(strict, "dev", silent)
+    assert all(any(name in line for line in caught.value.lines) for name in wrong), "all are told at once"
 
     lenient = study(tmp_path, toy, dev=str(tmp_path / "dev.jsonl"), min_seconds=0.0, skip_unreadable=True)
     corpus = checked_corpus(lenient, "dev", silent)

@@ -74,7 +74,7 @@ def read_audio(recording: Recording) -> NDArray[np.float32]:
             announced, rate = _announced_frames(file), file.samplerate
             samples = file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        raise AudioError(f"{recording}: cannot be decoded ({error})") from None
+        raise AudioError(f"{recording}: cannot be decoded ({getattr(error, 'error_string', error)})") from None
     if len(samples) == 0:
         raise AudioError(f"{recording}: holds no samples")
     if len(samples) < 0.95 * announced:
@@ -101,7 +101,7 @@ def seconds_of(recording: Recording) -> float:
     try:
         return float(soundfile.info(source).duration)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        raise AudioError(f"{recording}: cannot be decoded ({error})") from None
+        raise AudioError(f"{recording}: cannot be decoded ({getattr(error, 'error_string', error)})") from None
 
 
 def padded(samples: NDArray[np.float32], multiple_seconds: float | None) -> NDArray[np.float32]:

@@ -74,7 +74,9 @@ def load_corpus(config: StudyConfig, split: Split) -> list[Utterance]:
 
     Raises StudyError naming every line that cannot be used, unless the study says to go on without them.
     """
-    return _select(config, split).utterances
+    problems, corpus = _select(config, split)
+    _refuse([d.reason for d in problems], config)
+    return _not_empty(corpus.utterances, config, split)
 
 
 def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Corpus:
@@ -83,7 +85,7 @@ def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Cor
     The outcome is kept as `corpus/<split>.json` in the study's run folder, and used again for the same recordings.
     Raises StudyError as `load_corpus` does.
     """
-    corpus = _select(config, split)
+    problems, corpus = _select(config, split)
     recordings = [(u.id, version_of(u.audio)) for u in corpus.utterances]
     identity = hashlib.sha256(json.dumps(recordings).encode()).hexdigest()[:16]
     path = config.run_folder / "corpus" / f"{split}.json"
@@ -94,14 +96,13 @@ def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Cor
             unreadable = known["unreadable"]
         else:
             unreadable = _decode_all(corpus.utterances, split, progress)
-        _refuse(list(unreadable.values()), config)
+        _refuse([*(d.reason for d in problems), *unreadable.values()], config)
         kept = [u for u in corpus.utterances if u.id not in unreadable]
         corpus = Corpus(kept, corpus.dropped + [Dropped(i, reason) for i, reason in unreadable.items()])
         if known.get("identity") != identity:
             whole = {"identity": identity, "unreadable": unreadable, **corpus.report()}
             write_atomically(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-    if not kept:
-        raise StudyError([f"data.{split}: none of its recordings can be decoded"])
+    _not_empty(kept, config, split)
     return corpus
 
 
@@ -131,8 +132,17 @@ def _refuse(problems: Sequence[str], config: StudyConfig) -> None:
         raise StudyError([*problems[:20], *more, "data.skip_unreadable = true goes on without them"])
 
 
-def _select(config: StudyConfig, split: Split) -> Corpus:
-    """Rows of all sources -> utterances within the limits, fewer where the study says so."""
+def _not_empty(utterances: list[Utterance], config: StudyConfig, split: Split) -> list[Utterance]:
+    if not utterances:
+        sources = ", ".join(map(str, getattr(config.data, split)))
+        limits = f"{config.data.min_seconds:g} to {config.data.max_seconds:g} s"
+        raise StudyError([f"data.{split}: {sources}: no readable utterance of {limits} with a text"])
+    return utterances
+
+
+def _select(config: StudyConfig, split: Split) -> tuple[list[Dropped], Corpus]:
+    """Rows of all sources -> utterances within the limits, fewer where the study says so; and, once more by themselves,
+    the rows that nothing can be made of."""
     data = config.data
     sources = getattr(data, split)
     problems: list[Dropped] = []
@@ -155,11 +165,7 @@ def _select(config: StudyConfig, split: Split) -> Corpus:
                 outside.append(Dropped(utterance.id, f"lasts {utterance.seconds:.2f} s, outside {limits}"))
             else:
                 kept.append(utterance)
-    _refuse([d.reason for d in problems], config)
-    if not kept:
-        limits = f"{data.min_seconds:g} to {data.max_seconds:g} s"
-        raise StudyError([f"data.{split}: {', '.join(map(str, sources))}: no utterance of {limits} with a text"])
-    return Corpus(_drawn(kept, config, split), problems + outside)
+    return problems, Corpus(_drawn(kept, config, split), problems + outside)
 
 
 def _drawn(utterances: list[Utterance], config: StudyConfig, split: Split) -> list[Utterance]:
