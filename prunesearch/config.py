@@ -268,9 +268,9 @@ class SearchConfig(_Section):
     lora_ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0, 4, 8, 16)
     baseline_lora_rank: Annotated[int, Field(ge=1)] = 8
     params_objective: Objective = "speech_params"
-    sampler: Literal["layer-sets", "tpe", "nsga2", "gp", "random"] = "tpe"
-    startup_trials: Count = 12
-    scan: bool = Field(True, description="measure what layers are worth before proposing any; `layer-sets` only")
+    sampler: Literal["layer-sets", "tpe", "nsga2", "gp", "random", "grid"] = "layer-sets"
+    startup_trials: Count = Field(6, description="sets of every size, between `fixed` and the first model")
+    scan: bool = Field(True, description="measure what layers are worth before proposing any")
     trials: Count = 40
     fixed: tuple[FixedCandidate, ...] = ()
 

@@ -166,8 +166,8 @@ class _Worker:
             return count(candidate).of(config.search.params_objective)
 
         found = read_scan(config.run_folder / "scan" / "scan.json")  # one that was asked for may know more than the usual one
-        wanted = config.search.sampler == "layer-sets" and config.search.scan and config.training.init == "anchor"
-        if wanted and found is None:
+        guided = config.search.scan and config.search.sampler not in ("random", "grid")
+        if guided and found is None and config.training.init == "anchor":
             found = scan(workshop)
             write_scan_report(config.run_folder / "scan", found)
         study = open_study(config, self.storage, self.space, sampler_of(config, self.space, params_of, found))

@@ -49,7 +49,7 @@ removable_layers = "all"              # or a list of zero-based indices
 max_removed = 6
 lora_ranks = [0, 4, 8, 16]            # 0: no LoRA
 params_objective = "speech_params"    # speech_params | encoder_params | total_params
-sampler = "tpe"                       # layer-sets | tpe | nsga2 | gp | random
+sampler = "layer-sets"                # layer-sets | tpe | nsga2 | gp | random | grid
 trials = 40                           # candidates in all, the four baselines included
 """
 

@@ -117,7 +117,7 @@ def sampler_for(name: str, where: SearchSpace) -> CandidateSampler:
     return optuna_sampler(name, where, 0, 5)
 
 
-@pytest.mark.parametrize("sampler", ["layer-sets", "layer-sets with scan", "tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["layer-sets", "layer-sets with scan", "tpe", "nsga2", "random", "grid"])
 def test_no_candidate_twice_none_outside_and_the_whole_space_in_the_end(sampler: str) -> None:
     small = space(removable=(2, 3, 4, 5), max_removed=2, named={})
     study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler_for(sampler, small))

@@ -47,7 +47,7 @@ METHODS: dict[str, Make] = {
     "layer-sets": layer_sets,
     "layer-sets without scan": lambda landscape, seed: layer_sets(landscape, seed, False),
     **{
-        name: (lambda landscape, seed, name=name: optuna_sampler(name, landscape.space, seed, 10))
+        name: (lambda landscape, seed, name=name: optuna_sampler(name, landscape.space, seed, 10, landscape.scan))
         for name in ("tpe", "nsga2", "gp", "random")
     },
     **{

@@ -5,10 +5,10 @@ in hypervolume is greatest, among neighbours of the front, sets that the scan sp
 closed form: with a known number of parameters, it is a sum of expected improvements over the steps of the front.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from optuna.study import Study
@@ -17,6 +17,7 @@ from scipy.special import ndtr
 
 from prunesearch.candidate import Candidate
 from prunesearch.scan import LayerSet
+from prunesearch.search.guide import Guide
 from prunesearch.search.sampler import CandidateSampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.surrogate import Array, Posterior, Surrogate
@@ -63,15 +64,15 @@ class LayerSetSampler(CandidateSampler):
         self._params_of = params_of
         self._startup_trials = startup_trials
         self._scan = scan
-        self._guide = Guide(space, scan) if scan else None
+        self._guide = Guide(space, scan)
         self._seen: dict[int, tuple[Candidate, float]] = {}  # finished trials, by number
         self._fitted: tuple[int, Surrogate] | None = None
         self._everything: list[Candidate] | None = None
 
     def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
         trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        if settled < self._startup_trials:
-            return self._first(settled, seen, rng)
+        if (number := settled - len(self._space.named)) < self._startup_trials:
+            return self._guide.first(max(0, number), seen, rng)
         known = self._known(trials)
         if len(known.candidates) < 3:
             return None
@@ -88,21 +89,6 @@ class LayerSetSampler(CandidateSampler):
             posterior = surrogate.given(known.candidates, known.values, known.extra)
         front = self._front(known.candidates, posterior)
         return self._best(posterior, front, seen, rng)
-
-    def _first(self, number: int, seen: set[str], rng: random.Random) -> Candidate | None:
-        """Sets of every size in turn; the ones that the scan holds dispensable, where there is one."""
-        most = self._space.max_removed
-        size = sorted(range(most + 1), key=lambda k: (min(k, most - k), k))[number % (most + 1)]  # 0, most, 1, most - 1, …
-        for _ in range(20):
-            rank = rng.choice(self._space.ranks)
-            if self._guide:
-                layers = self._guide.draw([size], 0.3, np.random.default_rng(rng.getrandbits(32)))[0]
-            else:
-                layers = tuple(rng.sample(self._space.removable, size))
-            candidate = Candidate(layers, rank)
-            if candidate.key not in seen:
-                return candidate
-        return None
 
     def _known(self, trials: Sequence[FrozenTrial]) -> Known:
         """Finished trials, and those that a rung ended, at what their WER at that rung would have become; by number."""
@@ -199,11 +185,10 @@ class LayerSetSampler(CandidateSampler):
             return self._everything
         found = {n.key: n for _, _, c in front for n in _neighbours(self._space, c)}
         pool = rng.sample(sorted(found.values(), key=lambda c: c.key), min(len(found), POOL // 2))
-        left = POOL - len(pool)
-        sizes = [rng.randint(0, self._space.max_removed) for _ in range(left)]
-        guided = left * 2 // 3 if self._guide else 0
-        sets = self._guide.draw(sizes[:guided], 1.0, np.random.default_rng(rng.getrandbits(32))) if self._guide else []
-        sets += [tuple(rng.sample(self._space.removable, size)) for size in sizes[guided:]]
+        sizes = [rng.randint(0, self._space.max_removed) for _ in range(POOL - len(pool))]
+        third = len(sizes) // 3
+        luck = np.random.default_rng(rng.getrandbits(32))
+        sets = self._guide.draw(sizes[third:], 1.0, luck) + self._guide.draw(sizes[:third], math.inf, luck)
         pool += [Candidate(layers, rng.choice(self._space.ranks)) for layers in sets]
         return list({c.key: c for c in pool}.values())
 
@@ -238,32 +223,6 @@ def _log_wer(wer: float) -> float:
 def _last_rung(trial: FrozenTrial) -> tuple[str, float] | None:
     name = max((n for n in trial.user_attrs if n.startswith("rung_")), key=lambda n: int(n.removeprefix("rung_")), default=None)
     return None if name is None else (name, trial.user_attrs[name]["wer"])
-
-
-class Guide:
-    """Draws sets that a scan speaks for: one layer after the other, each the likelier the less it costs beside those taken."""
-
-    def __init__(self, space: SearchSpace, scan: Mapping[LayerSet, float]):
-        self._layers = sorted(space.removable)
-        self._alone = np.array([scan.get((i,), 0.0) for i in self._layers])
-        self._beyond = np.zeros((len(self._layers),) * 2)
-        for (a, i), (b, j) in combinations(enumerate(self._layers), 2):
-            pair = scan.get((i, j))
-            self._beyond[a, b] = self._beyond[b, a] = 0.0 if pair is None else pair - self._alone[a] - self._alone[b]
-        self._scale = float(np.median(np.abs(self._alone))) + 1e-12
-
-    def draw(self, sizes: Sequence[int], temperature: float, rng: np.random.Generator) -> list[LayerSet]:
-        """A set of each size; low temperatures keep to what is cheapest."""
-        costs = np.tile(self._alone, (len(sizes), 1))
-        taken = np.zeros(costs.shape, dtype=bool)
-        for step in range(max(sizes, default=0)):
-            going = np.flatnonzero(np.array(sizes) > step)
-            luck = rng.gumbel(size=(len(going), costs.shape[1]))
-            wanted = np.where(taken[going], -np.inf, luck - costs[going] / (temperature * self._scale))
-            chosen = wanted.argmax(1)
-            taken[going, chosen] = True
-            costs[going] += self._beyond[chosen]
-        return [tuple(self._layers[k] for k in np.flatnonzero(row)) for row in taken]
 
 
 def _neighbours(space: SearchSpace, candidate: Candidate) -> list[Candidate]:

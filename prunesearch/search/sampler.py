@@ -1,15 +1,17 @@
 """Optuna samplers that never propose the same candidate twice, nor one outside the space."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.candidate import Candidate
+from prunesearch.scan import LayerSet
+from prunesearch.search.guide import Guide
 from prunesearch.search.space import SearchSpace
 
 ATTEMPTS = 30  # proposals of the inner sampler, before a random candidate takes their place
@@ -73,18 +75,33 @@ class CandidateSampler(BaseSampler):
         raise RuntimeError(f"{param_name} is not a parameter of this study")
 
 
+class GridSampler(CandidateSampler):
+    """The whole space, small sets first."""
+
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
+        return next((c for c in self._space.everything() if c.key not in seen), None)
+
+
 class OptunaSampler(CandidateSampler):
     """One of Optuna's samplers over one boolean per layer. What it proposes is repaired into the space, and asked again if
-    it was seen before; the first `startup_trials` are random sets, sized uniformly."""
+    it was seen before. The first `startup_trials` beside the named ones are sets of every size, of the scan's liking."""
 
-    def __init__(self, space: SearchSpace, inner: Callable[[int], BaseSampler], seed: int, startup_trials: int):
+    def __init__(
+        self,
+        space: SearchSpace,
+        inner: Callable[[int], BaseSampler],
+        seed: int,
+        startup_trials: int,
+        scan: Mapping[LayerSet, float] | None = None,
+    ):
         super().__init__(space, seed)
         self._inner = inner
         self._startup_trials = startup_trials
+        self._guide = Guide(space, scan)
 
     def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
-        if settled < self._startup_trials:
-            return None
+        if (number := settled - len(self._space.named)) < self._startup_trials:
+            return self._guide.first(max(0, number), seen, rng)
         inner = self._inner(rng.randrange(2**31))
         for _ in range(ATTEMPTS):
             proposed = inner.sample_relative(study, trial, self._space.distributions)
@@ -98,16 +115,20 @@ class OptunaSampler(CandidateSampler):
         return None
 
 
-def optuna_sampler(name: str, space: SearchSpace, seed: int, startup_trials: int) -> OptunaSampler:
-    """`tpe` (multivariate: layers interact), `nsga2`, `gp` or `random`."""
+def optuna_sampler(
+    name: str, space: SearchSpace, seed: int, startup_trials: int, scan: Mapping[LayerSet, float] | None = None
+) -> CandidateSampler:
+    """`tpe` (multivariate: layers interact), `nsga2`, `gp`, `random` or `grid`."""
 
     def inner(number: int) -> BaseSampler:
         if name == "tpe":
             return TPESampler(multivariate=True, n_startup_trials=0, n_ei_candidates=48, seed=number)
         if name == "nsga2":
             return NSGAIISampler(population_size=16, seed=number)
-        if name == "gp":
-            return GPSampler(n_startup_trials=0, deterministic_objective=False, seed=number)
-        return RandomSampler(seed=number)
+        return GPSampler(n_startup_trials=0, deterministic_objective=False, seed=number)
 
-    return OptunaSampler(space, inner, seed, startup_trials)
+    if name == "random":  # sets of every size alike; independent booleans would hardly ever draw a small one
+        return CandidateSampler(space, seed)
+    if name == "grid":
+        return GridSampler(space, seed)
+    return OptunaSampler(space, inner, seed, startup_trials, scan)

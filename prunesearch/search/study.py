@@ -31,10 +31,10 @@ def sampler_of(
 ) -> CandidateSampler:
     """The sampler that the study file names; `params_of` gives a candidate's second objective before it is trained."""
     search = config.search
+    scores = scan.score("delta_loss") if scan else None
     if search.sampler == "layer-sets":
-        scores = scan.score("delta_loss") if scan else None
         return LayerSetSampler(space, params_of, config.seed, search.startup_trials, scores)
-    return optuna_sampler(search.sampler, space, config.seed, search.startup_trials)
+    return optuna_sampler(search.sampler, space, config.seed, search.startup_trials, scores)
 
 
 def open_study(
