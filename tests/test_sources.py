@@ -1,6 +1,7 @@
 """The same recordings from every kind of source, and every kind of broken recording."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import pyarrow as pa
 import pytest
 import soundfile
 
+from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.speech.audio import read_audio, version_of
 from prunesearch.speech.corpus import Utterance, checked_corpus, load_corpus
+from prunesearch.training.evaluate import evaluate
+from prunesearch.training.workshop import Workshop
 from tests.conftest import write_study
 
 
@@ -71,6 +75,23 @@ def test_a_dataset_folder_gives_what_the_manifest_gives(toy: Path, tmp_path: Pat
     assert [u.id for u in ours] == [u.id for u in theirs]
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(read_audio(a.audio), read_audio(b.audio))
+
+
+def test_a_dataset_and_a_manifest_of_rough_durations_give_the_same_record(toy: Path, tmp_path: Path) -> None:
+    rng, lines = random.Random(0), []
+    for row in rows(toy, "train"):
+        told = soundfile.info(toy / row["audio"]).duration + rng.uniform(-0.1, 0.1)
+        lines.append(json.dumps({**row, "audio": str(toy / row["audio"]), "id": row["audio"], "duration": round(told, 2)}))
+    (tmp_path / "rough.jsonl").write_text("\n".join(lines))
+    save_dataset(toy, "train", tmp_path / "dataset")
+    source = {"dataset": str(tmp_path / "dataset"), "split": "train", "text": "sentence", "language": "en"}
+    outcomes = []
+    for name, train in (("manifest", str(tmp_path / "rough.jsonl")), ("dataset", source)):
+        file = write_study(tmp_path / name, toy, data={"train": train, "min_seconds": 0.0})
+        outcomes.append(evaluate(Workshop.open(load_study(file)), Candidate((1,), 2)).outcome())
+    for outcome in outcomes:
+        outcome.pop("study")
+    assert outcomes[0] == outcomes[1]
 
 
 def test_a_cell_of_a_changed_dataset_is_another_recording(toy: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from filelock import FileLock
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.record import write_atomically
-from prunesearch.speech.audio import AudioError, Recording, is_there, read_audio, seconds_of, version_of
+from prunesearch.speech.audio import SAMPLE_RATE, AudioError, Recording, is_there, read_audio, seconds_of, version_of
 from prunesearch.speech.sources import Row, read_source
 from prunesearch.speech.text import normalizer_for
 
@@ -80,7 +80,8 @@ def load_corpus(config: StudyConfig, split: Split) -> list[Utterance]:
 
 
 def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Corpus:
-    """The same after every recording was decoded once: what cannot be is named now, not when its turn comes.
+    """The same after every recording was decoded once: what cannot be is named now, not when its turn comes, and lengths are
+    what was decoded, whatever a header or a manifest says.
 
     The outcome is kept as `corpus/<split>.json` in the study's run folder, and used again for the same recordings.
     Raises StudyError as `load_corpus` does.
@@ -93,37 +94,39 @@ def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Cor
     with FileLock(path.with_suffix(".lock")):
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if known.get("identity") == identity:
-            unreadable = known["unreadable"]
+            unreadable, seconds = known["unreadable"], known["seconds"]
         else:
-            unreadable = _decode_all(corpus.utterances, split, progress)
+            unreadable, seconds = _decode_all(corpus.utterances, split, progress)
         _refuse([*(d.reason for d in problems), *unreadable.values()], config)
-        kept = [u for u in corpus.utterances if u.id not in unreadable]
+        kept = [replace(u, seconds=seconds[u.id]) for u in corpus.utterances if u.id not in unreadable]
         corpus = Corpus(kept, corpus.dropped + [Dropped(i, reason) for i, reason in unreadable.items()])
         if known.get("identity") != identity:
-            whole = {"identity": identity, "unreadable": unreadable, **corpus.report()}
+            whole = {"identity": identity, **corpus.report(), "unreadable": unreadable, "seconds": seconds}
             write_atomically(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     _not_empty(kept, config, split)
     return corpus
 
 
-def _decode_all(utterances: Sequence[Utterance], split: Split, progress: Progress) -> dict[str, str]:
-    """What is wrong with the recordings that cannot be used, by utterance."""
+def _decode_all(utterances: Sequence[Utterance], split: Split, progress: Progress) -> tuple[dict[str, str], dict[str, float]]:
+    """By utterance: what is wrong with those that cannot be used, and how long the others are."""
 
-    def problem(utterance: Utterance) -> str | None:
+    def decoded(utterance: Utterance) -> str | float:
         try:
-            read_audio(utterance.audio)
+            return len(read_audio(utterance.audio)) / SAMPLE_RATE
         except AudioError as error:
             return str(error)
-        return None
 
-    found = {}
+    unreadable: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     with ThreadPoolExecutor() as pool:  # libsndfile works without Python's lock
-        for done, (utterance, reason) in enumerate(zip(utterances, pool.map(problem, utterances), strict=True)):
-            if reason:
-                found[utterance.id] = reason
+        for done, (utterance, found) in enumerate(zip(utterances, pool.map(decoded, utterances), strict=True)):
+            if isinstance(found, str):
+                unreadable[utterance.id] = found
+            else:
+                seconds[utterance.id] = found
             if done % 100 == 0:
                 progress(f"checking the recordings of {split}", done, len(utterances))
-    return found
+    return unreadable, seconds
 
 
 def _refuse(problems: Sequence[str], config: StudyConfig) -> None:
