@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from prunesearch.record import RunRecord
 
+SAY_SECONDS = 30  # where there is no progress bar, what is being done is said so often
+
 app = typer.Typer(
     help="Find the smallest speech encoder a speech-LLM can live with: layers to remove, LoRA rank to repair with.",
     no_args_is_help=True,
@@ -134,9 +136,12 @@ def launch(
 ) -> None:
     """Run a study, or go on with one. Kill it at any time: launched again, it loses nothing that was completed."""
     from prunesearch.launch import launch as run
+    from prunesearch.launch import left_out
 
     with _Display() as display:
         config = run(study, workers, trials, storage, display)
+    for split, count in left_out(config).items():
+        typer.echo(f"{count} lines of {split} were left out: {config.run_folder / 'corpus' / split}.json says which, and why")
     typer.echo(f"done: prunesearch report {config.source}")
 
 
@@ -171,13 +176,15 @@ def report(study: Study, as_json: Json = False) -> None:
 
 
 class _Display:
-    """Progress bars on a terminal; a line per finished candidate anywhere."""
+    """Progress bars on a terminal; elsewhere a line now and then. A line per finished candidate anywhere."""
 
     def __init__(self) -> None:
         self._bars: Progress | None = None
         self._study: TaskID | None = None
         self._tasks: dict[int, TaskID] = {}  # by worker
-        self._begin = time.monotonic()
+        self._settled = 0
+        self._begin = self._said = time.monotonic()
+        self._doing = ""
 
     def __enter__(self) -> "_Display":
         from rich.console import Console
@@ -200,6 +207,12 @@ class _Display:
         if worker not in self._tasks:
             self._tasks[worker] = self._bars.add_task(what, total=of)
         self._bars.update(self._tasks[worker], description=what, completed=done, total=of)
+        kind = what.split(",")[0]  # without the loss
+        if self._bars.disable and worker == 0 and (kind != self._doing or time.monotonic() - self._said > SAY_SECONDS):
+            if self._settled == 0 or kind == self._doing:  # once candidates come in, their lines tell
+                self._console.print(f"{self._elapsed()} {what} ({done}/{of})", highlight=False)
+                self._said = time.monotonic()
+            self._doing = kind
 
     def finished(self, record: "RunRecord", settled: int, of: int) -> None:
         assert self._bars
@@ -208,16 +221,20 @@ class _Display:
         wer = f"{100 * record.dev.errors.wer:6.2f} %" if record.dev else "   —    "
         params, label = record.parameters.speech / 1e6, record.name or record.candidate.key
         note = "" if record.state == "complete" else f"  {record.state}: {record.reason}"
-        minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
-        line = f"{minutes:3d}:{seconds:02d} {settled:4d}/{of} dev WER {wer} {params:8.2f} M  {label}{note}"
+        self._settled, self._said = settled, time.monotonic()
+        line = f"{self._elapsed()} {settled:4d}/{of} dev WER {wer} {params:8.2f} M  {label}{note}"
         self._console.print(line, highlight=False)
+
+    def _elapsed(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
+        return f"{minutes:3d}:{seconds:02d}"
 
 
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    # piped output is not wrapped to a narrow default
-    Console(width=None if sys.stdout.isatty() else 160).print(renderable)
+    # a table that is too wide for the terminal wraps there: better than columns that are not shown
+    Console(width=max(Console().width, 120) if sys.stdout.isatty() else 160).print(renderable)
 
 
 def _print_json(value: Any) -> None:
@@ -228,6 +245,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0; 2 for the user's mistakes, one line each; 1 for ours, with a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a hub that cannot be reached is told once, by us
     try:
         app()
     except KeyboardInterrupt:

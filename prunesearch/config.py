@@ -39,7 +39,15 @@ def _with_variables_checked(value: str) -> str:
     return value
 
 
-Located = Annotated[str, AfterValidator(_with_variables_checked)]  # a path or a hub name
+def _folder_exists(value: str, info: ValidationInfo) -> str:
+    """What is written as a path must be there; any other name may be the hub's."""
+    where = Path(_locate(_with_variables_checked(value), _context(info, "folder")))
+    if value.startswith((".", "/", "~", "$")) and _context(info, "folder") is not None and not where.is_dir():
+        raise ValueError(f"must be a folder or a hub name: there is no folder {where}")
+    return value
+
+
+Located = Annotated[str, AfterValidator(_folder_exists)]  # a path or a hub name
 
 
 class _Section(BaseModel):

@@ -10,13 +10,17 @@ from prunesearch.plan import Estimate, Plan
 
 def plan_tables(plan: Plan, cost: Estimate) -> Group:
     """Parameters by group for the baselines and the fixed candidates, and what the study will run."""
-    counts = Table(title=f"{plan.study}: parameters", caption="reductions against unpruned")
-    counts.add_column("system")
-    for column in ("encoder", "projector", "LoRA", "LLM", "speech side", "− encoder", "− speech side", "− whole system"):
-        counts.add_column(column, justify="right")
+    counts = Table(title=f"{plan.study}: parameters")
+    shares = Table(title="parameters saved against unpruned")
+    for table in (counts, shares):
+        table.add_column("system", no_wrap=True)
+    for column in ("encoder", "projector", "LoRA", "LLM", "speech side"):
+        counts.add_column(column, justify="right", no_wrap=True)
+    for column in ("of the encoder", "of the speech side", "of the whole system"):
+        shares.add_column(column, justify="right", no_wrap=True)
     for name, p in plan.named.items():
-        saved = [f"{100 * share:.2f} %" for share in plan.reduction(name).values()]
-        counts.add_row(name, *(f"{n:,}" for n in (p.encoder, p.projector, p.lora, p.llm, p.speech)), *saved)
+        counts.add_row(name, *(f"{n:,}" for n in (p.encoder, p.projector, p.lora, p.llm, p.speech)))
+        shares.add_row(name, *(f"{100 * share:.2f} %" for share in plan.reduction(name).values()))
     run = Table(title="what will be run", show_header=False)
     for label, value in (
         ("encoder layers", f"{plan.encoder_layers}, {plan.layer_params:,} parameters each"),
@@ -38,13 +42,13 @@ def plan_tables(plan: Plan, cost: Estimate) -> Group:
     ):
         needs.add_row(label, value)
     if not plan.overrides:
-        return Group(counts, run, needs)
+        return Group(counts, shares, run, needs)
     changed = Table(title="what differs from the preset")
     for column in ("key", "preset", "this study"):
         changed.add_column(column)
     for key, (preset, own) in plan.overrides.items():
         changed.add_row(key, str(preset), str(own))
-    return Group(counts, run, needs, changed)
+    return Group(counts, shares, run, needs, changed)
 
 
 def _duration(hours: float) -> str:

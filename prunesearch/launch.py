@@ -1,5 +1,6 @@
 """Run a study: prepare it once, let workers evaluate candidates, then decode the test split for those that count."""
 
+import json
 import multiprocessing
 import sys
 from contextlib import suppress
@@ -253,6 +254,13 @@ def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher)
     for done, record in enumerate(due):
         watcher.progress("decoding test", done, len(due))
         decode_test(workshop, record)
+
+
+def left_out(config: StudyConfig) -> dict[str, int]:
+    """How many lines of each split's sources the study does without, where there are any."""
+    files = {split: config.run_folder / "corpus" / f"{split}.json" for split in SPLITS}
+    counts = {split: len(json.loads(f.read_text(encoding="utf-8"))["dropped"]) for split, f in files.items() if f.exists()}
+    return {split: count for split, count in counts.items() if count}
 
 
 def status(source: str | Path, storage: str | None = None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig
-from prunesearch.mistakes import StudyError
 from prunesearch.record import Parameters
 from prunesearch.search.space import SearchSpace
 
@@ -20,19 +19,11 @@ TEXT_TOKENS_PER_SECOND = 4.0  # read speech has 2 to 3 words a second; LLMs' tok
 CALL_SECONDS = 10e-6  # what starting an operation takes the host in eager PyTorch; small batches wait for this
 
 
-def _architectures(config: StudyConfig) -> tuple[Any, Any]:
-    """The two models' configurations. Raises StudyError when one cannot be read."""
-    from prunesearch.model.hub import read_architecture
-
-    encoder, llm = read_architecture(config, config.encoder), read_architecture(config, config.llm)
-    if not hasattr(encoder, "encoder_layers") or not hasattr(encoder, "num_mel_bins"):
-        raise StudyError([f"encoder.model: must be a Whisper checkpoint, got one of type {encoder.model_type!r}"])
-    return encoder, llm
-
-
 def encoder_layers(config: StudyConfig) -> int:
     """How many layers the unpruned encoder has."""
-    return int(_architectures(config)[0].encoder_layers)
+    from prunesearch.model.hub import architectures
+
+    return int(architectures(config)[0].encoder_layers)
 
 
 def _positions_per_second(config: StudyConfig) -> float:
@@ -57,10 +48,11 @@ def _frame(config: StudyConfig, dtype: Any = None) -> _Frame:
     from transformers import AutoModelForCausalLM
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+    from prunesearch.model.hub import architectures
     from prunesearch.model.llm import Llm
     from prunesearch.model.projector import Projector
 
-    encoder_shape, llm_shape = _architectures(config)
+    encoder_shape, llm_shape = architectures(config)
     with torch.device("meta"):
         encoder = WhisperEncoder(encoder_shape).to(dtype or torch.float32)
         model = AutoModelForCausalLM.from_config(llm_shape, dtype=dtype or torch.float32)

@@ -126,6 +126,8 @@ def test_every_shipped_study_file_loads(monkeypatch: pytest.MonkeyPatch, tmp_pat
         for corpus in ("digits", "noisy"):
             (tmp_path / corpus).mkdir(exist_ok=True)
             (tmp_path / corpus / f"{split}.jsonl").touch()
+    for model in ("whisper-base", "gemma-3-270m"):
+        (tmp_path / model).mkdir()
     monkeypatch.setenv("PRUNESEARCH_REAL", str(tmp_path))
     for file in STUDIES:
         assert load_study(file, data_must_exist=file.parent.name != "paper").search.trials >= 2

@@ -174,4 +174,4 @@ def test_a_scan_is_shown_whole(scanned: tuple[Path, Scan]) -> None:
     interaction = found.interactions()[(0, 1)]
     costs = found.score("delta_loss")
     assert interaction == pytest.approx(costs[0, 1] - costs[0,] - costs[1,])
-    assert f"{interaction:.3f}" in page
+    assert f"{round(interaction, 3) + 0.0:.3f}" in page

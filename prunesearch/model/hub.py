@@ -59,6 +59,19 @@ def read_architecture(config: StudyConfig, part: EncoderConfig | LlmConfig) -> A
         raise cannot_be_had(part, source, error) from error
 
 
+def architectures(config: StudyConfig) -> tuple[Any, Any]:
+    """The configurations of encoder and LLM. Raises StudyError when one cannot be read, or is of another kind."""
+    encoder, llm = read_architecture(config, config.encoder), read_architecture(config, config.llm)
+    lines = []
+    if not hasattr(encoder, "encoder_layers") or not hasattr(encoder, "num_mel_bins"):
+        lines.append(f"encoder.model: must be a Whisper checkpoint, got one of type {encoder.model_type!r}")
+    if getattr(llm, "is_encoder_decoder", False) or not hasattr(llm, "vocab_size"):
+        lines.append(f"llm.model: must be a decoder-only language model, got one of type {llm.model_type!r}")
+    if lines:
+        raise StudyError(lines)
+    return encoder, llm
+
+
 def cannot_be_had(part: EncoderConfig | LlmConfig, source: str, error: Exception) -> StudyError:
     """One line that says why, and one that says what to do."""
     key = "encoder.model" if isinstance(part, EncoderConfig) else "llm.model"

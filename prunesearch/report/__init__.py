@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from prunesearch.config import StudyConfig
+from prunesearch.mistakes import StudyError
 from prunesearch.report.comparison import Best, Comparison, Contrast, Reductions, compare
 from prunesearch.report.front import non_dominated, pareto_front
 from prunesearch.report.statistics import Difference, paired_bootstrap
@@ -32,11 +33,14 @@ __all__ = [
 def write_report(config: StudyConfig) -> Comparison:
     """Compare the study's records and write `run/report/`: front.{png,svg,pdf} and report.{html,csv,json}.
 
-    All files are made beside the folder first and then moved in, so that a reader never meets half a file.
+    All files are made beside the folder first and then moved in, so that a reader never meets half a file. Raises StudyError
+    when nothing was launched yet.
     """
     from prunesearch.report.page import render_page
     from prunesearch.report.plots import write_figures
 
+    if not (config.run_folder / "records").is_dir():
+        raise StudyError([f"{config.name} has no records yet: `prunesearch launch {config.source}`"])
     comparison = compare(config.run_folder / "records", config.search.params_objective, config.name)
     report = config.run_folder / "report"
     report.mkdir(parents=True, exist_ok=True)

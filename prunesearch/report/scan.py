@@ -73,7 +73,7 @@ def counted(scan: Scan) -> str:
     if e.tree_seconds is None or not e.one_by_one_seconds:
         return share
     times = f"{e.tree_seconds:.1f} s against {e.one_by_one_seconds:.1f} s ({100 * e.tree_seconds / e.one_by_one_seconds:.1f} %)"
-    return f"{share}; {times}"
+    return f"{share}; both ways agree, in {times}"
 
 
 def correlation_rows(scan: Scan) -> list[tuple[str, str, str]]:
@@ -101,7 +101,7 @@ def render_scan(scan: Scan) -> Group:
     for layer in layers:
         both.add_column(str(layer), justify="right")
     for layer, row in zip(layers, matrix, strict=True):
-        both.add_row(str(layer), *("" if v is None else f"{v:.2f}" for v in row))
+        both.add_row(str(layer), *("" if v is None else _rounded(v, 2) for v in row))
 
     ranks = Table(title="rank correlation of criteria, over single layers")
     for column in ("criterion", "criterion", "Spearman's ρ"):
@@ -109,6 +109,10 @@ def render_scan(scan: Scan) -> Group:
     for cells_ in correlation_rows(scan):
         ranks.add_row(*cells_)
     return Group(single, both, ranks, Text(counted(scan)))
+
+
+def _rounded(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # zero has no sign
 
 
 def _shares(values: list[float | None]) -> list[float]:
@@ -149,7 +153,8 @@ def draw_scan(scan: Scan) -> Figure:
             for c, v in enumerate(row):
                 if v is not None:
                     strong = abs(v) > 0.6 * reach
-                    right.text(c, r, f"{v:.2f}", ha="center", va="center", fontsize=7, color="white" if strong else "#222222")
+                    colour = "white" if strong else "#222222"
+                    right.text(c, r, _rounded(v, 2), ha="center", va="center", fontsize=7, color=colour)
     bar = figure.colorbar(image, ax=right, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
     for axes in (left, right):
@@ -185,7 +190,7 @@ def render_scan_page(scan: Scan) -> str:
     def pair_cell(r: int, c: int, v: float | None) -> tuple[str, str]:
         if v is None:
             return "", ""
-        return f"{v:.3f}", _css("RdBu_r", 0.5 + 0.45 * v / reach, abs(v) > 0.6 * reach) if r > c else ""
+        return _rounded(v, 3), _css("RdBu_r", 0.5 + 0.45 * v / reach, abs(v) > 0.6 * reach) if r > c else ""
 
     both = [[pair_cell(r, c, v) for c, v in enumerate(row)] for r, row in enumerate(matrix)]
     names = [str(i) for i in layers]

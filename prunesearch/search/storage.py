@@ -53,6 +53,9 @@ def open_storage(url: str | None, run_folder: Path) -> BaseStorage:
     try:
         return optuna.storages.get_storage(url)
     except Exception as error:
+        if "://" not in url:
+            fix = "such as sqlite:///study.db, journal:///path/journal.log or postgresql+psycopg://…"
+            raise StudyError([f"storage.url: must be a URL, {fix}, got {url!r}"]) from None
         shown = url.split("://")[0] + "://…"  # a URL may hold a password
         reason = f"{type(error).__name__}: {error}".splitlines()[0].replace(url, shown)
         raise StudyError([f"storage.url: {shown} cannot be opened ({reason})"]) from error

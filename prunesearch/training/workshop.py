@@ -17,7 +17,7 @@ from prunesearch.candidate import Candidate, baselines
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import load_encoder, remove_layers
-from prunesearch.model.hub import cannot_be_had
+from prunesearch.model.hub import architectures, cannot_be_had
 from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora_targets, recompute_activations
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SlamAsr
@@ -52,6 +52,7 @@ class Workshop:
     @classmethod
     def open(cls, config: StudyConfig, progress: Progress = _silent) -> "Workshop":
         """Load the study's models. Raises StudyError when one of them cannot be had."""
+        architectures(config)  # of the wrong kind, or out of reach: told before anything is loaded
         team = Team.assemble()
         device, dtype = team.device, pick_dtype(config.training.precision, team.device)
         source = config.locate(config.encoder.model)
