@@ -179,7 +179,27 @@ def test_validate_prints_five_mistakes_on_five_lines_and_exits_with_2(toy: Path,
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["validate", "plan", "launch", "status", "report"])
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_study_that_was_not_launched_has_nothing_to_show(toy: Path, tmp_path: Path, command: str) -> None:
+    done = cli(command, write_study(tmp_path, toy))
+    assert done.returncode == 2
+    assert "`prunesearch launch" in done.stderr
+
+
+def test_lines_that_were_left_out_are_counted(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.wav").write_text("this is no recording")
+    lines = [
+        (toy / "dev.jsonl").read_text().replace('"dev/', f'"{toy}/dev/'),
+        '{"audio": "text.wav", "text": "low", "speaker": "a"}',
+    ]
+    (tmp_path / "dev.jsonl").write_text("\n".join(lines))
+    file = write_study(tmp_path, toy, data={"dev": str(tmp_path / "dev.jsonl"), "skip_unreadable": True})
+    done = cli("launch", file, "--trials", "1")
+    assert "1 lines of dev were left out" in done.stdout
+    assert "anchor, loss" in done.stderr, "without a terminal, too, it is said what is being done"
+
+
+@pytest.mark.parametrize("command", ["validate", "plan", "scan", "launch", "status", "report"])
 def test_every_command_names_a_missing_study_file(command: str, tmp_path: Path) -> None:
     done = cli(command, tmp_path / "nothing")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)

@@ -327,11 +327,21 @@ def test_quantisation_without_a_gpu_is_told_under_its_own_key(toy: Path, tmp_pat
     assert caught.value.lines == ["llm.quantization: '4bit' needs a GPU, and there is none; leave the key out"]
 
 
+def test_models_of_the_wrong_kind_are_told(toy: Path, tmp_path: Path) -> None:
+    swapped = write_study(tmp_path, toy, encoder={"model": str(toy / "llm")}, llm={"model": str(toy / "encoder")})
+    with pytest.raises(StudyError) as caught:
+        Workshop.open(load_study(swapped))
+    assert caught.value.lines == [
+        "encoder.model: must be a Whisper checkpoint, got one of type 'llama'",
+        "llm.model: must be a decoder-only language model, got one of type 'whisper'",
+    ]
+
+
 def test_models_that_cannot_be_had_are_one_clear_error(toy: Path, tmp_path: Path) -> None:
     offline = r"the hub cannot be reached, and nobody/{} is not in its cache on this machine\ngive a local folder instead: {}"
     with pytest.raises(StudyError, match=offline.format("no-such-model", "llm.model")):
         Workshop.open(load_study(write_study(tmp_path / "a", toy, llm={"model": "nobody/no-such-model"})))
     with pytest.raises(StudyError, match=offline.format("no-such-whisper", "encoder.model")):
         Workshop.open(load_study(write_study(tmp_path / "b", toy, encoder={"model": "nobody/no-such-whisper"})))
-    with pytest.raises(StudyError, match="there is no folder /nowhere/at/all"):
-        Workshop.open(load_study(write_study(tmp_path / "c", toy, encoder={"model": "/nowhere/at/all"})))
+    with pytest.raises(StudyError, match=r"encoder\.model: .*there is no folder /nowhere/at/all"):
+        load_study(write_study(tmp_path / "c", toy, encoder={"model": "/nowhere/at/all"}))
