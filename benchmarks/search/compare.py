@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -111,40 +111,34 @@ def _ended_at(study: optuna.Study, trial: optuna.Trial, landscape: Landscape, ke
     return None
 
 
-def shares(
-    landscapes: Iterable[Landscape], make: Make, seeds: int, trials: int, workers: int = 1
-) -> tuple[list[list[float]], int]:
-    """Share of the hypervolume after each trial, one list for each run; and how many candidates were tried twice."""
-    curves, twice = [], 0
-    for landscape in landscapes:
-        for seed in range(seeds):
-            done = run(landscape, make(landscape, seed), trials, workers).settled
-            twice += len(done) - len(set(done))
-            curves.append([landscape.share(done[: n + 1]) for n in range(len(done))])
-    return curves, twice
-
-
 def trials_needed(curves: list[list[float]], share: float) -> float:
     needed = [next((n + 1 for n, s in enumerate(curve) if s >= share), float("inf")) for curve in curves]
     return statistics.median(needed)
 
 
-def methods_table(title: str, landscapes: list[Landscape], names: list[str], seeds: int, trials: int) -> Table:
-    """Each method's share of the hypervolume: median and, in brackets, the worst tenth."""
-    shown = Table(title=f"{title}: {len(landscapes[0].wer):,} candidates; share of the front's hypervolume, %")
-    shown.add_column("method")
+def methods_tables(title: str, landscapes: list[Landscape], names: list[str], seeds: int, trials: int) -> list[Table]:
+    """Each method's share of the hypervolume, in WER and in log WER: median and, in brackets, the worst tenth."""
+    tables = []
     at = [n for n in CHECKPOINTS if n <= trials]
-    for column in (*(f"{n} trials" for n in at), "to 95 %", "to 99 %", "ms an ask"):
-        shown.add_column(column, justify="right")
+    for scale in ("WER", "log WER"):
+        heading = f"{title}: {len(landscapes[0].wer):,} candidates; share of the front's hypervolume in {scale}, %"
+        tables.append(Table("method", *(f"{n} trials" for n in at), "to 95 %", "to 99 %", "ms an ask", title=heading))
+        for column in tables[-1].columns[1:]:
+            column.justify = "right"
     for name in names:
         begin = time.perf_counter()
-        curves, _ = shares(landscapes, METHODS[name], max(1, seeds // len(landscapes)), trials)
-        milliseconds = 1000 * (time.perf_counter() - begin) / sum(map(len, curves))
-        needed = (f"{trials_needed(curves, s):g}" for s in (0.95, 0.99))
-        shown.add_row(
-            name, *(_median_and_low([c[min(n, len(c)) - 1] for c in curves]) for n in at), *needed, f"{milliseconds:.0f}"
-        )
-    return shown
+        runs = [
+            (landscape, run(landscape, METHODS[name](landscape, seed), trials).settled)
+            for landscape in landscapes
+            for seed in range(max(1, seeds // len(landscapes)))
+        ]
+        milliseconds = 1000 * (time.perf_counter() - begin) / sum(len(done) for _, done in runs)
+        for shown, log in zip(tables, (False, True), strict=True):
+            curves = [[landscape.share(done[: n + 1], log) for n in range(len(done))] for landscape, done in runs]
+            found = (_median_and_low([c[min(n, len(c)) - 1] for c in curves]) for n in at)
+            needed = (f"{trials_needed(curves, s):g}" for s in (0.95, 0.99))
+            shown.add_row(name, *found, *needed, f"{milliseconds:.0f}")
+    return tables
 
 
 def _median_and_low(values: list[float]) -> str:
@@ -208,7 +202,7 @@ def main(seeds: int, trials: int, only: str, synthetic_count: int) -> None:
     )
     groups |= {path.stem: [table(path)] for path in sorted(TABLES.glob("*.json"))}
     for title, landscapes in groups.items():
-        console.print(methods_table(title, landscapes, only.split(",") if only else list(METHODS), seeds, trials))
+        console.print(*methods_tables(title, landscapes, only.split(",") if only else list(METHODS), seeds, trials))
         console.print(conditions_table(title, landscapes, seeds, trials))
     for path in sorted(TABLES.glob("*.json")):
         console.print(criteria_table(path))

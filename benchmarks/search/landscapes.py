@@ -8,6 +8,7 @@ repairs a share of the damage and overfits when its rank is high.
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,10 +46,10 @@ class Landscape:
         wers = [w for _, w in self.true_front]
         return max(self.params.values()), max(wers) + 0.1 * (max(wers) - min(wers))
 
-    def share(self, candidates: Iterable[str]) -> float:
-        """Of the true front's hypervolume."""
-        found = hypervolume(front((self.params[k], self.wer[k]) for k in candidates if k in self.wer), self.reference)
-        return found / hypervolume(self.true_front, self.reference)
+    def share(self, candidates: Iterable[str], log: bool = False) -> float:
+        """Of the true front's hypervolume, in WER or in log WER."""
+        found = front((self.params[k], self.wer[k]) for k in candidates if k in self.wer)
+        return hypervolume(found, self.reference, log) / hypervolume(self.true_front, self.reference, log)
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -60,11 +61,12 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def hypervolume(points: list[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """The area between a front and the reference."""
+def hypervolume(points: list[tuple[float, float]], reference: tuple[float, float], log: bool = False) -> float:
+    """The area between a front and the reference; `log`: with the logarithm of WER upwards."""
+    height = (lambda wer: math.log(reference[1] / max(wer, 1e-4))) if log else (lambda wer: reference[1] - wer)
     inside = [p for p in points if p[0] <= reference[0] and p[1] < reference[1]]
     ends = [*(p for p, _ in inside[1:]), reference[0]][: len(inside)]
-    return sum((end - params) * (reference[1] - wer) for (params, wer), end in zip(inside, ends, strict=True))
+    return sum((end - params) * height(wer) for (params, wer), end in zip(inside, ends, strict=True))
 
 
 def synthetic(seed: int, layers: int = 12, most: int = 6, ranks: tuple[int, ...] = (0, 4, 16), noise: float = 0.0) -> Landscape:
