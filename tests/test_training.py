@@ -15,6 +15,7 @@ from prunesearch.candidate import Candidate
 from prunesearch.config import load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import encode
+from prunesearch.model.llm import recomputes_activations
 from prunesearch.model.slam import SlamAsr
 from prunesearch.record import RunRecord, WordErrors, read_record, read_utterances
 from prunesearch.training import evaluate as evaluation
@@ -174,6 +175,17 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
     assert (expected.cost.micro_batch, record.cost.micro_batch) == (4, 1)
     assert record.losses == pytest.approx(expected.losses, abs=1e-4)
 
+    def less_memory(self: SlamAsr, states: torch.Tensor, lengths: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
+        if len(texts) > 1 or not recomputes_activations(self.llm.model):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, states, lengths, texts)
+
+    tight = open_workshop("tight", **calm)
+    monkeypatch.setattr(SlamAsr, "loss_sum", whole)
+    tight.anchor()
+    monkeypatch.setattr(SlamAsr, "loss_sum", less_memory)
+    assert evaluate(tight, Candidate((1,), 2)).losses == pytest.approx(expected.losses, abs=1e-4)
+
     def no_memory(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -181,6 +193,13 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
     failed = evaluate(halved, Candidate((2,), 2))
     assert failed.state == "failed"
     assert "out of memory, with one utterance at a time too" in (failed.reason or "")
+
+
+def test_recomputed_activations_give_the_same_record(open_workshop: Callable[..., Workshop]) -> None:
+    kept = evaluate(open_workshop("kept"), Candidate((1,), 2))
+    recomputed = evaluate(open_workshop("recomputed", training={"gradient_checkpointing": True}), Candidate((1,), 2))
+    assert recomputed.losses == pytest.approx(kept.losses, abs=1e-4)
+    assert recomputed.dev == kept.dev
 
 
 def test_a_curve_lies_beside_the_record(open_workshop: Callable[..., Workshop]) -> None:

@@ -86,6 +86,11 @@ def recompute_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+def recomputes_activations(model: PreTrainedModel) -> bool:
+    """Whether it does already."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def embedding_scale(model: PreTrainedModel) -> float:
     """Standard deviation of what the LLM's embedding layer puts out, over (at most) 4,096 tokens of the vocabulary."""
     embedding = model.get_input_embeddings()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunesearch.config import TrainingConfig
-from prunesearch.model.llm import lora_parameters
+from prunesearch.model.llm import lora_parameters, recompute_activations, recomputes_activations
 from prunesearch.model.slam import SlamAsr
 from prunesearch.training.device import attention_for_training, autocast, peak_memory_bytes, seed_everything
 from prunesearch.training.features import Fetched, Prefetched, StateStore
@@ -153,7 +153,8 @@ def _gradients(
 ) -> Tensor:
     """Leave the whole batch's gradients in the parameters; returns this member's part of its mean loss per token.
 
-    Every member halves its micro-batch when one of them runs out of memory.
+    Every member halves its micro-batch when one of them runs out of memory. When one utterance at a time is still too much,
+    activations are recomputed from then on.
     """
     tokens = sum(len(targets[i]) for i in fetched.batch)
     while True:
@@ -164,18 +165,22 @@ def _gradients(
             for first in range(0, len(fetched.share), progressed.micro_batch):
                 rows = slice(first, first + progressed.micro_batch)
                 hidden, lengths = fetched.rows(rows)
-                with autocast(team.device, dtype), attention_for_training(team.device):
-                    part = slam.loss_sum(hidden, lengths, [targets[i] for i in fetched.share[rows]]) / tokens
-                part.backward()
+                with attention_for_training(team.device):  # backwards too: what is recomputed must be computed alike
+                    with autocast(team.device, dtype):
+                        part = slam.loss_sum(hidden, lengths, [targets[i] for i in fetched.share[rows]]) / tokens
+                    part.backward()
                 loss = loss + part.detach()
         except torch.OutOfMemoryError as error:
             problem = error.with_traceback(None)  # the traceback's frames hold tensors
         if not (team.total(problem is not None) if team.size > 1 else problem):
             team.sum_gradients(parameters)
             return loss
-        if progressed.micro_batch == 1:
+        if progressed.micro_batch > 1:
+            progressed.micro_batch = (min(progressed.micro_batch, len(fetched.share)) + 1) // 2
+        elif not recomputes_activations(slam.llm.model):
+            recompute_activations(slam.llm.model)  # slower, with the same gradients
+        else:
             raise problem or torch.OutOfMemoryError("another process of the team ran out of memory")
-        progressed.micro_batch = (min(progressed.micro_batch, len(fetched.share)) + 1) // 2
         for p in parameters:
             p.grad = None
         if team.device.type == "cuda":
