@@ -129,10 +129,21 @@ class Surrogate:
         """(N, M): the parts' sum at this surrogate's variances, in few passes over (N, M)."""
         v = dict(zip(PARTS, self.variances, strict=False))
         common = a.bits @ b.bits.T
-        apart = a.bits.sum(1)[:, None] + b.bits.sum(1)[None] - 2 * common
-        whole: Array = self._linear(a) @ self._linear(b).T + v["one"]
-        whole += common * (v["pairs"] / 2 * (common - 1) + v["rank x layers"] * (a.rank @ b.rank.T))
-        whole += v["rest"] * np.exp(-apart / REACH - 2 * np.abs(a.rank[:, 1:] - b.rank[:, 1:].T))
+        whole: Array = self._linear(a) @ self._linear(b).T
+        factor = a.rank @ b.rank.T
+        factor *= v["rank x layers"]
+        factor += v["pairs"] / 2 * (common - 1)
+        factor *= common
+        whole += factor
+        # exp(-distance) of the sets and of the ranks, in factors: the last one has few different values
+        sets_a, sets_b = (np.exp(-x.bits.sum(1) / REACH) for x in (a, b))
+        shared = np.exp(2 / REACH * np.arange(a.bits.shape[1] + 1))[common.astype(np.intp)]
+        (ranks_a, at_a), (ranks_b, at_b) = (np.unique(x.rank[:, 1], return_inverse=True) for x in (a, b))
+        shared *= np.exp(-2 * np.abs(ranks_a[:, None] - ranks_b))[at_a][:, at_b]
+        shared *= v["rest"] * sets_a[:, None]
+        shared *= sets_b
+        whole += shared
+        whole += v["one"]
         return whole
 
     def _linear(self, a: Encoded) -> Array:
