@@ -14,18 +14,6 @@ from prunesearch.search.space import SearchSpace
 Scores = Mapping[LayerSet, float]
 
 
-class InOrder(CandidateSampler):
-    """Sets of one order of removal, one layer more each time, with each rank in turn; then random ones."""
-
-    def __init__(self, space: SearchSpace, seed: int, order: list[int]):
-        super().__init__(space, seed)
-        prefixes = [tuple(sorted(order[:k])) for k in range(space.max_removed + 1)]
-        self._plan = [Candidate(layers, rank) for rank in space.ranks for layers in prefixes]
-
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
-        return next((c for c in self._plan if c.key not in seen), None)
-
-
 class Planned(CandidateSampler):
     """A plan of sets, with each rank in turn; then random ones."""
 
@@ -82,6 +70,11 @@ class Evolution(CandidateSampler):
         return None
 
 
+def prefixes(space: SearchSpace, order: list[int]) -> list[LayerSet]:
+    """The sets of one order of removal, one layer more each time."""
+    return [tuple(sorted(order[:k])) for k in range(space.max_removed + 1)]
+
+
 def by_score(space: SearchSpace, scan: Scores) -> list[int]:
     """Least costly first, by single layers alone."""
     return sorted(space.removable, key=lambda i: scan.get((i,), 0.0))
@@ -95,9 +88,9 @@ def evenly_spaced(space: SearchSpace) -> list[LayerSet]:
 
 
 STRATEGIES: dict[str, Callable[[SearchSpace, int, Scores], CandidateSampler]] = {
-    "top-down": lambda space, seed, scan: InOrder(space, seed, sorted(space.removable, reverse=True)),
+    "top-down": lambda space, seed, scan: Planned(space, seed, prefixes(space, sorted(space.removable, reverse=True))),
     "evenly spaced": lambda space, seed, scan: Planned(space, seed, evenly_spaced(space)),
-    "leave-one-out order": lambda space, seed, scan: InOrder(space, seed, by_score(space, scan)),
+    "leave-one-out order": lambda space, seed, scan: Planned(space, seed, prefixes(space, by_score(space, scan))),
     "iterative greedy": lambda space, seed, scan: IterativeGreedy(space, seed),
     "evolution": lambda space, seed, scan: Evolution(space, seed),
 }

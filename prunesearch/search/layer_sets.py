@@ -233,5 +233,5 @@ def _neighbours(space: SearchSpace, candidate: Candidate) -> list[Candidate]:
     sets += [layers | {j} for j in kept]
     places = [k for k, r in enumerate(space.ranks) if r == rank]
     ranks = [space.ranks[p] for k in places for p in (k - 1, k + 1) if 0 <= p < len(space.ranks)] or list(space.ranks)
-    found = [Candidate(tuple(sorted(s)), r) for s in sets for r in (rank,) if len(s) <= space.max_removed and r in space.ranks]
-    return found + [Candidate(tuple(sorted(layers)), r) for r in ranks if len(layers) <= space.max_removed]
+    changed = [(tuple(sorted(s)), rank) for s in sets if rank in space.ranks] + [(tuple(sorted(layers)), r) for r in ranks]
+    return [Candidate(s, r) for s, r in changed if len(s) <= space.max_removed]
