@@ -97,7 +97,7 @@ def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
     logging.set_verbosity_error()
     config = load_study(study)
     workshop = Workshop.open(config)
-    batches = workshop.budget.batches[:steps]
+    batches = workshop.budget().batches[:steps]
     steps = len(batches)
     training = config.training
     drawn = sorted({i for batch in batches for i in batch})
@@ -107,7 +107,7 @@ def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
     once_per_study = time.perf_counter() - begin
     begin = time.perf_counter()
     states = workshop.encoded(workshop.pruned_encoder(Candidate()), "train", drawn)
-    encode_seconds = (time.perf_counter() - begin) / len(drawn) * len(workshop.drawn(workshop.budget))
+    encode_seconds = (time.perf_counter() - begin) / len(drawn) * len(workshop.drawn(workshop.budget()))
 
     sides = {side: Side([], []) for side in ("plain", "ours", "again")}
     # each side trains weights of its own; LoRA sits on one LLM, so the sides swap it in and out by turns
@@ -140,7 +140,7 @@ def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
                 side.weights = {n: p.detach().clone() for n, p in trainable(slam).items()}
                 side.optimizer = optimizer.state_dict()
 
-    budget = workshop.budget.steps
+    budget = workshop.budget().steps
     plain_step, our_step = (statistics.median(sides[side].seconds) for side in ("plain", "ours"))
     whole_plain, whole_ours = budget * plain_step, budget * our_step + encode_seconds
     table = Table(

@@ -279,6 +279,9 @@ class SearchConfig(_Section):
     sampler: Literal["layer-sets", "tpe", "nsga2", "gp", "random", "grid"] = "layer-sets"
     startup_trials: Count = Field(6, description="sets of every size, between `fixed` and the first model")
     scan: bool = Field(True, description="measure what layers are worth before proposing any")
+    repeats: Annotated[int, Field(ge=0)] = Field(
+        0, description="how often layer-sets may train a system again, from other seeds, where noise hides the front"
+    )
     trials: Count = 40
     fixed: tuple[FixedCandidate, ...] = ()
 
@@ -385,7 +388,7 @@ class StudyConfig(_Section):
             mode="json",
             exclude={
                 "storage": True,
-                "search": {"trials", "fixed", "sampler", "startup_trials", "scan"},
+                "search": {"trials", "fixed", "sampler", "startup_trials", "scan", "repeats"},
                 "training": {"micro_batch", "gradient_checkpointing", "checkpoint_seconds", "tracker", "rung_confidence"},
                 "decoding": {"batch_size"},
             },

@@ -241,13 +241,15 @@ def _run_workers(config: StudyConfig, workers: int, trials: int, storage: str | 
 
 def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher) -> None:
     """Decode the test split for the baselines and the front, where that was not done before."""
-    from prunesearch.report.front import pareto_front
+    from prunesearch.report.front import pareto_front, pooled_by_system
     from prunesearch.training.evaluate import decode_test
 
     records = read_records(config.run_folder / "records")
     complete = [r for r in records if r.state == "complete"]
-    front = pareto_front(complete, config.search.params_objective)
-    due = [r for r in complete if (r in front or r.name) and r.test is None]
+    systems = pooled_by_system(complete)
+    front = pareto_front(systems, config.search.params_objective)
+    wanted = {r.candidate for r in (*front, *(s for s in systems if s.name))}
+    due = [r for r in complete if r.candidate.system in wanted and r.test is None]
     if not due:
         return
     workshop = workshop or _open_workshop(config, watcher)

@@ -74,6 +74,18 @@ class SplitResult(_Frozen):
             empty_rate=sum(not r.hypothesis for r in results) / count,
         )
 
+    @classmethod
+    def pooled(cls, results: Sequence["SplitResult"]) -> "SplitResult":
+        """Several decodings of one split as one: counts added up, rates averaged."""
+        languages = sorted({language for r in results for language in r.by_language})
+        return cls(
+            errors=sum((r.errors for r in results), WordErrors()),
+            utterances=sum(r.utterances for r in results),
+            by_language={lang: sum((r.by_language[lang] for r in results), WordErrors()) for lang in languages},
+            loop_rate=sum(r.loop_rate for r in results) / len(results),
+            empty_rate=sum(r.empty_rate for r in results) / len(results),
+        )
+
 
 class Parameters(_Frozen):
     """Parameter counts by group, of the model as built."""
@@ -126,6 +138,7 @@ class RunRecord(_Frozen):
     encoder_layers: int  # of the unpruned encoder
     removed_layers: tuple[int, ...]
     lora_rank: int
+    repeat: int = 0
     seed: int
     state: Literal["complete", "pruned", "failed"]
     reason: str | None = None
@@ -140,7 +153,7 @@ class RunRecord(_Frozen):
 
     @property
     def candidate(self) -> Candidate:
-        return Candidate(self.removed_layers, self.lora_rank)
+        return Candidate(self.removed_layers, self.lora_rank, self.repeat)
 
     def outcome(self) -> dict[str, Any]:
         """Everything that a second run of the same candidate must reproduce."""

@@ -12,12 +12,13 @@ def test_layers_are_kept_sorted_and_compare_equal() -> None:
 
 def test_key_is_canonical_and_reversible() -> None:
     rng = random.Random(0)
-    drawn = [Candidate(tuple(rng.sample(range(32), rng.randint(0, 8))), rng.choice([0, 1, 16])) for _ in range(300)]
+    sets = [tuple(rng.sample(range(32), rng.randint(0, 8))) for _ in range(300)]
+    drawn = [Candidate(s, rng.choice([0, 1, 16]), rng.choice([0, 1, 12])) for s in sets]
     assert all(Candidate.from_key(c.key) == c for c in drawn)
     assert all((a == b) == (a.key == b.key) for a, b in itertools.pairwise(drawn))
 
 
-@pytest.mark.parametrize("wrong", ["", "minus-", "full+lora", "minus-1-+lora2", "top2", "full+lora8 "])
+@pytest.mark.parametrize("wrong", ["", "minus-", "full+lora", "minus-1-+lora2", "top2", "full+lora8 ", "full@", "full@1+lora8"])
 def test_other_texts_are_no_keys(wrong: str) -> None:
     with pytest.raises(ValueError, match="key"):
         Candidate.from_key(wrong)

@@ -66,6 +66,8 @@ def test_the_gain_is_the_expected_growth_of_the_hypervolume() -> None:
     front = [(800.0, math.log(0.5), Candidate()), (900.0, math.log(0.2), Candidate())]
 
     class Certain:
+        noise = 0.0
+
         def predict(self, candidates: list[Candidate]) -> tuple[np.ndarray, np.ndarray]:
             return np.full(len(candidates), math.log(0.3)), np.full(len(candidates), 1e-9)
 
@@ -169,3 +171,36 @@ def test_neighbours_are_neighbours_in_the_encoder() -> None:
     assert encoded.neighbours.sum(1).tolist() == [0, 1, 0, 1]
     assert encoded.one_apart.sum(1).tolist() == [0, 0, 1, 2]
     assert (encoded.runs[:, 2] * 2.5).round().tolist() == [1, 2, 1, 2]  # the longest run
+
+
+def test_where_trainings_differ_the_front_is_trained_again_and_where_they_do_not_it_is_not() -> None:
+    space = SearchSpace(SPACE.removable, 5, RANKS, {}, repeats=2)
+
+    def keys(noise: float) -> list[str]:
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=LayerSetSampler(space, params_of, scan=SCAN))
+        for _ in range(45):
+            trial = study.ask(space.distributions)
+            candidate = space.candidate(trial.params)
+            trial.set_user_attr("candidate", candidate.key)
+            luck = random.Random(candidate.key).gauss(0, noise)
+            study.tell(trial, [math.exp(log_wer(candidate) + luck), params_of(candidate)])
+        return [t.user_attrs["candidate"] for t in study.get_trials()]
+
+    noisy, calm = keys(0.15), keys(0.0)
+    assert len(set(noisy)) == len(noisy)
+    again = [Candidate.from_key(k) for k in noisy if "@" in k]
+    assert len(again) >= 5
+    assert {c.repeat for c in again} <= {1, 2}
+    assert all(noisy.index(Candidate(c.removed_layers, c.lora_rank, c.repeat - 1).key) < noisy.index(c.key) for c in again)
+    assert not any("@" in k for k in calm)
+
+
+def test_workers_that_begin_together_begin_with_sets_of_different_sizes() -> None:
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=LayerSetSampler(SPACE, params_of, scan=SCAN))
+    sizes = []
+    for _ in range(5):
+        trial = study.ask(SPACE.distributions)
+        candidate = SPACE.candidate(trial.params)
+        trial.set_user_attr("candidate", candidate.key)
+        sizes.append(len(candidate.removed_layers))
+    assert sorted(sizes) == [1, 2, 3, 4, 5]

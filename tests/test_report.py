@@ -26,6 +26,7 @@ from prunesearch.record import (
     write_utterances,
 )
 from prunesearch.report import (
+    Comparison,
     compare,
     non_dominated,
     paired_bootstrap,
@@ -81,7 +82,8 @@ def add(
         encoder_layers=LAYERS,
         removed_layers=candidate.removed_layers,
         lora_rank=candidate.lora_rank,
-        seed=0,
+        repeat=candidate.repeat,
+        seed=candidate.repeat,
         state=state,
         steps=10,
         dev=dev,
@@ -116,6 +118,40 @@ def study(folder: Path, name: str = "s") -> StudyConfig:
     head = f"name = {json.dumps(name)}\n[encoder]\nmodel = 'e/e'\n[llm]\nmodel = 'l/l'\n[data]\n"
     (folder / "study.toml").write_text(head + data, encoding="utf-8")
     return load_study(folder / "study.toml")
+
+
+# --- repeats ---
+
+
+def test_trainings_of_one_system_count_as_their_mean(records: Path) -> None:
+    before = compare(records, "speech_params", "s")
+    add(records, Candidate((1, 2), 4, repeat=1), 3, test=2)  # 2 on dev and 1 on test the first time
+    add(records, Candidate((0,), 4, repeat=1), 9, state="failed")
+    after = compare(records, "speech_params", "s")
+    assert len(after.complete) == len(before.complete)
+    assert after.trainings[Candidate((1, 2), 4)] == 2
+    system = next(r for r in after.complete if r.candidate == Candidate((1, 2), 4))
+    assert system.dev is not None
+    assert system.test is not None
+    assert system.dev.errors.wer == pytest.approx((2.5 + 1 / 3) / 10)
+    assert system.test.errors.wer == pytest.approx((1.5 + 1 / 3) / 10)
+    (contrast,) = after.dominating
+    assert contrast.difference is not None
+    assert contrast.difference.estimate == pytest.approx((1.5 - 3) / 10)  # top2+lora: 3
+    assert "×2" in verdict_and_tables(after)
+
+
+def test_a_repeat_that_was_not_decoded_on_test_takes_the_mean_from_there(records: Path) -> None:
+    add(records, Candidate((1, 2), 4, repeat=1), 3)
+    (contrast,) = compare(records, "speech_params", "s").dominating
+    assert contrast.system.test is None
+    assert contrast.split == "dev"
+
+
+def verdict_and_tables(comparison: Comparison) -> str:
+    console = Console(width=200, file=io.StringIO())
+    console.print(render(comparison))
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 # --- front ---

@@ -41,7 +41,7 @@ Make = Callable[[Landscape, int], BaseSampler]
 
 def layer_sets(landscape: Landscape, seed: int, with_scan: bool = True) -> BaseSampler:
     scan = landscape.scan if with_scan else None
-    return LayerSetSampler(landscape.space, lambda c: landscape.params[c.key], seed, scan=scan)
+    return LayerSetSampler(landscape.space, lambda c: landscape.params[c.system.key], seed, scan=scan)
 
 
 METHODS: dict[str, Make] = {
@@ -93,7 +93,7 @@ def run(landscape: Landscape, sampler: BaseSampler, trials: int, workers: int = 
         out.settled.append(key)
         stopped = _ended_at(study, trial, landscape, key, confidence) if confidence is not None else None
         if stopped is None:
-            study.tell(trial, [landscape.wer[key], landscape.params[key]])
+            study.tell(trial, [landscape.trained(candidate), landscape.params[candidate.system.key]])
             out.share_of_steps += 1 / trials
         else:
             out.ended.add(key)

@@ -1,6 +1,7 @@
 """Everything a report says, computed from a study's records: the front, the baselines, and what lies between them."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.record import Parameters, RunRecord, read_records, read_utterances
-from prunesearch.report.front import dev_wer, pareto_front
+from prunesearch.report.front import dev_wer, pareto_front, pooled_by_system
 from prunesearch.report.statistics import Counts, Difference, paired_bootstrap
 
 Split = Literal["test", "dev"]
@@ -52,6 +53,7 @@ class Comparison:
     """A study's records, sorted by the part they play. Baselines also take their place on or off the front."""
 
     study: str
+    trainings: dict[Candidate, int]  # complete ones, by system
     objective: str
     unpruned: Parameters | None  # of the whole system without LoRA
     baselines: dict[str, RunRecord]  # complete ones only
@@ -85,16 +87,22 @@ def compare(records_folder: Path, objective: str, study_name: str) -> Comparison
 
     Raises ValueError when two records to be compared were decoded on different utterances.
     """
-    records = read_records(records_folder)
+    trained = read_records(records_folder)
+    records = pooled_by_system(trained)
     front = pareto_front(records, objective)
     on_front = {r.candidate for r in front}
+    trainings: dict[Candidate, list[Candidate]] = {}
+    for record in trained:
+        if record.state == "complete":
+            trainings.setdefault(record.candidate.system, []).append(record.candidate)
     complete, pruned, failed = (_in_state(state, records, objective) for state in ("complete", "pruned", "failed"))
     named = {r.name: r for r in complete}
     baselines = {name: named[name] for name in BASELINE_NAMES if name in named}
     to_beat = baselines.get(TO_BEAT)
-    read: _Reader = functools.cache(functools.partial(_read_utterances, records_folder))
+    read: _Reader = functools.cache(lambda system, split: _read_utterances(records_folder, trainings[system], split))
     return Comparison(
         study=study_name,
+        trainings={system: len(several) for system, several in trainings.items()},
         objective=objective,
         unpruned=next((r.parameters.model_copy(update={"lora": 0}) for r in records if not r.removed_layers), None),
         baselines=baselines,
@@ -133,22 +141,27 @@ def _best_by_removed(complete: tuple[RunRecord, ...], pruned: tuple[RunRecord, .
 
 
 class _Utterances(NamedTuple):
-    """Counts of a decoded split, sorted by utterance id; both arrays: (utterances,)."""
+    """Counts of a decoded split, sorted by utterance id; both arrays: (utterances,). Errors of all of the `trainings` of a
+    system are added up; reference words count once."""
 
     ids: tuple[str, ...]
     errors: Counts
     reference_words: Counts
+    trainings: int
 
 
 _Reader = Callable[[Candidate, Split], _Utterances | None]
 
 
-def _read_utterances(records_folder: Path, candidate: Candidate, split: Split) -> _Utterances | None:
-    results = sorted(read_utterances(records_folder, candidate, split) or [], key=lambda r: r.id)
-    if not results:
+def _read_utterances(records_folder: Path, trainings: list[Candidate], split: Split) -> _Utterances | None:
+    """None unless all trainings were decoded there."""
+    decoded = [sorted(read_utterances(records_folder, c, split) or [], key=lambda r: r.id) for c in trainings]
+    ids = tuple(r.id for r in decoded[0])
+    if not ids or any(tuple(r.id for r in each) != ids for each in decoded):
         return None
-    counts = np.array([(r.errors.errors, r.errors.reference_words) for r in results], dtype=np.int64)  # (utterances, 2)
-    return _Utterances(tuple(r.id for r in results), counts[:, 0], counts[:, 1])
+    errors = np.array([[r.errors.errors for r in each] for each in decoded], dtype=np.int64)  # (trainings, utterances)
+    words = np.array([r.errors.reference_words for r in decoded[0]], dtype=np.int64)
+    return _Utterances(ids, errors.sum(0), words, len(trainings))
 
 
 def _contrast(system: RunRecord, reference: RunRecord, read: _Reader) -> Contrast:
@@ -161,5 +174,7 @@ def _contrast(system: RunRecord, reference: RunRecord, read: _Reader) -> Contras
         if ours.ids != theirs.ids or not np.array_equal(ours.reference_words, theirs.reference_words):
             keys = f"{system.candidate.key} and {reference.candidate.key}"
             raise ValueError(f"{keys} were not decoded on the same {split} utterances: evaluate both with one study file")
-        return Contrast(system, reference, split, paired_bootstrap(ours.errors, theirs.errors, ours.reference_words))
+        both = math.lcm(ours.trainings, theirs.trainings)  # means over trainings, in whole numbers
+        first, second = (u.errors * (both // u.trainings) for u in (ours, theirs))
+        return Contrast(system, reference, split, paired_bootstrap(first, second, both * ours.reference_words))
     return Contrast(system, reference, None, None)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from prunesearch.record import RunRecord
+from prunesearch.candidate import Candidate
+from prunesearch.record import RunRecord, SplitResult
 
 
 def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -16,6 +17,27 @@ def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
         if not kept or points[i][1] < points[kept[-1]][1] or points[i] == points[kept[-1]]:
             kept.append(i)
     return kept
+
+
+def pooled_by_system(records: Iterable[RunRecord]) -> list[RunRecord]:
+    """One record for each system: of one that was trained several times, all complete trainings as one (their errors added up,
+    so that its WER is the mean); test only where every one of them was decoded there."""
+    systems: dict[Candidate, list[RunRecord]] = {}
+    for record in records:
+        systems.setdefault(record.candidate.system, []).append(record)
+    return [_pooled(trainings) for trainings in systems.values()]
+
+
+def _pooled(trainings: list[RunRecord]) -> RunRecord:
+    complete = [r for r in trainings if r.state == "complete"]
+    first = min(complete or trainings, key=lambda r: r.repeat)
+    name = next((r.name for r in trainings if r.name), None)
+    if len(complete) < 2:
+        return first.model_copy(update={"name": name, "repeat": 0})
+    dev = [r.dev for r in complete if r.dev]
+    test = [r.test for r in complete if r.test]
+    both = {"dev": SplitResult.pooled(dev), "test": SplitResult.pooled(test) if len(test) == len(complete) else None}
+    return first.model_copy(update={"name": name, "repeat": 0, **both})
 
 
 def dev_wer(record: RunRecord) -> float:

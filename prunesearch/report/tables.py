@@ -59,7 +59,8 @@ def systems_table(comparison: Comparison) -> Table:
         ("system", "removed", "rank", "dev WER", "test WER", "S/D/I", "train s"),
         tuple(
             (
-                f"{r.name or 'found'}{' ●' * (r.candidate in on_front)}{' ★' * (r.candidate in beating)}",
+                f"{r.name or 'found'}{' ●' * (r.candidate in on_front)}{' ★' * (r.candidate in beating)}"
+                + (f" ×{times}" if (times := comparison.trainings[r.candidate]) > 1 else ""),
                 *_what(r),
                 error_kinds(r),
                 f"{r.cost.train_seconds:.0f}",
@@ -67,7 +68,8 @@ def systems_table(comparison: Comparison) -> Table:
             for r in _shown(comparison)
         ),
         "● on the front, chosen on dev. ★ no more parameters than top2+lora and a lower dev WER. S/D/I: substitutions, "
-        "deletions and insertions per 100 reference words on test, or on dev (*) where test is not decoded.",
+        "deletions and insertions per 100 reference words on test, or on dev (*) where test is not decoded. ×2: the mean of "
+        "two trainings.",
     )
 
 
@@ -218,7 +220,7 @@ RECORD_KEYS = (
     *("encoder_params", "projector_params", "lora_params", "llm_params", "speech_params", "total_params"),
     *("errors_split", "substitutions", "deletions", "insertions", "reference_words"),
     *("dev_wer_by_language", "test_wer_by_language"),
-    *("encoder_reduction", "speech_reduction", "total_reduction", "train_seconds", "state"),
+    *("encoder_reduction", "speech_reduction", "total_reduction", "train_seconds", "trainings", "state"),
 )
 
 
@@ -242,6 +244,7 @@ def record_data(comparison: Comparison, record: RunRecord) -> dict[str, Any]:
         "test_wer_by_language": _by_language(record.test),
         **{f"{g}_reduction": getattr(reductions, g) if reductions else None for g in ("encoder", "speech", "total")},
         "train_seconds": record.cost.train_seconds,
+        "trainings": comparison.trainings.get(record.candidate, 0),
         "state": record.state,
     }
     return {key: data[key] for key in RECORD_KEYS}

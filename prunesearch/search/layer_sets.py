@@ -9,12 +9,13 @@ understood. With a known number of parameters, the gain is a sum of expected imp
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
+from threadpoolctl import threadpool_limits
 
 from prunesearch.candidate import Candidate
 from prunesearch.scan import LayerSet
@@ -30,7 +31,8 @@ POOL = 800
 REFINED = 5  # candidates whose neighbours are looked at in turn
 ROUNDS = 2
 FIT_AT_MOST = 160  # candidates that the parts' variances are fitted to
-BELIEVE_AT_MOST = 400  # candidates that predictions are drawn from: the front's surroundings, and an even choice of the rest
+BELIEVE_AT_MOST = 320  # candidates that predictions are drawn from: the front's surroundings, and an even choice of the rest
+LEAST_NOISE = 0.01  # of log WER
 LEAST_WER = 1e-4  # logarithms begin here
 REFERENCE_WER = 1.0
 
@@ -69,13 +71,18 @@ class LayerSetSampler(CandidateSampler):
         self._fitted: tuple[int, Surrogate] | None = None
         self._everything: list[Candidate] | None = None
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
         trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        if (number := settled - len(self._space.named)) < self._startup_trials:
+        if (number := begun - len(self._space.named)) < self._startup_trials:
             return self._guide.first(max(0, number), seen, rng)
         known = self._known(trials)
         if len(known.candidates) < 3:
             return None
+        with threadpool_limits(limits=1, user_api="blas"):  # for some hundred rows, more threads take twice as long
+            return self._likeliest(trials, known, seen, rng)
+
+    def _likeliest(self, trials: Sequence[FrozenTrial], known: Known, seen: set[str], rng: random.Random) -> Candidate | None:
+        """Of greatest expected gain, given what is known and what is under way."""
         surrogate = self._surrogate(trials, known)
         known = self._telling(known)
         posterior = surrogate.given(known.candidates, known.values, known.extra)
@@ -154,13 +161,13 @@ class LayerSetSampler(CandidateSampler):
             ((self._params_of(c), float(m), c) for c, m in zip(candidates, means, strict=True)), key=lambda x: x[:2]
         ):
             if not front or value < front[-1][1]:
-                front.append((params, value, candidate))
+                front.append((params, value, candidate.system))
         return front
 
     def _best(
         self, posterior: Posterior, front: list[tuple[float, float, Candidate]], seen: set[str], rng: random.Random
     ) -> Candidate | None:
-        pool = [c for c in self._pool(front, rng) if c.key not in seen]
+        pool = [c for c in self._pool(front, rng) if c.key not in seen] + self._repeats(posterior, front, seen)
         if not pool:
             return None
         gains = self._gain(pool, posterior, front)
@@ -192,10 +199,18 @@ class LayerSetSampler(CandidateSampler):
         pool += [Candidate(layers, rng.choice(self._space.ranks)) for layers in sets]
         return list({c.key: c for c in pool}.values())
 
+    def _repeats(self, posterior: Posterior, front: list[tuple[float, float, Candidate]], seen: set[str]) -> list[Candidate]:
+        """The front's members once more, from the next seed, where two trainings differ by more than a trifle."""
+        if posterior.noise < LEAST_NOISE:
+            return []
+        again = ([replace(c, repeat=n) for n in range(1, self._space.repeats + 1)] for _, _, c in front)
+        return [due[0] for each in again if (due := [c for c in each if c.key not in seen])]
+
     def _gain(self, pool: Sequence[Candidate], posterior: Posterior, front: list[tuple[float, float, Candidate]]) -> Array:
         """Expected gain in hypervolume of log WER, under a WER of 1 and the most parameters there can be; where none is left to
         expect, the most hopeful candidate is still ahead of the others."""
         means, deviations = posterior.predict(pool)
+        deviations = deviations**2 / np.hypot(deviations, posterior.noise)  # of what is believed after one training
         params = np.array([self._params_of(c) for c in pool])
         widest = self._params_of(Candidate((), max(self._space.ranks))) * (1 + 1e-9)
         begins = np.array([p for p, _, _ in front])

@@ -44,8 +44,8 @@ class CandidateSampler(BaseSampler):
         self._space = space
         self._seed = seed
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
-        """A candidate whose key is not among `seen`; None to have a random one drawn."""
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
+        """A candidate whose key is not among `seen`; None to have a random one drawn. `begun`: trials settled or running."""
         return None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -57,7 +57,7 @@ class CandidateSampler(BaseSampler):
         running = sum(t.state == TrialState.RUNNING for t in others)
         seen = {key for t in others if is_taken(t) and (key := t.user_attrs.get("candidate"))}
         rng = random.Random(f"{self._seed} {settled} {running}")
-        proposed = self.propose(study, trial, seen, settled, rng)
+        proposed = self.propose(study, trial, seen, settled + running, rng)
         if proposed is not None:
             return self._space.params(proposed)
         for _ in range(10 * ATTEMPTS):
@@ -78,7 +78,7 @@ class CandidateSampler(BaseSampler):
 class GridSampler(CandidateSampler):
     """The whole space, small sets first."""
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
         return next((c for c in self._space.everything() if c.key not in seen), None)
 
 
@@ -99,8 +99,8 @@ class OptunaSampler(CandidateSampler):
         self._startup_trials = startup_trials
         self._guide = Guide(space, scan)
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], settled: int, rng: random.Random) -> Candidate | None:
-        if (number := settled - len(self._space.named)) < self._startup_trials:
+    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
+        if (number := begun - len(self._space.named)) < self._startup_trials:
             return self._guide.first(max(0, number), seen, rng)
         inner = self._inner(rng.randrange(2**31))
         for _ in range(ATTEMPTS):

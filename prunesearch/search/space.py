@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from prunesearch.candidate import Candidate, baselines
 from prunesearch.config import StudyConfig
+
+REMOVE = "remove_"
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,20 @@ class SearchSpace:
     max_removed: int
     ranks: tuple[int, ...]
     named: Mapping[str, Candidate]
+    repeats: int = 0  # how often a system may be trained again, from other seeds
 
     @classmethod
     def of(cls, config: StudyConfig, encoder_layers: int) -> "SearchSpace":
         named = baselines(encoder_layers, config.search.baseline_lora_rank)
         taken = set(named.values())
         named |= {c.key: c for c in config.fixed_candidates() if c not in taken}
-        return cls(config.removable(encoder_layers), config.max_removed(encoder_layers), config.search.lora_ranks, named)
+        return cls(
+            config.removable(encoder_layers),
+            config.max_removed(encoder_layers),
+            config.search.lora_ranks,
+            named,
+            config.search.repeats,
+        )
 
     @property
     def size(self) -> int:
@@ -43,19 +52,21 @@ class SearchSpace:
         """Optuna's parameters. Wide enough for every named candidate; the sampler keeps to the space."""
         layers = sorted({*self.removable, *(i for c in self.named.values() for i in c.removed_layers)})
         ranks = sorted({*self.ranks, *(c.lora_rank for c in self.named.values())})
-        bits: dict[str, BaseDistribution] = {f"remove_{i}": CategoricalDistribution([False, True]) for i in layers}
-        return bits | {"lora_rank": CategoricalDistribution(ranks)}
+        bits: dict[str, BaseDistribution] = {f"{REMOVE}{i}": CategoricalDistribution([False, True]) for i in layers}
+        repeat: dict[str, BaseDistribution] = {"repeat": IntDistribution(0, self.repeats)} if self.repeats else {}
+        return bits | {"lora_rank": CategoricalDistribution(ranks)} | repeat
 
     def params(self, candidate: Candidate) -> dict[str, Any]:
         """The candidate as Optuna's parameters."""
-        bits = {n: int(n.removeprefix("remove_")) in candidate.removed_layers for n in self.distributions if n != "lora_rank"}
-        return bits | {"lora_rank": candidate.lora_rank}
+        bits = {n: int(n.removeprefix(REMOVE)) in candidate.removed_layers for n in self.distributions if n.startswith(REMOVE)}
+        repeat = {"repeat": candidate.repeat} if self.repeats else {}
+        return bits | {"lora_rank": candidate.lora_rank} | repeat
 
     @staticmethod
     def candidate(params: Mapping[str, Any]) -> Candidate:
         """The inverse of `params`."""
-        layers = tuple(int(n.removeprefix("remove_")) for n, removed in params.items() if n.startswith("remove_") and removed)
-        return Candidate(layers, int(params["lora_rank"]))
+        layers = tuple(int(n.removeprefix(REMOVE)) for n, removed in params.items() if n.startswith(REMOVE) and removed)
+        return Candidate(layers, int(params["lora_rank"]), int(params.get("repeat", 0)))
 
     def draw(self, rng: random.Random) -> Candidate:
         """A random candidate: first how many layers go, then which. Sizes are equally likely, else small sets are rare."""

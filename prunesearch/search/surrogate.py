@@ -211,6 +211,11 @@ class Posterior:
     mean: float
     scale: float
 
+    @property
+    def noise(self) -> float:
+        """Standard deviation between two trainings of the same system."""
+        return self.scale * float(np.sqrt(self.surrogate.variances[-1]))
+
     def predict(self, candidates: Sequence[Candidate]) -> tuple[Array, Array]:
         """Mean (N,) and standard deviation (N,) of the values, noise left out."""
         asked = self.surrogate.encode(candidates)

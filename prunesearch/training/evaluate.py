@@ -56,13 +56,14 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
     begin = time.perf_counter()
 
     encoder = workshop.pruned_encoder(candidate)
-    projector = workshop.start(workshop.fresh_projector())
-    with lora(workshop.llm, candidate.lora_rank, config.llm, config.seed) as model:
+    projector = workshop.start(workshop.fresh_projector(candidate.repeat))
+    budget, seed = workshop.budget(candidate.repeat), config.seed + candidate.repeat
+    with lora(workshop.llm, candidate.lora_rank, config.llm, seed) as model:
         slam = SlamAsr(projector, workshop.llm, model)
         parameters = count_parameters(encoder, projector, model)
 
         started = time.perf_counter()
-        train_states = workshop.encoded(encoder, "train", workshop.drawn(workshop.budget))
+        train_states = workshop.encoded(encoder, "train", workshop.drawn(budget))
         dev_states = workshop.encoded(encoder, "dev", workshop.used("dev")) if team.leads else None
         encode_seconds = time.perf_counter() - started
 
@@ -93,7 +94,6 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
             curve.add(point)
             workshop.progress(f"{name or candidate.key}, loss {point.loss:.2f}", point.step, budget.steps)
 
-        budget = workshop.budget
         rung_steps = {round(fraction * budget.steps) or 1 for fraction in config.training.rungs}
         progressed = Progressed(config.training.batch_size)
         state: Literal["complete", "pruned", "failed"] = "complete"
@@ -120,7 +120,8 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
         encoder_layers=workshop.depth,
         removed_layers=candidate.removed_layers,
         lora_rank=candidate.lora_rank,
-        seed=config.seed,
+        repeat=candidate.repeat,
+        seed=seed,
         state=state,
         reason=reason,
         steps=progressed.step,

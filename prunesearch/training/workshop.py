@@ -112,17 +112,16 @@ class Workshop:
     def targets(self) -> list[list[int]]:
         return [self.llm.tokens(u.target) for u in self.corpora["train"]]
 
-    def _budget(self, steps: int, rate: float, lora_rate: float, purpose: str) -> Budget:
+    def _budget(self, steps: int, rate: float, lora_rate: float, purpose: str, repeat: int = 0) -> Budget:
         seconds = [u.seconds for u in self.corpora["train"]]
-        seed = int.from_bytes(hashlib.sha256(f"{self.config.seed} {purpose}".encode()).digest()[:3])
+        seed = int.from_bytes(hashlib.sha256(f"{self.config.seed + repeat} {purpose}".encode()).digest()[:3])
         return Budget(plan_batches(seconds, self.config.training.batch_size, steps, seed), rate, lora_rate, seed)
 
-    @cached_property
-    def budget(self) -> Budget:
-        """The one budget of baselines and candidates."""
+    def budget(self, repeat: int = 0) -> Budget:
+        """The one budget of baselines and candidates; a repeat has as many steps, on batches of its own."""
         training = self.config.training
         lora_rate = training.lora_learning_rate or training.learning_rate
-        return self._budget(training.steps, training.learning_rate, lora_rate, "candidate")
+        return self._budget(training.steps, training.learning_rate, lora_rate, "candidate", repeat)
 
     @cached_property
     def anchor_budget(self) -> Budget:
@@ -137,7 +136,7 @@ class Workshop:
         """The utterances that the study touches: all of dev and test; of train, those that some step draws."""
         if split != "train":
             return list(range(len(self.corpora[split])))
-        budgets = [self.budget, self.anchor_budget] if self.config.training.init == "anchor" else [self.budget]
+        budgets = [self.budget(), self.anchor_budget] if self.config.training.init == "anchor" else [self.budget()]
         return sorted({i for budget in budgets for batch in budget.batches for i in batch})
 
     def prefix(self, split: Split, indices: Sequence[int] = ()) -> StateStore:
@@ -158,10 +157,10 @@ class Workshop:
     def pruned_encoder(self, candidate: Candidate) -> WhisperEncoder:
         return remove_layers(self.encoder, candidate.removed_layers)
 
-    def fresh_projector(self) -> Projector:
+    def fresh_projector(self, repeat: int = 0) -> Projector:
         """A new projector, the same for every candidate; warm from the anchor where the study says so."""
         settings = self.config.projector
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.config.seed + repeat)
         widths = self.encoder.config.d_model, self.llm.model.get_input_embeddings().embedding_dim
         projector = Projector(*widths, settings.stack, settings.hidden, settings.dropout, embedding_scale(self.llm.model))
         return projector.to(self.device)
