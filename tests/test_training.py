@@ -101,6 +101,19 @@ def test_the_same_candidate_gives_the_same_record_and_starts_from_the_anchor(ope
     assert not (scratch.config.run_folder / "anchor").exists()
 
 
+def test_a_repeat_is_the_same_system_on_other_batches_and_has_a_record_of_its_own(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop()
+    first, again = (evaluate(workshop, Candidate((1,), 2, repeat)) for repeat in (0, 1))
+    assert again.parameters == first.parameters
+    assert (again.seed, again.candidate.key) == (first.seed + 1, "minus-1+lora2@1")
+    assert again.losses != first.losses
+    assert len(workshop.budget(1).batches) == len(workshop.budget().batches)
+    assert workshop.budget(1).batches != workshop.budget().batches
+    tested = decode_test(workshop, again)
+    assert tested.test is not None
+    assert read_record(workshop.config.run_folder / "records", first.candidate) == first
+
+
 def test_a_rank_of_zero_trains_the_projector_alone(open_workshop: Callable[..., Workshop]) -> None:
     workshop = open_workshop()
     before = {k: v.clone() for k, v in workshop.llm.model.state_dict().items()}
