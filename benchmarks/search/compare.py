@@ -3,7 +3,7 @@
     python benchmarks/search/compare.py [--seeds 20] [--trials 80] [--only layer-sets,tpe] [--synthetic 5]
 
 Every method runs through the study's own sampler interface, on synthetic landscapes and on committed tables of trained
-candidates. What is printed is the share of the true front's hypervolume after so many trials: median, and the worst
+candidates. What is printed, and drawn in `curves/`, is the share of the true front's hypervolume after so many trials: median, and the worst
 tenth. A method that uses the scan is not charged for it: a scan trains nothing.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import optuna
 from landscapes import Landscape, synthetic, table
+from matplotlib.figure import Figure
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 from rich.console import Console
@@ -32,7 +33,7 @@ from prunesearch.search.rungs import chance_of_domination
 from prunesearch.search.sampler import SpaceExhausted, optuna_sampler
 from prunesearch.search.worker import finished_at
 
-TABLES = Path(__file__).parent / "tables"
+TABLES, CURVES = (Path(__file__).parent / name for name in ("tables", "curves"))
 CONFIDENCE = 0.95
 SLOW = "gp"  # seconds to tens of seconds an ask: only when named
 CHECKPOINTS = (10, 20, 40, 80, 160)
@@ -119,7 +120,8 @@ def trials_needed(curves: list[list[float]], share: float) -> float:
 
 def methods_tables(title: str, landscapes: list[Landscape], names: list[str], seeds: int, trials: int) -> list[Table]:
     """Each method's share of the hypervolume, in WER and in log WER: median and, in brackets, the worst tenth."""
-    tables = []
+    tables: list[Table] = []
+    lines: dict[str, list[float]] = {}
     at = [n for n in CHECKPOINTS if n <= trials]
     for scale in ("WER", "log WER"):
         heading = f"{title}: {len(landscapes[0].wer):,} candidates; share of the front's hypervolume in {scale}, %"
@@ -139,7 +141,24 @@ def methods_tables(title: str, landscapes: list[Landscape], names: list[str], se
             found = (_median_and_low([c[min(n, len(c)) - 1] for c in curves]) for n in at)
             needed = (f"{trials_needed(curves, s):g}" for s in (0.95, 0.99))
             shown.add_row(name, *found, *needed, f"{milliseconds:.0f}")
+            if not log:
+                lines[name] = [statistics.median(c[min(n, len(c) - 1)] for c in curves) for n in range(trials)]
+    draw(title, lines)
     return tables
+
+
+def draw(title: str, lines: dict[str, list[float]]) -> None:
+    """The medians, a curve a method: `curves/<title>.png`."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, line) in enumerate(lines.items()):
+        style, width = ("-", "--", ":")[number // 10 % 3], 2.4 if name == "layer-sets" else 1.2
+        axes.plot(range(1, len(line) + 1), [100 * v for v in line], style, linewidth=width, label=name)
+    axes.set(xlabel="trials", ylabel="share of the true front's hypervolume, %, median", ylim=(0, 102), title=title)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.legend(fontsize=7, loc="lower right")
+    CURVES.mkdir(exist_ok=True)
+    figure.savefig(CURVES / f"{title.replace(' ', '-')}.png", dpi=150)
 
 
 def _median_and_low(values: list[float]) -> str:
@@ -174,14 +193,16 @@ def criteria_table(path: Path) -> Table:
     """How well what a scan measures ranks what training makes of it."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     wer = {key: row["errors"] for key, row in stored["candidates"].items()}
-    singles = [i for i in stored["removable"] if Candidate((i,)).key in wer]
-    shown = Table(title=f"{path.stem}: Spearman's ρ of a criterion with trained dev WER, without LoRA")
+    rank = min(stored["ranks"])
+    wer = {c.removed_layers: errors for key, errors in wer.items() if (c := Candidate.from_key(key)).lora_rank == rank}
+    singles = [i for i in stored["removable"] if (i,) in wer]
+    shown = Table(title=f"{path.stem}: Spearman's ρ of a criterion with trained dev WER, LoRA of rank {rank}")
     for column in ("criterion", "single layers", "pairs", "threes"):
         shown.add_column(column, justify="left" if column == "criterion" else "right")
-    sets = {n: [s for s in combinations(stored["removable"], n) if Candidate(s).key in wer] for n in (2, 3)}
+    sets = {n: [s for s in combinations(stored["removable"], n) if s in wer] for n in (2, 3)}
 
     def measured(scores: dict[str, float], of: list[tuple[int, ...]]) -> str:
-        both = [(scores[k], wer[Candidate(s).key]) for s in of if (k := ",".join(map(str, s))) in scores]
+        both = [(scores[k], wer[s]) for s in of if (k := ",".join(map(str, s))) in scores]
         return f"{spearman(*map(list, zip(*both, strict=True))):+.2f}" if len(both) > 2 else "–"
 
     for name in ("scan", "drift"):
@@ -189,8 +210,8 @@ def criteria_table(path: Path) -> Table:
         shown.add_row(label, *(measured(stored[name], of) for of in ([(i,) for i in singles], sets[2], sets[3])))
     for criterion, values in stored["criteria"].items():
         added = {n: [sum(values[str(i)] for i in s) for s in of] for n, of in sets.items()}
-        rho = [spearman([values[str(i)] for i in singles], [wer[Candidate((i,)).key] for i in singles])]
-        rho += [spearman(added[n], [wer[Candidate(s).key] for s in of]) for n, of in sets.items()]
+        rho = [spearman([values[str(i)] for i in singles], [wer[i,] for i in singles])]
+        rho += [spearman(added[n], [wer[s] for s in of]) for n, of in sets.items()]
         shown.add_row(f"{criterion}, sum over layers", *("–" if math.isnan(r) else f"{r:+.2f}" for r in rho))
     return shown
 
