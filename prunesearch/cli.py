@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from prunesearch.record import RunRecord
 
+WATCH_SECONDS = 3
 SAY_SECONDS = 30  # where there is no progress bar, what is being done is said so often
 
 app = typer.Typer(
@@ -127,36 +128,95 @@ def scan(
         typer.echo(f"scan: {load_study(study, data_must_exist=False).run_folder / 'scan' / 'scan.html'}")
 
 
+Adopt = Annotated[bool, typer.Option("--adopt", help="Go on with other code, data or anchor than the study began with.")]
+
+
 @app.command()
 def launch(
     study: Study,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
     trials: Annotated[int | None, typer.Option(min=1, help="Candidates in the whole study, baselines included.")] = None,
     storage: StorageUrl = None,
+    adopt: Adopt = False,
 ) -> None:
     """Run a study, or go on with one. Kill it at any time: launched again, it loses nothing that was completed."""
+    from prunesearch.control import left_out
     from prunesearch.launch import launch as run
-    from prunesearch.launch import left_out
 
     with _Display() as display:
-        config = run(study, workers, trials, storage, display)
+        config = run(study, workers, trials, storage, display, adopt)
     for split, count in left_out(config).items():
         typer.echo(f"{count} lines of {split} were left out: {config.run_folder / 'corpus' / split}.json says which, and why")
     typer.echo(f"done: prunesearch report {config.source}")
 
 
 @app.command()
-def status(study: Study, storage: StorageUrl = None, as_json: Json = False) -> None:
-    """Show how far a study has come."""
-    from prunesearch.launch import status as read_status
+def worker(study: Study, storage: StorageUrl = None, adopt: Adopt = False) -> None:
+    """Join a study that was launched, from this machine or another, and work until its budget is used."""
+    from prunesearch.launch import join
 
-    found = read_status(study, storage)
+    with _Display() as display:
+        config = join(study, storage, display, adopt)
+    typer.echo(f"done: prunesearch report {config.source}")
+
+
+@app.command()
+def status(
+    study: Study,
+    storage: StorageUrl = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds, until Ctrl-C.")] = False,
+    price: Annotated[float | None, typer.Option(min=0, help="What a worker costs an hour, for an estimate.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far a study has come: workers and what they do, the front so far, what is left."""
+    from prunesearch.control import status as read_status
+
+    found = read_status(study, storage, price)
     if as_json:
         _print_json(found)
-    else:
-        from prunesearch.display import status_tables
+        return
+    from prunesearch.display import status_tables
 
+    if not watch:
         _print(status_tables(found))
+        return
+    from rich.live import Live
+
+    with Live(status_tables(found), auto_refresh=False) as live:
+        while found["settled"] < found["trials"]:
+            time.sleep(WATCH_SECONDS)
+            found = read_status(study, storage, price)
+            live.update(status_tables(found), refresh=True)
+
+
+@app.command()
+def retry(study: Study, storage: StorageUrl = None) -> None:
+    """Have the candidates that failed evaluated once more, by whoever works on the study next."""
+    from prunesearch.control import retry as retry_failed
+
+    keys = retry_failed(study, storage)
+    typer.echo(f"to be tried again: {', '.join(keys)}" if keys else "no candidate has failed")
+
+
+@app.command()
+def abort(study: Study, storage: StorageUrl = None) -> None:
+    """Have all workers stop at the next good moment, wherever they are. `launch` goes on."""
+    from prunesearch.control import abort as abort_study
+
+    count = abort_study(study, storage)
+    typer.echo(f"{count} workers are asked to stop; it may take them some seconds")
+
+
+storage_commands = typer.Typer(help="What a study's storage may need.", no_args_is_help=True)
+app.add_typer(storage_commands, name="storage")
+
+
+@storage_commands.command("upgrade")
+def storage_upgrade(study: Study, storage: StorageUrl = None) -> None:
+    """Bring a database's tables to what the installed Optuna needs."""
+    from prunesearch.control import upgrade
+
+    typer.echo(upgrade(study, storage))
 
 
 @app.command()
@@ -225,6 +285,9 @@ class _Display:
         line = f"{self._elapsed()} {settled:4d}/{of} dev WER {wer} {params:8.2f} M  {label}{note}"
         self._console.print(line, highlight=False)
 
+    def note(self, text: str) -> None:
+        self._console.print(f"{self._elapsed()} {text}", highlight=False, markup=False)
+
     def _elapsed(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
         return f"{minutes:3d}:{seconds:02d}"
@@ -252,9 +315,13 @@ def main() -> None:
         typer.echo("stopped: launch again to go on", err=True)
         sys.exit(130)
     except Exception as error:
-        # StudyError is looked up late: its module must not be imported for --help
+        # looked up late: their modules must not be imported for --help
         from prunesearch.mistakes import StudyError
+        from prunesearch.stopping import Stopped
 
+        if isinstance(error, Stopped):
+            typer.echo("stopped: launch again to go on", err=True)
+            sys.exit(128 + (error.signal or 2))
         if not isinstance(error, StudyError):
             raise
         for line in error.lines:

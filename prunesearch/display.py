@@ -60,13 +60,31 @@ def _gib(size: int) -> str:
 
 
 def status_tables(found: dict[str, Any]) -> Group:
-    """Trials by state, workers, and the front so far."""
+    """Trials by state, what is left, workers and what they do, and the front so far."""
     states = ", ".join(f"{count} {state}" for state, count in found["states"].items() if count)
     head = Table(title=f"{found['study']}: {found['settled']} of {found['trials']} candidates", show_header=False)
     head.add_row("trials", states or "none yet")
+    if found["ended"]:
+        head.add_row("of these", ", ".join(f"{count} {why}" for why, count in found["ended"].items()))
+    if found["aborted"]:
+        head.add_row("aborted", "workers stop; `prunesearch launch` goes on")
+    if found["seconds_each"] is not None:
+        left = f"{_duration(found['worker_hours_left'])} of one worker"
+        left += f", {_duration(found['seconds_left'] / 3600)} of those at work" if found["seconds_left"] is not None else ""
+        left += f", {found['price_left']:,.2f} to pay" if found["price_left"] is not None else ""
+        head.add_row("left", f"{left} ({found['seconds_each']:.0f} s a candidate so far)")
+    workers = Table(title="workers")
+    for column in ("where", "candidate", "doing", "heard"):
+        workers.add_column(column)
     for worker in found["running"]:
-        word = "working on" if worker["alive"] else "lost; was working on"
-        head.add_row(f"{worker['host']}, process {worker['pid']}", f"{word} {worker['candidate']}")
+        doing = f"{worker['doing']} ({worker['done']}/{worker['of']})" if worker["doing"] else ""
+        heard = f"{worker['heard_seconds_ago']:.0f} s ago"
+        workers.add_row(
+            f"{worker['host']}, process {worker['pid']}",
+            str(worker["candidate"]),
+            doing if worker["alive"] else f"lost; was at: {doing}" if doing else "lost",
+            heard,
+        )
     front = Table(title="front so far (dev)")
     front.add_column("candidate")
     front.add_column("WER", justify="right")
@@ -74,4 +92,4 @@ def status_tables(found: dict[str, Any]) -> Group:
     for row in found["front"]:
         candidate, wer, params = row.values()
         front.add_row(str(candidate), f"{100 * wer:.2f} %", f"{params:,.0f}")
-    return Group(head, front)
+    return Group(head, workers, front) if workers.rows else Group(head, front)

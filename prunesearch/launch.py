@@ -1,26 +1,29 @@
 """Run a study: prepare it once, let workers evaluate candidates, then decode the test split for those that count."""
 
-import json
 import multiprocessing
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from optuna.trial import TrialState
+from filelock import FileLock
 
 from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_records
 from prunesearch.scan import Scan, read_scan
+from prunesearch.search.claims import settled
+from prunesearch.search.leases import Held
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage
-from prunesearch.search.study import open_study, sampler_of, settled
-from prunesearch.search.worker import OnRung, work
-from prunesearch.speech.corpus import SPLITS, load_corpus
+from prunesearch.search.study import code_identity, open_study, pin, sampler_of
+from prunesearch.search.worker import Referee, work
+from prunesearch.speech.corpus import SPLITS, fingerprint, load_corpus
+from prunesearch.stopping import Event, Stop, Stopped
 
 
 class Watcher(Protocol):
@@ -30,6 +33,8 @@ class Watcher(Protocol):
 
     def finished(self, record: RunRecord, settled: int, of: int) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 class Nobody:
     """Is told everything and says nothing."""
@@ -38,6 +43,9 @@ class Nobody:
         pass
 
     def finished(self, record: RunRecord, settled: int, of: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass
 
 
@@ -58,6 +66,9 @@ class _Relay:
     def finished(self, record: RunRecord, settled: int, of: int) -> None:
         self._send("finished", record, settled, of)
 
+    def note(self, text: str) -> None:
+        self._send("note", f"worker {self.number}: {text}")
+
 
 def launch(
     source: str | Path,
@@ -65,25 +76,44 @@ def launch(
     trials: int | None = None,
     storage: str | None = None,
     watcher: Watcher | None = None,
+    adopt: bool = False,
 ) -> StudyConfig:
-    """Run the study file's study, or go on with it, until `trials` candidates have an outcome.
+    """Run the study file's study, or go on with it, until `trials` candidates have an outcome, whoever evaluated them.
 
     One worker is this process; more are processes of their own, which share the processor's threads (or take one GPU
-    each). At the end the front and the baselines are decoded on test. Raises StudyError for the user's mistakes.
+    each). At the end the front and the baselines are decoded on test. `adopt` goes on with other code or data than the study
+    began with. Raises StudyError for the user's mistakes, and Stopped after a signal that asks for it.
     """
     config = load_study(source)
     watcher = watcher or Nobody()
-    trials = trials or config.search.trials
-    workshop = None
-    if workers <= 1:
-        worker = _Worker.open(config, storage, watcher)
-        worker.run(trials)
-        workshop = worker.workshop
-        if not workshop.team.leads:
-            return config
-    else:
-        _run_workers(config, workers, trials, storage, watcher)
-    _test_those_that_count(config, workshop, watcher)
+    stop = Stop()
+    with stop.on_signals(watcher.note):
+        if workers <= 1:
+            worker = _Worker.open(config, storage, watcher, stop, adopt)
+            if worker.workshop.team.leads:
+                worker.begin(trials or config.search.trials)
+            worker.run()
+            if worker.workshop.team.leads:
+                _test_those_that_count(config, worker.workshop, watcher, stop)
+        else:
+            _run_workers(config, workers, trials or config.search.trials, storage, watcher, stop, adopt)
+            _test_those_that_count(config, None, watcher, stop)
+    return config
+
+
+def join(source: str | Path, storage: str | None = None, watcher: Watcher | None = None, adopt: bool = False) -> StudyConfig:
+    """One more worker for a study that was launched, from anywhere: until the study's budget is used.
+
+    Raises StudyError for the user's mistakes (such as other data than the study's), and Stopped after a signal.
+    """
+    config = load_study(source)
+    watcher = watcher or Nobody()
+    stop = Stop()
+    with stop.on_signals(watcher.note):
+        worker = _Worker.open(config, storage, watcher, stop, adopt, create=False)
+        worker.run()
+        if worker.workshop.team.leads:
+            _test_those_that_count(config, worker.workshop, watcher, stop)
     return config
 
 
@@ -106,60 +136,102 @@ def scan(
     from prunesearch.training.scan import scan as run_scan
 
     config = load_study(source)
-    workshop = _Worker.open(config, storage, watcher or Nobody()).workshop
-    found = run_scan(workshop, most, utterances, loss_sets, with_wer, check)
+    watcher = watcher or Nobody()
+    stop = Stop()
+    with stop.on_signals(watcher.note):
+        workshop = _Worker.open(config, storage, watcher, stop).workshop
+        found = run_scan(workshop, most, utterances, loss_sets, with_wer, check)
     write_scan_report(config.run_folder / "scan", found)
     return found
 
 
-def _open_workshop(config: StudyConfig, watcher: Watcher) -> Any:
+def _open_workshop(config: StudyConfig, watcher: Watcher, check: Callable[[], None]) -> Any:
     from transformers.utils import logging
 
     from prunesearch.training.workshop import Workshop
 
     logging.disable_progress_bar()  # the watcher tells of progress
     logging.set_verbosity_error()  # that a decoder's weights are not wanted is no news
-    return Workshop.open(config, watcher.progress)
+    return Workshop.open(config, watcher.progress, check)
 
 
-@dataclass
 class _Worker:
     """A workshop at work on a study; of a team of processes, the leader alone talks to the storage."""
 
-    workshop: Any  # training.workshop.Workshop: torch is imported only when a worker starts
-    storage: Any  # optuna's; None for those who follow
-    space: SearchSpace
-    watcher: Watcher
+    def __init__(self, config: StudyConfig, watcher: Watcher, stop: Stop):
+        self.config, self.watcher, self.stop = config, watcher, stop
+        self.held: Held | None = None  # the trial under way
+        self.workshop: Any = None  # training.workshop.Workshop: torch is imported only when a worker starts
+        self.storage: Any = None  # optuna's; None for those who follow
+        self.study: Any = None
 
     @classmethod
-    def open(cls, config: StudyConfig, url: str | None, watcher: Watcher) -> "_Worker":
-        workshop = _open_workshop(config, watcher)
-        _ = workshop.corpora  # a mistake in a manifest is told before anything is created
-        space = SearchSpace.of(config, workshop.depth)
-        storage = None
+    def open(
+        cls, config: StudyConfig, url: str | None, watcher: Watcher, stop: Stop, adopt: bool = False, create: bool = True
+    ) -> "_Worker":
+        worker = cls(config, watcher, stop)
+        worker.adopt = adopt
+        worker.workshop = workshop = _open_workshop(config, worker, worker.check)
+        corpora = workshop.corpora  # a mistake in a manifest is told before anything is created
+        worker.space = SearchSpace.of(config, workshop.depth)
         if workshop.team.leads:
-            storage = open_storage(url or config.storage.url, config.run_folder)
-            open_study(config, storage, space)  # and one in the study file, too
-        return cls(workshop, storage, space, watcher)
+            worker.storage = open_storage(url or config.storage.url, config.run_folder, watcher.note)
+            worker.study = open_study(config, worker.storage, worker.space, create=create)
+            pin(worker.study, "code", code_identity(), adopt)
+            pin(worker.study, "data", {split: fingerprint(corpora[split]) for split in SPLITS}, adopt)
+        return worker
 
-    def run(self, trials: int) -> None:
+    adopt: bool = False
+    space: SearchSpace
+
+    def check(self) -> None:
+        """Raises Stopped or Taken: called at every step of whatever the workshop does."""
+        self.stop.check()
+        if self.held:
+            self.held.check()
+
+    def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
+        if self.held:
+            self.held.does(what, done, of)
+        self.watcher.progress(what, done, of, worker)
+
+    def finished(self, record: RunRecord, settled: int, of: int) -> None:
+        self.watcher.finished(record, settled, of)
+
+    def note(self, text: str) -> None:
+        self.watcher.note(text)
+
+    def begin(self, trials: int) -> None:
+        """The budget is the study's, whoever works on it; what was aborted goes on."""
+        self.study.set_user_attr("trials", trials)
+        if self.study.user_attrs.get("aborted"):
+            self.study.set_user_attr("aborted", False)
+
+    def run(self) -> None:
+        """Evaluate candidates until the study's budget is used."""
         from prunesearch.plan import params_of_candidates
         from prunesearch.report.scan import write_scan_report
         from prunesearch.training.evaluate import evaluate
         from prunesearch.training.scan import scan
 
-        config, workshop, team = self.workshop.config, self.workshop, self.workshop.team
+        config, workshop, team = self.config, self.workshop, self.workshop.team
         if config.training.init == "anchor":
-            workshop.anchor()
+            weights = workshop.anchor()
+            if team.leads:
+                pin(self.study, "anchor", {"sha256": _digest(weights)}, self.adopt)
 
         if not team.leads:
             while (job := team.agree(None)) is not None:
                 evaluate(workshop, *job)
             return
 
-        def evaluated(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+        def evaluated(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
             team.agree((candidate, name))
-            return evaluate(workshop, candidate, name, on_rung)
+            self.held = referee.held
+            try:
+                return evaluate(workshop, candidate, name, referee.on_rung, referee.make_sure)
+            finally:
+                self.held = None
 
         count = params_of_candidates(config)
 
@@ -171,137 +243,118 @@ class _Worker:
         if guided and found is None and config.training.init == "anchor":
             found = scan(workshop)
             write_scan_report(config.run_folder / "scan", found)
-        study = open_study(config, self.storage, self.space, sampler_of(config, self.space, params_of, found))
+        self.study.sampler = sampler_of(config, self.space, params_of, found)
+        trials = self.study.user_attrs.get("trials", config.search.trials)
         work(
-            study, self.space, evaluated, params_of, config.search.params_objective, trials,
-            config.run_folder / "claim.lock", config.training.rung_confidence,
-            on_record=lambda number, record: self.watcher.finished(record, settled(study), trials),
+            self.study, self.space, evaluated, params_of, config.search.params_objective, trials, config.run_folder,
+            config.training.rung_confidence, self.stop, self.watcher.note,
+            on_record=lambda record, settled: self.watcher.finished(record, settled, trials),
         )  # fmt: skip
         team.agree(None)  # the others may go home
 
 
-def _work_in_own_process(source: Path, relay: _Relay, workers: int, trials: int, storage: str | None) -> None:
+def _digest(file: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _work_in_own_process(source: Path, relay: _Relay, workers: int, storage: str | None, event: Event, adopt: bool) -> None:
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.set_device(relay.number % torch.cuda.device_count())
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    stop = Stop(event)
     try:
-        _Worker.open(load_study(source), storage, relay).run(trials)
+        with stop.on_signals():
+            _Worker.open(load_study(source), storage, relay, stop, adopt).run()
     except StudyError as error:
         print(*error.lines, sep="\n", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # the process that started this one says so
+    except (Stopped, KeyboardInterrupt):  # the process that started this one says so
         sys.exit(130)
 
 
-def _run_workers(config: StudyConfig, workers: int, trials: int, storage: str | None, watcher: Watcher) -> None:
+def _run_workers(
+    config: StudyConfig, workers: int, trials: int, storage: str | None, watcher: Watcher, stop: Stop, adopt: bool
+) -> None:
     """Create the study here, then let the processes work, and tell the watcher what they tell."""
     from prunesearch.plan import encoder_layers
 
     for split in SPLITS:
         load_corpus(config, split)  # a mistake in a manifest is told once, before anything is created
-    space = SearchSpace.of(config, encoder_layers(config))
-    open_study(config, open_storage(storage or config.storage.url, config.run_folder), space)
+    url = storage or config.storage.url
+    if url and url.startswith("sqlite"):
+        watcher.note("SQLite loses trials when several workers write: the default journal file does not, nor does PostgreSQL")
+    opened = open_storage(url, config.run_folder, watcher.note)
+    study = open_study(config, opened, SearchSpace.of(config, encoder_layers(config)))
+    study.set_user_attr("trials", trials)
+    if study.user_attrs.get("aborted"):
+        study.set_user_attr("aborted", False)
     context = multiprocessing.get_context("spawn")
-    processes, listening = [], []
-    try:
-        for number in range(workers):
-            here, there = context.Pipe(duplex=False)
-            relay = _Relay(number, there)
-            process = context.Process(target=_work_in_own_process, args=(config.source, relay, workers, trials, storage))
-            process.start()
-            there.close()  # the worker has its own: when it ends, so does the pipe
-            processes.append(process)
-            listening.append(here)
-        while listening:
-            for connection in wait(listening):
-                assert isinstance(connection, Connection)
-                try:
-                    call, *told = connection.recv()
-                except (EOFError, OSError):  # the worker has ended, in the middle of a message perhaps
-                    listening.remove(connection)
-                else:
-                    getattr(watcher, call)(*told)
-    except BaseException:
-        for process in processes:
-            process.terminate()
-        raise
-    finally:
-        for process in processes:
-            process.join()
-    if any(p.exitcode == 2 for p in processes):
-        raise StudyError(["the workers could not start, for the reasons above"])
-    if failed := [p for p in processes if p.exitcode]:
-        raise RuntimeError(
-            f"{len(failed)} of {workers} workers ended with exit code {failed[0].exitcode}; launch again to go on"
-        )
+    event = context.Event()
+    shared = Stop(event)
+    with shared.on_signals(watcher.note):
+        processes, listening = [], {}
+        try:
+            for number in range(workers):
+                here, there = context.Pipe(duplex=False)
+                relay = _Relay(number, there)
+                arguments = (config.source, relay, workers, storage, event, adopt)
+                process = context.Process(target=_work_in_own_process, args=arguments, name=f"worker {number}")
+                process.start()
+                there.close()  # the worker has its own: when it ends, so does the pipe
+                processes.append(process)
+                listening[here] = process
+            while listening:
+                for connection in wait(list(listening)):
+                    assert isinstance(connection, Connection)
+                    try:
+                        call, *told = connection.recv()
+                    except (EOFError, OSError):  # the worker has ended, in the middle of a message perhaps
+                        process = listening.pop(connection)
+                        process.join()
+                        if process.exitcode not in (0, 2, 130):
+                            watcher.note(f"{process.name} ended ({_ending(process.exitcode)}); the others take its candidate")
+                    else:
+                        getattr(watcher, call)(*told)
+        except BaseException:
+            for process in processes:
+                process.kill()
+            raise
+        finally:
+            for process in processes:
+                process.join()
+    shared.check()
+    done = settled(study.get_trials(deepcopy=False))
+    failed = [p for p in processes if p.exitcode]
+    if any(p.exitcode == 2 for p in failed):
+        raise StudyError(["a worker could not go on, for the reason above"])
+    if failed and done < trials:
+        raise RuntimeError(f"{len(failed)} of {workers} workers ended ({_ending(failed[0].exitcode)}); launch again to go on")
 
 
-def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher) -> None:
-    """Decode the test split for the baselines and the front, where that was not done before."""
+def _ending(code: int | None) -> str:
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher, stop: Stop) -> None:
+    """Decode the test split for the baselines and the front, where that was not done before; one worker does."""
     from prunesearch.report.front import pareto_front, pooled_by_system
     from prunesearch.training.evaluate import decode_test
 
-    records = read_records(config.run_folder / "records")
-    complete = [r for r in records if r.state == "complete"]
-    systems = pooled_by_system(complete)
-    front = pareto_front(systems, config.search.params_objective)
-    wanted = {r.candidate for r in (*front, *(s for s in systems if s.name))}
-    due = [r for r in complete if r.candidate.system in wanted and r.test is None]
-    if not due:
-        return
-    workshop = workshop or _open_workshop(config, watcher)
-    for done, record in enumerate(due):
-        watcher.progress("decoding test", done, len(due))
-        decode_test(workshop, record)
-
-
-def left_out(config: StudyConfig) -> dict[str, int]:
-    """How many lines of each split's sources the study does without, where there are any."""
-    files = {split: config.run_folder / "corpus" / f"{split}.json" for split in SPLITS}
-    counts = {split: len(json.loads(f.read_text(encoding="utf-8"))["dropped"]) for split, f in files.items() if f.exists()}
-    return {split: count for split, count in counts.items() if count}
-
-
-def status(source: str | Path, storage: str | None = None) -> dict[str, Any]:
-    """How far a study has come: trials by state, who is working on what, and the best so far. Reads only."""
-    config = load_study(source, data_must_exist=False)
-    if storage is None and config.storage.url is None and not (config.run_folder / "journal.log").exists():
-        raise StudyError([f"{config.name} has not been launched yet: `prunesearch launch {config.source}`"])
-    import optuna
-
-    from prunesearch.search.study import Lease
-
-    try:
-        study = optuna.load_study(
-            study_name=config.name, storage=open_storage(storage or config.storage.url, config.run_folder)
-        )
-    except KeyError:
-        raise StudyError([f"the storage holds no study named {config.name}"]) from None
-    trials = study.get_trials(deepcopy=False)
-    counts = {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState}
-    running = [
-        {
-            "trial": t.number,
-            "candidate": t.user_attrs.get("candidate"),
-            "pid": lease.pid,
-            "host": lease.host,
-            "alive": lease.is_held(),
-        }
-        for t in trials
-        if t.state == TrialState.RUNNING and (lease := Lease.of(t))
-    ]
-    best = [
-        {"candidate": t.user_attrs.get("candidate"), "dev_wer": t.values[0], config.search.params_objective: t.values[1]}
-        for t in sorted(study.best_trials, key=lambda t: t.values[1])
-    ]
-    return {
-        "study": config.name,
-        "settled": settled(study),
-        "trials": config.search.trials,
-        "states": counts,
-        "running": running,
-        "front": best,
-    }
+    with FileLock(config.run_folder / "test.lock"):
+        records = read_records(config.run_folder / "records")
+        complete = [r for r in records if r.state == "complete"]
+        systems = pooled_by_system(complete)
+        front = pareto_front(systems, config.search.params_objective)
+        wanted = {r.candidate for r in (*front, *(s for s in systems if s.name))}
+        due = [r for r in complete if r.candidate.system in wanted and r.test is None]
+        if not due:
+            return
+        workshop = workshop or _open_workshop(config, watcher, stop.check)
+        for done, record in enumerate(due):
+            watcher.progress("decoding test", done, len(due))
+            decode_test(workshop, record)

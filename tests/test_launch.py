@@ -15,7 +15,8 @@ import pytest
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.config import load_study
-from prunesearch.launch import launch, status
+from prunesearch.control import status
+from prunesearch.launch import launch
 from prunesearch.mistakes import StudyError
 from prunesearch.plan import params_of_candidates, plan
 from prunesearch.record import RunRecord, read_records
@@ -98,6 +99,9 @@ def test_launching_again_trains_nothing_and_a_wider_budget_goes_on(calm: Path, m
         def finished(self, record: RunRecord, settled: int, of: int) -> None:
             told.append(record)
 
+        def note(self, text: str) -> None:
+            pass
+
     launch(calm, trials=7, watcher=Watcher())
     assert len(told) == 1
     after = outcomes(calm)
@@ -165,7 +169,8 @@ def test_status_before_during_and_after(toy: Path, tmp_path: Path, calm: Path) -
     assert found["settled"] >= 6
     assert found["running"] == []
     assert found["front"]
-    assert json.loads(cli("status", calm, "--json").stdout) == found
+    told = json.loads(cli("status", calm, "--json").stdout)
+    assert told == found
 
 
 def test_validate_prints_five_mistakes_on_five_lines_and_exits_with_2(toy: Path, tmp_path: Path) -> None:
@@ -199,7 +204,7 @@ def test_lines_that_were_left_out_are_counted(toy: Path, tmp_path: Path) -> None
     assert "anchor, loss" in done.stderr, "without a terminal, too, it is said what is being done"
 
 
-@pytest.mark.parametrize("command", ["validate", "plan", "scan", "launch", "status", "report"])
+@pytest.mark.parametrize("command", ["validate", "plan", "scan", "launch", "worker", "status", "retry", "abort", "report"])
 def test_every_command_names_a_missing_study_file(command: str, tmp_path: Path) -> None:
     done = cli(command, tmp_path / "nothing")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)

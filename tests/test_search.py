@@ -18,13 +18,14 @@ from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import Parameters, Rung, RunRecord, SplitResult, WordErrors
+from prunesearch.search import claims
 from prunesearch.search.layer_sets import LayerSetSampler
 from prunesearch.search.rungs import ENOUGH, Finished, chance_of_domination
 from prunesearch.search.sampler import CandidateSampler, optuna_sampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage
-from prunesearch.search.study import Lease, end_lost, open_study, settled
-from prunesearch.search.worker import OnRung, work
+from prunesearch.search.study import open_study
+from prunesearch.search.worker import Referee, work
 from tests.conftest import write_study
 
 DEPTH = 6
@@ -62,15 +63,18 @@ def config(toy: Path, tmp_path: Path) -> StudyConfig:
     return load_study(write_study(tmp_path / "study", toy))
 
 
+def settled(study: optuna.Study) -> int:
+    return claims.settled(study.get_trials(deepcopy=False))
+
+
 def run(
     config: StudyConfig, trials: int, where: SearchSpace | None = None, evaluate: object = None, confidence: float = 0.95
 ) -> optuna.Study:
     where = where or space()
     sampler = optuna_sampler("tpe", where, 0, 12)
     study = open_study(config, open_storage(None, config.run_folder), where, sampler)
-    evaluated = evaluate or (lambda candidate, name, on_rung: landscape(candidate))
-    lock = config.run_folder / "claim.lock"
-    work(study, where, evaluated, params_of, "speech_params", trials, lock, confidence)  # type: ignore[arg-type]
+    evaluated = evaluate or (lambda candidate, name, referee: landscape(candidate))
+    work(study, where, evaluated, params_of, "speech_params", trials, config.run_folder, confidence)  # type: ignore[arg-type]
     return study
 
 
@@ -158,8 +162,8 @@ def test_a_study_interrupted_between_any_two_candidates_proposes_what_it_would_h
     assert found == expected
 
 
-def test_lost_trials_come_back_first_and_are_not_counted(config: StudyConfig) -> None:
-    def evaluate(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+def test_what_was_handed_back_comes_first_and_is_not_counted(config: StudyConfig) -> None:
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
         if candidate == Candidate((4, 5)) and not gone:
             gone.append(candidate)
             raise KeyboardInterrupt
@@ -168,26 +172,11 @@ def test_lost_trials_come_back_first_and_are_not_counted(config: StudyConfig) ->
     gone: list[Candidate] = []
     with pytest.raises(KeyboardInterrupt):
         run(config, 9, evaluate=evaluate)
-    study = open_study(config, open_storage(None, config.run_folder), space())
-    (running,) = study.get_trials(states=[TrialState.RUNNING])
-    assert Lease.of(running) is not None
-    assert end_lost(study) == [], "this process lives, so its trial is not lost"
-    dead = Lease(Lease.mine().host, 2**22 + 1, 0.0, time.time())  # beyond any process id
-    dead.write(study, running._trial_id)
-    assert end_lost(study) == ["minus-4-5"]
-    assert end_lost(study) == []
     study = run(config, 9, evaluate=evaluate)
+    assert study.get_trials()[2].user_attrs["ended"] == "handed back"
     assert proposals(study)[2] == "minus-4-5"
     assert Counter(proposals(study)).most_common(1)[0][1] == 1
     assert settled(study) == 9
-
-
-def test_a_stale_lease_from_another_machine_is_lost_a_fresh_one_is_not() -> None:
-    assert Lease("elsewhere", 1, 0.0, time.time()).is_held()
-    assert not Lease("elsewhere", 1, 0.0, time.time() - 3600).is_held()
-    mine = Lease.mine()
-    assert mine.is_held()
-    assert not Lease(mine.host, mine.pid, mine.started - 60, mine.renewed).is_held(), "the same number, another process"
 
 
 def test_another_definition_is_refused_and_the_difference_named(toy: Path, tmp_path: Path) -> None:
@@ -199,7 +188,7 @@ def test_another_definition_is_refused_and_the_difference_named(toy: Path, tmp_p
 
 
 def test_failed_and_pruned_candidates_settle_but_never_complete(config: StudyConfig) -> None:
-    def evaluate(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
         state = {8: "failed", 4: "pruned"}.get(candidate.lora_rank, "complete")
         return landscape(candidate).model_copy(update={"state": state, "reason": "because"})
 
@@ -241,10 +230,10 @@ def test_the_chance_of_domination_is_a_frequency() -> None:
 
 
 def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) -> None:
-    def evaluate(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
         record = landscape(candidate)
         assert record.dev
-        stop = on_rung(1, record.dev.errors)
+        stop = referee.on_rung(1, record.dev.errors)
         return record.model_copy(update={"state": "pruned" if stop else "complete"})
 
     study = run(config, 30, evaluate=evaluate)
@@ -256,7 +245,7 @@ def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) ->
 
 
 def test_a_record_that_was_there_already_tells_its_rungs(config: StudyConfig) -> None:
-    def found(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+    def found(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
         record = landscape(candidate)
         assert record.dev
         rungs = (Rung(step=1, errors=record.dev.errors),)
@@ -269,7 +258,7 @@ def test_a_record_that_was_there_already_tells_its_rungs(config: StudyConfig) ->
 
 
 def slow_worker(source: Path) -> None:
-    def evaluate(candidate: Candidate, name: str | None, on_rung: OnRung) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
         with (source.parent / "evaluated.txt").open("a") as log:
             log.write(candidate.key + "\n")
         time.sleep(random.random() * 0.05)
@@ -319,6 +308,5 @@ def test_sqlite_works_for_one_worker(toy: Path, tmp_path: Path) -> None:
     config = load_study(write_study(tmp_path, toy))
     where = space()
     study = open_study(config, open_storage(f"sqlite:///{tmp_path}/s.db", config.run_folder), where)
-    lock = tmp_path / "claim.lock"
-    work(study, where, lambda c, n, r: landscape(c), params_of, "speech_params", 6, lock, 0.1)
+    work(study, where, lambda candidate, name, referee: landscape(candidate), params_of, "speech_params", 6, tmp_path, 0.1)
     assert settled(study) == 6

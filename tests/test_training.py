@@ -101,7 +101,9 @@ def test_the_same_candidate_gives_the_same_record_and_starts_from_the_anchor(ope
     assert not (scratch.config.run_folder / "anchor").exists()
 
 
-def test_a_repeat_is_the_same_system_on_other_batches_and_has_a_record_of_its_own(open_workshop: Callable[..., Workshop]) -> None:
+def test_a_repeat_is_the_same_system_on_other_batches_and_has_a_record_of_its_own(
+    open_workshop: Callable[..., Workshop],
+) -> None:
     workshop = open_workshop()
     first, again = (evaluate(workshop, Candidate((1,), 2, repeat)) for repeat in (0, 1))
     assert again.parameters == first.parameters

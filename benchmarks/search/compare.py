@@ -3,8 +3,8 @@
     python benchmarks/search/compare.py [--seeds 20] [--trials 80] [--only layer-sets,tpe] [--synthetic 5]
 
 Every method runs through the study's own sampler interface, on synthetic landscapes and on committed tables of trained
-candidates. What is printed, and drawn in `curves/`, is the share of the true front's hypervolume after so many trials: median, and the worst
-tenth. A method that uses the scan is not charged for it: a scan trains nothing.
+candidates. What is printed, and drawn in `curves/`, is the share of the true front's hypervolume after so many trials:
+median, and the worst tenth. A method that uses the scan is not charged for it: a scan trains nothing.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Optuna samplers that never propose the same candidate twice, nor one outside the space."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -14,6 +14,7 @@ from prunesearch.scan import LayerSet
 from prunesearch.search.guide import Guide
 from prunesearch.search.space import SearchSpace
 
+GIVEN_BACK = ("lost", "crashed", "handed back")  # by a worker: the candidate has no outcome yet
 ATTEMPTS = 30  # proposals of the inner sampler, before a random candidate takes their place
 
 
@@ -33,8 +34,18 @@ def is_taken(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.RUNNING, TrialState.WAITING) or is_settled(trial)
 
 
+def next_due(space: SearchSpace, trials: Sequence[FrozenTrial]) -> Candidate | None:
+    """What has to be evaluated before anything is proposed: candidates whose workers were lost, then the named ones."""
+    taken = {t.user_attrs.get("candidate") for t in trials if is_taken(t)}
+    left = [
+        t.user_attrs["candidate"] for t in trials if t.user_attrs.get("ended") in GIVEN_BACK and "candidate" in t.user_attrs
+    ]
+    return next((c for c in (*map(Candidate.from_key, left), *space.named.values()) if c.key not in taken), None)
+
+
 class CandidateSampler(BaseSampler):
-    """Asks `propose` for a candidate, and sees to it that none is proposed twice, nor one outside the space.
+    """Proposes what is due (`next_due`), then asks `propose` for a candidate, and sees to it that none is proposed twice, nor
+    one outside the space.
 
     Randomness comes from the seed and the number of settled trials alone: a study that was killed and resumed proposes
     what it would have.
@@ -55,8 +66,10 @@ class CandidateSampler(BaseSampler):
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         settled = sum(map(is_settled, others))
         running = sum(t.state == TrialState.RUNNING for t in others)
-        seen = {key for t in others if is_taken(t) and (key := t.user_attrs.get("candidate"))}
+        if due := next_due(self._space, others):
+            return self._space.params(due)
         rng = random.Random(f"{self._seed} {settled} {running}")
+        seen = {key for t in others if is_taken(t) and (key := t.user_attrs.get("candidate"))}
         proposed = self.propose(study, trial, seen, settled + running, rng)
         if proposed is not None:
             return self._space.params(proposed)

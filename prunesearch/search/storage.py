@@ -1,16 +1,34 @@
-"""Optuna storage from a URL, or a journal file that a kill cannot spoil."""
+"""Optuna storage from a URL; by default a journal file that a kill cannot spoil."""
 
 import logging
+import os
+import random
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import optuna
 from filelock import FileLock
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from prunesearch.mistakes import StudyError
+from prunesearch.search.patience import patient
 
 logging.getLogger("filelock").setLevel(logging.WARNING)
+
+FORMS = (
+    "postgresql+psycopg://user@host/db, mysql+pymysql://…, grpc://host:port, journal:///path/journal.log or sqlite:///study.db"
+)
+CREATE_ATTEMPTS = 8  # of workers that make the tables of a new database at once, all but one fail
 
 
 class _MendingLock(JournalFileOpenLock):
@@ -39,23 +57,162 @@ class _MendingLock(JournalFileOpenLock):
         self._lock.release()
 
 
-def open_storage(url: str | None, run_folder: Path) -> BaseStorage:
-    """The storage at the URL; without one, `journal.log` in the run folder. Raises StudyError when it cannot be opened."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if url is None or url.startswith("journal://"):
-        journal = Path(url.removeprefix("journal://")) if url else run_folder / "journal.log"
+def open_storage(url: str | None, run_folder: Path, note: Callable[[str], None] = print) -> BaseStorage:
+    """The storage at the URL; without one, `journal.log` in the run folder.
+
+    A URL may hold ${VARIABLES}; a password may also come from where the driver looks for it (PGPASSWORD). A storage that
+    goes away later is waited for, and `note` is told. Raises StudyError, without the password, when it cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # of a storage that is away, `note` tells
+    if url is None:
+        return patient(_journal(run_folder / "journal.log"), note)
+    url = os.path.expandvars(url)
+    if url.startswith("journal://"):
+        return patient(_journal(Path(url.removeprefix("journal://"))), note)
+    if "://" not in url:
+        raise StudyError([f"storage.url: must be a URL, such as {FORMS}, got {url!r}"])
+    try:
+        return patient(_grpc(url) if url.startswith("grpc://") else _database(url), note)
+    except StudyError:
+        raise
+    except Exception as error:
+        raise StudyError([f"storage.url: {shown(url)} cannot be opened ({_reason(error, url)})"]) from None
+
+
+def _journal(journal: Path) -> BaseStorage:
+    try:
         journal.parent.mkdir(parents=True, exist_ok=True)
         journal.touch()
         lock = _MendingLock(journal)
         lock.acquire()
         lock.release()
-        return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))
+    except OSError as error:
+        raise StudyError([f"storage.url: {journal} cannot be written ({error.strerror})"]) from None
+    return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))
+
+
+def _grpc(url: str) -> BaseStorage:
+    if not (match := re.fullmatch(r"grpc://([^:/]+):(\d+)/?", url)):
+        raise StudyError([f"storage.url: must look like grpc://host:port, got {url!r}"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = GrpcStorageProxy(host=match[1], port=int(match[2]))
+    storage.wait_server_ready(timeout=10)
+    storage.get_all_studies()  # the server may be there, and its database not
+    return storage
+
+
+def _database(url: str) -> BaseStorage:
     try:
-        return optuna.storages.get_storage(url)
+        backend = make_url(url).get_backend_name()
+    except ArgumentError:
+        raise StudyError([f"storage.url: must be a URL, such as {FORMS}"]) from None
+    options: dict[str, Any] = {} if backend == "sqlite" else {"pool_pre_ping": True, "pool_recycle": 1800}
+    if backend == "postgresql":
+        options["connect_args"] = {"connect_timeout": 10}
+    for attempt in range(CREATE_ATTEMPTS):
+        try:
+            return _CachedStorage(RDBStorage(url, engine_kwargs=options))
+        except (ImportError, NoSuchModuleError) as error:
+            extra = {"postgresql": "pip install 'prunesearch[postgresql]'", "mysql": "pip install 'prunesearch[mysql]'"}
+            fix = extra.get(backend, f"install the driver that {backend} needs")
+            raise StudyError([f"storage.url: {shown(url)} needs a driver that is not installed: {fix}"]) from error
+        except RuntimeError as error:  # Optuna's word for tables of another version
+            if "compatible" not in str(error):
+                raise
+            raise StudyError(
+                [f"storage.url: the tables at {shown(url)} are of another Optuna's making: `prunesearch storage upgrade STUDY`"]
+            ) from None
+        except Exception:
+            if attempt + 1 == CREATE_ATTEMPTS or not _is_there(url, options):
+                raise
+            time.sleep(random.uniform(0.05, 0.4) * (attempt + 1))  # another worker is making the tables
+    raise AssertionError("unreachable")
+
+
+def _is_there(url: str, options: dict[str, Any]) -> bool:
+    from sqlalchemy import create_engine
+
+    engine = create_engine(url, **options)
+    try:
+        engine.connect().close()
+    except Exception:
+        return False
+    finally:
+        engine.dispose()
+    return True
+
+
+def upgrade_storage(url: str) -> str:
+    """Bring the tables of a database to what the installed Optuna needs; returns the schema's version. Raises StudyError."""
+    url = os.path.expandvars(url)
+    try:
+        storage = RDBStorage(url, skip_compatibility_check=True, skip_table_creation=True)
+        storage.upgrade()
     except Exception as error:
-        if "://" not in url:
-            fix = "such as sqlite:///study.db, journal:///path/journal.log or postgresql+psycopg://…"
-            raise StudyError([f"storage.url: must be a URL, {fix}, got {url!r}"]) from None
-        shown = url.split("://")[0] + "://…"  # a URL may hold a password
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].replace(url, shown)
-        raise StudyError([f"storage.url: {shown} cannot be opened ({reason})"]) from error
+        raise StudyError([f"storage.url: {shown(url)} cannot be upgraded ({_reason(error, url)})"]) from None
+    return storage.get_current_version()
+
+
+def shown(url: str) -> str:
+    """The URL as it may be printed: without password and options."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return url.split("://")[0] + "://…"
+    return parsed.set(query={}).render_as_string(hide_password=True)
+
+
+def _reason(error: Exception, url: str) -> str:
+    """The first line of what a driver says, secrets left out."""
+    cause = error.__cause__ or error
+    first = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
+    first = first.replace(url, shown(url))
+    with suppress(ArgumentError):
+        parsed = make_url(url)
+        for secret in (parsed.password, *(v for v in parsed.query.values() if isinstance(v, str))):
+            first = first.replace(str(secret), "***") if secret else first
+    return f"{type(cause).__name__}: {first}".removesuffix(": ")
+
+
+@contextmanager
+def turn(storage: BaseStorage, study_name: str, run_folder: Path) -> Iterator[None]:
+    """One worker at a time, as far as the storage can see to that: so that workers do not propose the same at once.
+
+    A courtesy: that no candidate is trained twice rests on `claims`. A database's own lock goes when its holder does, and so
+    does a lock on a file; through gRPC there is none.
+    """
+    inner = getattr(storage, "inner", storage)
+    if isinstance(inner, JournalStorage):
+        backend = inner._backend
+        assert isinstance(backend, JournalFileBackend)
+        with FileLock(f"{backend._file_path}.turn"):
+            yield
+        return
+    engine = inner._backend.engine if isinstance(inner, _CachedStorage) and isinstance(inner._backend, RDBStorage) else None
+    dialect = engine.dialect.name if engine is not None else ""
+    if dialect == "sqlite":
+        with FileLock(run_folder / "claim.lock"):
+            yield
+        return
+    locks = {
+        "postgresql": ("SELECT pg_advisory_lock(hashtext(:n))", "SELECT pg_advisory_unlock(hashtext(:n))"),
+        "mysql": ("SELECT GET_LOCK(:n, 60)", "SELECT RELEASE_LOCK(:n)"),
+    }
+    if engine is None or dialect not in locks:
+        yield
+        return
+    take, leave = locks[dialect]
+    name = {"n": f"prunesearch {study_name}"[:64]}
+    connection = None
+    with suppress(Exception):  # away: whatever comes next waits for it
+        connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        connection.execute(text(take), name)
+    try:
+        yield
+    finally:
+        if connection is not None:
+            with suppress(Exception):
+                connection.execute(text(leave), name)
+            with suppress(Exception):
+                connection.close()

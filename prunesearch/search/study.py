@@ -1,29 +1,29 @@
-"""The Optuna study: created once, its definition pinned, lost trials ended, the baselines and the lost evaluated first."""
+"""The Optuna study: created once, and what makes its records comparable pinned: its definition, code, data and anchor."""
 
+import hashlib
 import json
-import os
-import socket
+import random
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
 
-from prunesearch.candidate import BASELINE_NAMES, Candidate
+import prunesearch
+from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.record import write_atomically
 from prunesearch.scan import Scan
 from prunesearch.search.layer_sets import LayerSetSampler
-from prunesearch.search.sampler import CandidateSampler, is_settled, is_taken, optuna_sampler
+from prunesearch.search.sampler import CandidateSampler, optuna_sampler
 from prunesearch.search.space import SearchSpace
 
-LEASE_SECONDS = 60.0  # a running trial whose lease is older than this is lost
+CREATE_ATTEMPTS = 5  # of several that create a study at once, some databases refuse all but one
 
 
 def sampler_of(
@@ -38,19 +38,19 @@ def sampler_of(
 
 
 def open_study(
-    config: StudyConfig, storage: BaseStorage, space: SearchSpace, sampler: CandidateSampler | None = None
+    config: StudyConfig,
+    storage: BaseStorage,
+    space: SearchSpace,
+    sampler: CandidateSampler | None = None,
+    create: bool = True,
 ) -> optuna.Study:
     """Create the study, or load it and check that it is the same one; without a sampler, it proposes at random.
 
-    Raises StudyError, naming what differs, when the stored study was made from another definition.
+    Raises StudyError, naming what differs, when the stored study was made from another definition; and where there is none
+    and none is to be made.
     """
-    study = optuna.create_study(
-        study_name=config.name,
-        storage=storage,
-        sampler=sampler or CandidateSampler(space, config.seed),
-        directions=["minimize", "minimize"],
-        load_if_exists=True,
-    )
+    sampler = sampler or CandidateSampler(space, config.seed)
+    study = _created(config.name, storage, sampler) if create else join_study(config, storage, sampler)
     beside = config.run_folder / "definition.json"  # records and anchor must not be handed to another study either
     stored = study.user_attrs.get("definition") or (beside.read_text(encoding="utf-8") if beside.exists() else None)
     if stored is None:
@@ -68,74 +68,54 @@ def open_study(
     return study
 
 
+def join_study(config: StudyConfig, storage: BaseStorage, sampler: CandidateSampler | None = None) -> optuna.Study:
+    """The study, where somebody has created it. Raises StudyError where nobody has."""
+    try:
+        return optuna.load_study(study_name=config.name, storage=storage, sampler=sampler)
+    except KeyError:
+        fix = f"`prunesearch launch {config.source}` creates it"
+        raise StudyError([f"the storage holds no study named {config.name}: {fix}"]) from None
+
+
+def _created(name: str, storage: BaseStorage, sampler: CandidateSampler) -> optuna.Study:
+    for attempt in range(CREATE_ATTEMPTS):
+        try:
+            return optuna.create_study(
+                study_name=name, storage=storage, sampler=sampler, directions=["minimize"] * 2, load_if_exists=True
+            )
+        except (KeyError, optuna.exceptions.OptunaError):
+            if attempt + 1 == CREATE_ATTEMPTS:
+                raise
+            time.sleep(random.uniform(0.05, 0.5))
+    raise AssertionError("unreachable")
+
+
+def pin(study: optuna.Study, what: str, value: Mapping[str, Any], adopt: bool = False) -> None:
+    """Hold to what the study's first worker had: `value`, under the name `what` (`code`, `data`, `anchor`).
+
+    `adopt`: from now on this one. Raises StudyError, naming what differs.
+    """
+    stored = study.user_attrs.get(what)
+    if stored is None or adopt:
+        study.set_user_attr(what, dict(value))
+        return
+    if changed := _differences(stored, json.loads(json.dumps(value))):
+        lines = [f"{what}.{path}: the study has {old!r}, this worker {new!r}" for path, old, new in changed]
+        raise StudyError([*lines, f"this worker's {what} would make other records: use the study's, or go on with --adopt"])
+
+
+def code_identity() -> dict[str, str]:
+    """What trains and scores: this package's version and sources, and the libraries that compute."""
+    digest = hashlib.sha256()
+    package = Path(prunesearch.__file__).parent
+    for file in sorted(p for room in ("speech", "model", "training") for p in (package / room).glob("*.py")):
+        digest.update(file.read_bytes())
+    libraries = {name: version(name) for name in ("torch", "transformers", "peft", "jiwer")}
+    return {"prunesearch": prunesearch.__version__, "source": digest.hexdigest()[:12], **libraries}
+
+
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}".strip("."))]
     return [] if old == new else [(path, old, new)]
-
-
-@dataclass(frozen=True)
-class Lease:
-    """Who evaluates a trial, since when that process runs, and when it was last heard of (seconds since 1970)."""
-
-    host: str
-    pid: int
-    started: float
-    renewed: float
-
-    @classmethod
-    def mine(cls) -> "Lease":
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), time.time())
-
-    @classmethod
-    def of(cls, trial: FrozenTrial) -> "Lease | None":
-        stored = trial.user_attrs.get("lease")
-        return cls(**stored) if stored else None
-
-    def write(self, study: optuna.Study, trial_id: int) -> None:
-        study._storage.set_trial_user_attr(trial_id, "lease", vars(self))
-
-    def is_held(self) -> bool:
-        """On this machine, whether that very process lives (it may have slept); elsewhere, whether the lease is fresh."""
-        if self.host != socket.gethostname():
-            return time.time() - self.renewed < LEASE_SECONDS
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1
-        except psutil.NoSuchProcess:
-            return False
-
-
-def end_lost(study: optuna.Study) -> list[str]:
-    """End the running trials whose worker is gone; returns their candidates' keys. To be called under the study's lock."""
-    lost = []
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        lease = Lease.of(trial)
-        if lease is None or not lease.is_held():
-            study._storage.set_trial_user_attr(trial._trial_id, "ended", "lost")
-            study.tell(trial.number, state=TrialState.FAIL)
-            lost.append(trial.user_attrs.get("candidate", ""))
-    return lost
-
-
-def enqueue_next_due(study: optuna.Study, space: SearchSpace) -> str | None:
-    """Enqueue what has to be evaluated before the sampler is asked, if anything: a lost candidate, else a named one.
-
-    One at a time, when a worker is free for it: so a study that is killed and resumed keeps its order, and nothing is
-    forgotten by whoever is killed in between. Returns the candidate's key. To be called under the study's lock.
-    """
-    trials = study.get_trials(deepcopy=False)
-    taken = {t.user_attrs.get("candidate") for t in trials if is_taken(t)}
-    ended = [t.user_attrs for t in trials if t.user_attrs.get("ended") == "lost"]
-    lost = [(a.get("name"), Candidate.from_key(a["candidate"])) for a in ended if "candidate" in a]
-    for name, candidate in [*lost, *space.named.items()]:
-        if candidate.key not in taken:
-            attrs = {"candidate": candidate.key} | ({"name": name} if name in BASELINE_NAMES else {})
-            study.enqueue_trial(space.params(candidate), user_attrs=attrs)
-            return candidate.key
-    return None
-
-
-def settled(study: optuna.Study) -> int:
-    """How many candidates have an outcome."""
-    return sum(map(is_settled, study.get_trials(deepcopy=False)))

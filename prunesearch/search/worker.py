@@ -1,27 +1,53 @@
 """The worker's loop: take a candidate, evaluate it, tell. Any number of workers may run it on one study."""
 
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import errno
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import optuna
-from filelock import FileLock
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.record import RunRecord, WordErrors
+from prunesearch.search.claims import Claim, claim, settled, sleep
+from prunesearch.search.leases import Held, Watch, end_lost, give_up, kept
 from prunesearch.search.rungs import Finished, chance_of_domination
-from prunesearch.search.sampler import SpaceExhausted
 from prunesearch.search.space import SearchSpace
-from prunesearch.search.study import LEASE_SECONDS, Lease, end_lost, enqueue_next_due, settled
+from prunesearch.stopping import Stop, Stopped, Taken
 
-OnRung = Callable[[int, WordErrors], bool]
-Evaluate = Callable[[Candidate, str | None, OnRung], RunRecord]
 ParamsOf = Callable[[Candidate], float]
+OnRecord = Callable[[RunRecord, int], None]
 
-POLL_SECONDS = 0.5
+FULL_DISK_SECONDS = 30.0
+
+
+class Evaluate(Protocol):
+    """Trains a candidate and scores it. Asks `referee` at rungs, and before it writes what others read."""
+
+    def __call__(self, candidate: Candidate, name: str | None, referee: "Referee") -> RunRecord: ...
+
+
+class Referee:
+    """Tells whoever evaluates a trial whether to go on with it."""
+
+    def __init__(self, study: optuna.Study, claimed: Claim, params: float, confidence: float):
+        self._study, self._claim, self._params, self._confidence = study, claimed, params, confidence
+        self.held: Held = claimed.held
+
+    def on_rung(self, step: int, errors: WordErrors) -> bool:
+        """Whether to end the trial here: it is all but sure to come out dominated. A baseline never is ended."""
+        self.held.make_sure()
+        self._claim.trial.set_user_attr(f"rung_{step}", {"wer": errors.wer, "params": self._params})
+        if self._claim.name in BASELINE_NAMES:
+            return False
+        return chance_of_domination(errors.wer, self._params, finished_at(self._study, step)) >= self._confidence
+
+    def make_sure(self) -> None:
+        """Raises Taken where another worker has the trial by now."""
+        self.held.make_sure()
 
 
 def work(
@@ -31,77 +57,55 @@ def work(
     params_of: ParamsOf,
     objective: str,
     trials: int,
-    lock: Path,
+    run_folder: Path,
     rung_confidence: float,
-    on_record: Callable[[int, RunRecord], None] = lambda number, record: None,
+    stop: Stop | None = None,
+    note: Callable[[str], None] = print,
+    on_record: OnRecord = lambda record, settled: None,
 ) -> None:
-    """Evaluate candidates until the study has `trials` settled ones, whoever evaluated them, or none is left.
+    """Evaluate candidates until the study has `trials` of them with an outcome, whoever evaluated them, or none is left.
 
-    `params_of` gives a candidate's value of the second objective before it is trained, for the rungs. `lock` is a file
-    shared by the workers: candidates are handed out one at a time, so that no two workers get the same.
+    `params_of` gives a candidate's value of the second objective before it is trained, for the rungs. Asked to stop, it hands
+    the candidate back and raises Stopped.
     """
-    while (trial := _claim(study, space, trials, lock)) is not None:
-        candidate = space.candidate(trial.params)
-        name = trial.user_attrs.get("name")
+    stop = stop or Stop()
+    watch = Watch()
 
-        def on_rung(step: int, errors: WordErrors, trial: optuna.Trial = trial, candidate: Candidate = candidate) -> bool:
-            params = params_of(candidate)
-            trial.set_user_attr(f"rung_{step}", {"wer": errors.wer, "params": params})
-            if trial.user_attrs.get("name") in BASELINE_NAMES:
-                return False
-            return chance_of_domination(errors.wer, params, finished_at(study, step)) >= rung_confidence
+    def look() -> None:
+        end_lost(study, watch)
+        if study.user_attrs.get("aborted"):
+            stop.request()
 
-        with _renewed_lease(study, trial):
-            record = evaluate(candidate, name, on_rung)
-        _tell(study, trial, record, objective)
-        on_record(trial.number, record)
+    while (claimed := claim(study, space, trials, watch, stop, run_folder)) is not None:
+        referee = Referee(study, claimed, params_of(claimed.candidate), rung_confidence)
 
+        def back(why: str, reason: str | None = None, claimed: Claim = claimed) -> None:
+            give_up(study, study._storage.get_trial(claimed.trial._trial_id), why, reason)
 
-def _claim(study: optuna.Study, space: SearchSpace, trials: int, lock: Path) -> optuna.Trial | None:
-    """The next trial, leased to this process; None when the budget is used up. Waits while others may still fail."""
-    exhausted = False
-    while True:
-        with FileLock(lock):
-            end_lost(study)
-            done = settled(study)
-            if done >= trials:
-                return None
-            running = len(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
-            due = enqueue_next_due(study, space) if done + running < trials else None
-            # where the space is used up there is nothing to ask for, but another worker's candidate may still be lost
-            if done + running < trials and (due or not exhausted or not running):
-                trial = study.ask()
-                Lease.mine().write(study, trial._trial_id)
-                try:
-                    params = {n: trial._suggest(n, d) for n, d in space.distributions.items()}
-                except SpaceExhausted:
-                    trial.set_user_attr("ended", "space exhausted")
-                    study.tell(trial, state=TrialState.FAIL)
-                    if not running:
-                        return None
-                    exhausted = True
-                else:
-                    trial.set_user_attr("candidate", space.candidate(params).key)
-                    return trial
-        time.sleep(POLL_SECONDS)
+        try:
+            with kept(claimed.held, look):
+                record = evaluate(claimed.candidate, claimed.name, referee)
+            _tell(study, claimed.trial, record, objective)
+        except (Taken, UpdateFinishedTrialError):
+            note(f"{claimed.candidate.key} was given to another worker in the meantime")
+        except (Stopped, KeyboardInterrupt):
+            back("handed back")
+            raise
+        except OSError as error:
+            back("handed back" if _is_full(error) else "crashed", str(error))
+            if not _is_full(error):
+                raise
+            note(f"the disk is full ({error.filename or error.strerror}); trying again in {FULL_DISK_SECONDS:.0f} s")
+            sleep(FULL_DISK_SECONDS, stop)
+        except Exception:
+            back("crashed", traceback.format_exc(limit=-1).strip().splitlines()[-1])
+            raise
+        else:
+            on_record(record, settled(study.get_trials(deepcopy=False)))
 
 
-@contextmanager
-def _renewed_lease(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
-    """Say every now and then that this trial's worker is alive."""
-    over = threading.Event()
-
-    def renew() -> None:
-        while not over.wait(LEASE_SECONDS / 4):
-            Lease.mine().write(study, trial._trial_id)
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def finished_at(study: optuna.Study, step: int) -> list[Finished]:
@@ -115,14 +119,18 @@ def finished_at(study: optuna.Study, step: int) -> list[Finished]:
 def _tell(study: optuna.Study, trial: optuna.Trial, record: RunRecord, objective: str) -> None:
     """A pruned trial has no values in a study of two objectives; a failed one must never be complete.
 
-    Rungs are told once more: a record that was there already has passed them without this trial.
+    Rungs are told once more: a record that was there already has passed them without this trial. Raises
+    UpdateFinishedTrialError where somebody else has ended the trial: of several outcomes, the first one counts.
     """
+    storage, number = study._storage, trial._trial_id
     for rung in record.rungs:
-        trial.set_user_attr(f"rung_{rung.step}", {"wer": rung.errors.wer, "params": record.parameters.of(objective)})
+        told = {"wer": rung.errors.wer, "params": record.parameters.of(objective)}
+        storage.set_trial_user_attr(number, f"rung_{rung.step}", told)
     if record.state == "complete":
         assert record.dev is not None
-        study.tell(trial, [record.dev.errors.wer, record.parameters.of(objective)])
+        values = [record.dev.errors.wer, float(record.parameters.of(objective))]
+        storage.set_trial_state_values(number, TrialState.COMPLETE, values)
         return
-    trial.set_user_attr("ended", record.state)
-    trial.set_user_attr("reason", record.reason)
-    study.tell(trial, state=TrialState.PRUNED if record.state == "pruned" else TrialState.FAIL)
+    storage.set_trial_user_attr(number, "ended", record.state)
+    storage.set_trial_user_attr(number, "reason", record.reason)
+    storage.set_trial_state_values(number, TrialState.PRUNED if record.state == "pruned" else TrialState.FAIL)

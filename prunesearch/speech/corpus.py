@@ -69,6 +69,13 @@ def _hours(utterances: Sequence[Utterance]) -> float:
     return round(sum(u.seconds for u in utterances) / 3600, 4)
 
 
+def fingerprint(utterances: Sequence[Utterance]) -> dict[str, Any]:
+    """What a split is, whoever reads it: as many utterances, hours, texts and lengths, wherever the recordings lie."""
+    rows = [(u.reference, u.target, round(u.seconds, 3), u.language, u.group) for u in utterances]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return {"utterances": len(utterances), "hours": _hours(utterances), "digest": digest}
+
+
 def load_corpus(config: StudyConfig, split: Split) -> list[Utterance]:
     """The split's utterances, in their sources' order; recordings are known by their headers alone.
 

@@ -28,6 +28,7 @@ from prunesearch.record import (
     write_record,
     write_utterances,
 )
+from prunesearch.stopping import Taken
 from prunesearch.training.curve import LearningCurve
 from prunesearch.training.decode import transcribe
 from prunesearch.training.device import peak_memory_bytes
@@ -41,17 +42,39 @@ def _keep_going(step: int, errors: WordErrors) -> bool:
     return False
 
 
-def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, on_rung: OnRung = _keep_going) -> RunRecord:
+def _nobody_else() -> None:
+    pass
+
+
+def evaluate(
+    workshop: Workshop,
+    candidate: Candidate,
+    name: str | None = None,
+    on_rung: OnRung = _keep_going,
+    make_sure: Callable[[], None] = _nobody_else,
+) -> RunRecord:
     """Train and score a candidate under the study's budget, and write its record, utterances, curve and weights.
 
     A candidate that has a record already is not trained again; one that was killed goes on from its checkpoint.
     A run whose loss is no longer finite is recorded as failed; one that `on_rung` stops, as pruned. Every process of a
-    team calls this; the leader decodes, decides and writes.
+    team calls this; the leader decodes, decides and writes. `make_sure` is called before the outcome is written, and raises
+    Taken where another worker has the candidate by now; of two outcomes, the first that is written stays.
     """
     config, records, team = workshop.config, workshop.config.run_folder / "records", workshop.team
     if finished := team.agree(read_record(records, candidate)):
         return finished
     folder = record_folder(records, candidate)
+
+    def still_ours() -> None:
+        taken: Taken | None = None
+        if team.leads:
+            try:
+                make_sure()
+            except Taken as error:
+                taken = error
+        if team.agree(taken is not None):
+            raise taken or Taken
+
     dtype, dev = workshop.dtype, workshop.corpora["dev"]
     begin = time.perf_counter()
 
@@ -77,6 +100,7 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
                 return None
             started = time.perf_counter()
             results = transcribe(slam, dev_states, dev, workshop.used("dev"), config, team.device, dtype, workshop.progress)
+            make_sure()
             write_utterances(records, candidate, "dev", results)
             decoded.append(SplitResult.of(results))
             decode_seconds += time.perf_counter() - started
@@ -92,7 +116,8 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
 
         def on_step(point: CurvePoint) -> None:
             curve.add(point)
-            workshop.progress(f"{name or candidate.key}, loss {point.loss:.2f}", point.step, budget.steps)
+            pace = f"{point.tokens_per_second:,.0f} tokens/s"
+            workshop.progress(f"{name or candidate.key}, loss {point.loss:.2f}, {pace}", point.step, budget.steps)
 
         rung_steps = {round(fraction * budget.steps) or 1 for fraction in config.training.rungs}
         progressed = Progressed(config.training.batch_size)
@@ -102,7 +127,7 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
             try:
                 progressed = finetune(
                     slam, train_states, workshop.targets, budget, config.training, team, dtype, folder / "checkpoint.pt",
-                    rungs=dict.fromkeys(rung_steps, at_rung), on_step=on_step,
+                    rungs=dict.fromkeys(rung_steps, at_rung), on_step=on_step, check=workshop.check,
                 )  # fmt: skip
                 decode_dev()
             except Pruned as stop:
@@ -111,6 +136,7 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
                 (reason, progressed), state = stop.args, "failed"
             except torch.OutOfMemoryError as stop:
                 state, reason = "failed", f"out of memory, with one utterance at a time too ({str(stop).splitlines()[0]})"
+        still_ours()
         if state != "failed" and team.leads:
             save_weights(folder / "weights.safetensors", slam)
 
@@ -141,6 +167,8 @@ def evaluate(workshop: Workshop, candidate: Candidate, name: str | None = None, 
     )
     record = team.agree(record)
     if team.leads:
+        if first := read_record(records, candidate):  # another worker's, who had the candidate in the meantime
+            return first
         write_record(records, record)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     return record

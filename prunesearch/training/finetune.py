@@ -13,6 +13,7 @@ from torch import Tensor
 from prunesearch.config import TrainingConfig
 from prunesearch.model.llm import lora_parameters, recompute_activations, recomputes_activations
 from prunesearch.model.slam import SlamAsr
+from prunesearch.stopping import Stopped
 from prunesearch.training.device import attention_for_training, autocast, peak_memory_bytes, seed_everything
 from prunesearch.training.features import Fetched, Prefetched, StateStore
 from prunesearch.training.team import Team
@@ -83,12 +84,14 @@ def finetune(
     checkpoint: Path | None = None,
     rungs: dict[int, Callable[[Progressed], None]] | None = None,
     on_step: Callable[[CurvePoint], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Progressed:
     """Train `slam` in place for the budget's steps, going on from `checkpoint` where there is one.
 
     `rungs` maps a step to what is done after it; it may raise Pruned. Every step draws its randomness from the seed
     and its own number alone, so that a resumed fine-tune ends in the weights of an uninterrupted one. A batch that does
-    not fit in memory is halved into micro-batches, whose gradients add up to the batch's; the steps stay the same.
+    not fit in memory is halved into micro-batches, whose gradients add up to the batch's; the steps stay the same. `check` is
+    called after every step; when it, or a rung, raises Stopped, a checkpoint is left.
     Raises Diverged when the loss is not finite, or ten times that of a guess: at the next point of the curve, naming the step.
     """
     weights = trainable(slam)
@@ -106,37 +109,45 @@ def finetune(
 
     beyond = EXPLODED * math.log(slam.llm.model.get_input_embeddings().num_embeddings)
     wrong: Tensor | None = None  # on the device: nobody waits for it at every step
-    train(True)
-    for step, fetched in Prefetched(states, budget.batches, progressed.step, team):
-        loss = _gradients(slam, fetched, targets, budget.seed * 1_000_003 + step, progressed, team, dtype, parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-        rate = schedule(step, budget.steps, config.warmup, config.final_learning_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        optimizer.step()
-        optimizer.zero_grad()
-        progressed.step = step + 1
-        progressed.seconds = time.perf_counter() - begin
-        progressed.tokens += sum(fetched.positions) // slam.projector.stack + sum(len(targets[i]) for i in fetched.share)
-        here = torch.where(loss < beyond, budget.steps, step)  # no comparison with NaN holds
-        wrong = here if wrong is None else torch.minimum(wrong, here)
-        if step % LOSS_EVERY == 0 or step + 1 == budget.steps:
-            value, first = team.total(loss.item()), team.least(int(wrong))
-            if first < budget.steps or not math.isfinite(value):
-                raise Diverged(f"the loss left all reason at step {first + 1} ({value:.6g} at step {step + 1})", progressed)
-            progressed.losses.append(round(value, 6))
-            if on_step:
-                pace = progressed.tokens / max(progressed.seconds, 1e-9)
-                on_step(CurvePoint(step + 1, value, rate * budget.learning_rate, pace, peak_memory_bytes(team.device)))
-        if rungs and step + 1 in rungs:
-            train(False)
-            rungs[step + 1](progressed)
-            train(True)
-        now = time.perf_counter()
-        if checkpoint and now - saved > config.checkpoint_seconds and step + 1 < budget.steps:
-            if team.leads:
-                _save(checkpoint, weights, optimizer, progressed)
-            saved = now
+    try:
+        if rungs and (step := progressed.step) in rungs and step not in (passed for passed, _ in progressed.rungs):
+            rungs[step](progressed)  # it was stopped in this one
+        train(True)
+        for step, fetched in Prefetched(states, budget.batches, progressed.step, team):
+            loss = _gradients(slam, fetched, targets, budget.seed * 1_000_003 + step, progressed, team, dtype, parameters)
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            rate = schedule(step, budget.steps, config.warmup, config.final_learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            optimizer.step()
+            optimizer.zero_grad()
+            progressed.step = step + 1
+            progressed.seconds = time.perf_counter() - begin
+            progressed.tokens += sum(fetched.positions) // slam.projector.stack + sum(len(targets[i]) for i in fetched.share)
+            here = torch.where(loss < beyond, budget.steps, step)  # no comparison with NaN holds
+            wrong = here if wrong is None else torch.minimum(wrong, here)
+            if step % LOSS_EVERY == 0 or step + 1 == budget.steps:
+                value, first = team.total(loss.item()), team.least(int(wrong))
+                if first < budget.steps or not math.isfinite(value):
+                    raise Diverged(f"the loss left all reason at step {first + 1} ({value:.6g} at step {step + 1})", progressed)
+                progressed.losses.append(round(value, 6))
+                if on_step:
+                    pace = progressed.tokens / max(progressed.seconds, 1e-9)
+                    on_step(CurvePoint(step + 1, value, rate * budget.learning_rate, pace, peak_memory_bytes(team.device)))
+            if rungs and step + 1 in rungs:
+                train(False)
+                rungs[step + 1](progressed)
+                train(True)
+            now = time.perf_counter()
+            if checkpoint and now - saved > config.checkpoint_seconds:
+                if team.leads:
+                    _save(checkpoint, weights, optimizer, progressed)
+                saved = now
+            check()
+    except Stopped:
+        if checkpoint and team.leads:
+            _save(checkpoint, weights, optimizer, progressed)
+        raise
     train(False)
     return progressed
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,10 @@ def _silent(what: str, done: int, of: int) -> None:
     pass
 
 
+def _go_on() -> None:
+    pass
+
+
 @dataclass
 class Workshop:
     """One per worker. Models are loaded when it is opened; states and anchor when they are first asked for."""
@@ -48,10 +52,14 @@ class Workshop:
     extractor: Any
     llm: Llm
     progress: Progress = _silent
+    check: Callable[[], None] = _go_on  # called at every step; raises to have the work left where it is
 
     @classmethod
-    def open(cls, config: StudyConfig, progress: Progress = _silent) -> "Workshop":
-        """Load the study's models. Raises StudyError when one of them cannot be had."""
+    def open(cls, config: StudyConfig, progress: Progress = _silent, check: Callable[[], None] = _go_on) -> "Workshop":
+        """Load the study's models. Raises StudyError when one of them cannot be had.
+
+        `check` may raise Stopped or Taken, at any step of a training or batch of a decoding.
+        """
         architectures(config)  # of the wrong kind, or out of reach: told before anything is loaded
         team = Team.assemble()
         device, dtype = team.device, pick_dtype(config.training.precision, team.device)
@@ -75,7 +83,15 @@ class Workshop:
             llm.model.to(device)
         if config.training.gradient_checkpointing:
             recompute_activations(llm.model)
-        workshop = cls(config, team, dtype, encoder, extractor, llm, progress if team.leads else _silent)
+        if team.size > 1:  # its members leave together, when all of them are told to
+            check = _go_on
+
+        def checked(what: str, done: int, of: int) -> None:
+            check()
+            if team.leads:
+                progress(what, done, of)
+
+        workshop = cls(config, team, dtype, encoder, extractor, llm, checked, check)
         if outside := [i for i in config.removable(workshop.depth) if i >= workshop.depth]:
             raise StudyError([f"search.removable_layers: must lie in [0, {workshop.depth}), got {outside[0]}"])
         return workshop
@@ -193,11 +209,14 @@ class Workshop:
             steps = self.anchor_budget.steps
             done = finetune(
                 slam, train, self.targets, self.anchor_budget, self.config.training, self.team, self.dtype,
-                folder / "checkpoint.pt", on_step=lambda p: self.progress(f"anchor, loss {p.loss:.2f}", p.step, steps),
+                folder / "checkpoint.pt", check=self.check,
+                on_step=lambda p: self.progress(f"anchor, loss {p.loss:.2f}", p.step, steps),
             )  # fmt: skip
             if self.team.leads:
                 dev = self.encoded(encoder, "dev", self.used("dev"))
-                results = transcribe(slam, dev, self.corpora["dev"], self.used("dev"), self.config, self.device, self.dtype)
+                results = transcribe(
+                    slam, dev, self.corpora["dev"], self.used("dev"), self.config, self.device, self.dtype, self.progress
+                )
                 self._write_anchor_log(folder, done, SplitResult.of(results))
                 partial = folder / "projector.partial"
                 save_file({name: p.detach().cpu().contiguous() for name, p in slam.projector.state_dict().items()}, partial)

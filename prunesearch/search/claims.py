@@ -1,0 +1,121 @@
+"""Which candidate is whose: any number of workers, on any storage, and none is trained twice.
+
+A trial is created, then its candidate is declared, then everybody's trials are read. Trials have numbers: whoever finds the
+same candidate under a lower number, or the budget used up by lower numbers, withdraws. Of a lower one that has not
+declared yet, the declaration is awaited (Lamport's bakery). So it needs no lock, and survives what locks do not: a
+database that restarts, a proxy. `turn` only spares workers from proposing the same.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from prunesearch.candidate import BASELINE_NAMES, Candidate
+from prunesearch.search.leases import Held, Watch, end_lost, give_up
+from prunesearch.search.sampler import SpaceExhausted, is_settled, next_due
+from prunesearch.search.space import SearchSpace
+from prunesearch.search.storage import turn
+from prunesearch.stopping import Stop
+
+FIRST_POLL, LONGEST_POLL = 0.2, 2.0  # seconds
+DECLARATION_POLL = 0.05
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that is this worker's to evaluate."""
+
+    trial: optuna.Trial
+    candidate: Candidate
+    name: str | None  # a baseline's
+    held: Held
+
+
+def settled(trials: Sequence[FrozenTrial]) -> int:
+    """How many candidates have an outcome, and are not being tried again."""
+    again = {t.user_attrs.get("candidate") for t in trials if "retry" in t.user_attrs and not t.state.is_finished()}
+    return len({t.user_attrs.get("candidate") for t in trials if is_settled(t)} - again)
+
+
+def claim(study: optuna.Study, space: SearchSpace, trials: int, watch: Watch, stop: Stop, run_folder: Path) -> Claim | None:
+    """The next trial; None when `trials` candidates have an outcome, or the space is used up. Waits while others may still
+    lose theirs. Raises Stopped."""
+    exhausted, poll = False, FIRST_POLL
+    while True:
+        stop.check()
+        if study.user_attrs.get("aborted"):
+            return None
+        end_lost(study, watch)
+        found = study.get_trials(deepcopy=False)
+        if settled(found) >= trials:
+            return None
+        if _has_room(found, trials) and (not exhausted or next_due(space, found)):
+            with turn(study._storage, study.study_name, run_folder):
+                if not _has_room(study.get_trials(deepcopy=False), trials):
+                    continue
+                try:
+                    claimed = _ask(study, space, trials, watch)
+                except SpaceExhausted:
+                    exhausted = True
+                else:
+                    if claimed is not None:
+                        return claimed
+                    poll = FIRST_POLL
+        elif exhausted and not any(t.state == TrialState.RUNNING for t in found):
+            return None
+        sleep(poll, stop)
+        poll = min(1.5 * poll, LONGEST_POLL)
+
+
+def _has_room(trials: Sequence[FrozenTrial], budget: int) -> bool:
+    return settled(trials) + sum(t.state == TrialState.RUNNING for t in trials) < budget
+
+
+def sleep(seconds: float, stop: Stop) -> None:
+    """Raises Stopped as soon as that is asked for."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        stop.check()
+        time.sleep(min(left, 0.2))
+
+
+def _ask(study: optuna.Study, space: SearchSpace, budget: int, watch: Watch) -> Claim | None:
+    """A trial with its candidate declared; None where it had to be withdrawn. Raises SpaceExhausted."""
+    trial = study.ask()
+    held = Held(study._storage, trial._trial_id)
+    held.renew()
+    try:
+        candidate = space.candidate({n: trial._suggest(n, d) for n, d in space.distributions.items()})
+    except SpaceExhausted:
+        give_up(study, study._storage.get_trial(trial._trial_id), "space exhausted")
+        raise
+    name = next((n for n in BASELINE_NAMES if space.named.get(n) == candidate), None)
+    if name:
+        trial.set_user_attr("name", name)
+    trial.set_user_attr("candidate", candidate.key)  # the declaration
+    if _is_mine(study, trial.number, candidate.key, budget, watch):
+        return Claim(trial, candidate, name, held)
+    give_up(study, study._storage.get_trial(trial._trial_id), "duplicate")
+    return None
+
+
+def _is_mine(study: optuna.Study, number: int, key: str, budget: int, watch: Watch) -> bool:
+    while True:
+        trials = study.get_trials(deepcopy=False)
+        mine = next(t for t in trials if t.number == number)
+        before = [t for t in trials if t.state == TrialState.RUNNING and t.number < number]
+        outcome = any(is_settled(t) and t.user_attrs.get("candidate") == key for t in trials)
+        if outcome and not mine.user_attrs.get("retry"):
+            return False
+        if any(t.user_attrs.get("candidate") == key for t in before):
+            return False
+        if settled(trials) + len(before) >= budget:
+            return False
+        if all("candidate" in t.user_attrs for t in before):
+            return True
+        end_lost(study, watch)
+        time.sleep(DECLARATION_POLL)

@@ -1,0 +1,498 @@
+"""Workers that come, go, stall and die, on every kind of storage: nothing twice, nothing lost, nothing left hanging."""
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+
+from prunesearch import control
+from prunesearch.candidate import Candidate
+from prunesearch.config import StudyConfig, load_study
+from prunesearch.launch import launch
+from prunesearch.mistakes import StudyError
+from prunesearch.record import RunRecord, read_records
+from prunesearch.search import claims, leases, patience, worker
+from prunesearch.search.leases import LEASE_SECONDS, MOST_TIMES, Lease, Watch, end_lost
+from prunesearch.search.patience import is_away, patient
+from prunesearch.search.sampler import CandidateSampler
+from prunesearch.search.storage import open_storage, shown
+from prunesearch.search.study import open_study, pin
+from prunesearch.search.worker import Referee, work
+from prunesearch.stopping import Stop, Stopped
+from tests.conftest import write_study
+from tests.servers import GrpcProxy, Postgres, until
+from tests.test_launch import ROOT, cli, outcomes
+from tests.test_search import landscape, params_of, space
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    server = Postgres()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def config(toy: Path, tmp_path: Path) -> StudyConfig:
+    return load_study(write_study(tmp_path / f"study-{random.getrandbits(40):x}", toy))
+
+
+def opened(config: StudyConfig, url: str | None, notes: list[str] | None = None) -> optuna.Study:
+    storage = open_storage(url, config.run_folder, (notes if notes is not None else []).append)
+    return open_study(config, storage, space(), CandidateSampler(space(), 0))
+
+
+def settled(study: optuna.Study) -> int:
+    return claims.settled(study.get_trials(deepcopy=False))
+
+
+def complete(study: optuna.Study) -> list[str]:
+    return [t.user_attrs["candidate"] for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])]
+
+
+def labour(source: Path, url: str | None, trials: int, seconds: float, locked: bool = True) -> None:
+    """A worker process: every candidate takes a while, and is written down."""
+    config = load_study(source)
+    if not locked:
+        claims.turn = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        with (source.parent / "evaluated.txt").open("a") as log:
+            log.write(candidate.key + "\n")
+        time.sleep(seconds * random.random())
+        return landscape(candidate)
+
+    storage = open_storage(url, config.run_folder, lambda text: None)
+    study = open_study(config, storage, space(), CandidateSampler(space(), 0))
+    work(study, space(), evaluate, params_of, "speech_params", trials, config.run_folder, 0.95)
+
+
+def started(config: StudyConfig, url: str | None, count: int, *arguments: object) -> list[multiprocessing.process.BaseProcess]:
+    processes = [FORK.Process(target=labour, args=(config.source, url, *arguments)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    return list(processes)
+
+
+@pytest.fixture(params=["journal", "postgres", "grpc"])
+def url(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    if request.param == "journal":
+        yield None
+        return
+    postgres = request.getfixturevalue("postgres")
+    if request.param == "postgres":
+        yield postgres.url
+        return
+    proxy = GrpcProxy(postgres.url)
+    yield proxy.url
+    proxy.stop()
+
+
+def test_killed_workers_candidates_go_to_the_others_and_nothing_is_evaluated_twice(
+    config: StudyConfig, url: str | None
+) -> None:
+    workers = started(config, url, 4, 20, 0.1)
+    study = opened(config, url)
+    until(lambda: settled(study) >= 5, "five candidates")
+    for process in workers[:2]:
+        os.kill(process.pid or 0, signal.SIGKILL)
+    for process in workers[2:]:
+        process.join(60)
+    assert [p.exitcode for p in workers[2:]] == [0, 0]
+    assert len(set(complete(study))) == len(complete(study)) == 20
+    assert not study.get_trials(states=[TrialState.RUNNING, TrialState.WAITING])
+    begun = Counter((config.folder / "evaluated.txt").read_text().split())
+    assert sum(begun.values()) <= 22, "only what the killed workers were at is evaluated again"
+
+
+def test_workers_without_any_lock_still_take_each_candidate_once(config: StudyConfig, postgres: Postgres) -> None:
+    opened(config, postgres.url)
+    workers = started(config, postgres.url, 6, 17, 0.02, False)
+    for process in workers:
+        process.join(90)
+    assert [p.exitcode for p in workers] == [0] * 6
+    study = opened(config, postgres.url)
+    assert len(complete(study)) == len(set(complete(study))) == 17, "not one more than the budget"
+    begun = Counter((config.folder / "evaluated.txt").read_text().split())
+    assert set(begun.values()) == {1}
+
+
+def test_several_create_a_study_at_once(config: StudyConfig, postgres: Postgres) -> None:
+    import psycopg
+
+    with psycopg.connect(postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("DROP DATABASE IF EXISTS fresh")
+        connection.execute("CREATE DATABASE fresh")
+    workers = started(config, postgres.url.replace("/postgres", "/fresh"), 6, 6, 0.01)
+    for process in workers:
+        process.join(60)
+    assert [p.exitcode for p in workers] == [0] * 6
+
+
+def test_a_database_that_restarts_is_waited_for(config: StudyConfig) -> None:
+    server = Postgres()
+    try:
+        study = opened(config, server.url)
+        workers = started(config, server.url, 3, 24, 0.2)
+        for count in (4, 9):
+            until(lambda count=count: settled(study) >= count, "progress")  # type: ignore[misc]
+            server.stop()
+            time.sleep(1)
+            server.start()
+        for process in workers:
+            process.join(90)
+        assert [p.exitcode for p in workers] == [0] * 3
+        assert len(set(complete(study))) == len(complete(study)) == 24
+        begun = Counter((config.folder / "evaluated.txt").read_text().split())
+        assert set(begun.values()) == {1}
+    finally:
+        server.remove()
+
+
+def test_a_proxy_that_restarts_is_waited_for(config: StudyConfig, postgres: Postgres) -> None:
+    proxy = GrpcProxy(postgres.url)
+    notes: list[str] = []
+    study = opened(config, proxy.url, notes)
+    workers = started(config, proxy.url, 2, 12, 0.2)
+    until(lambda: settled(study) >= 4, "progress")
+    proxy.stop()
+    back = threading.Timer(1.0, proxy.start)
+    back.start()
+    assert settled(study) >= 4
+    back.join()
+    for process in workers:
+        process.join(90)
+    proxy.stop()
+    assert [p.exitcode for p in workers] == [0, 0]
+    assert [note.split(" (")[0].split(" after")[0] for note in notes] == ["the storage is away", "the storage is back"]
+
+
+def frozen(study: optuna.Study, lease: Lease | None) -> optuna.trial.FrozenTrial:
+    trial = study.ask()
+    if lease:
+        trial.set_user_attr("lease", vars(lease))
+    return study.get_trials(deepcopy=False)[trial.number]
+
+
+def test_a_mark_that_stays_the_same_for_a_minute_of_ones_own_clock_is_a_lost_workers() -> None:
+    study = optuna.create_study(directions=["minimize"] * 2)
+    elsewhere = Lease("there", "another machine", 1, 0.0, renewed=time.time() + 9999)  # its clock is hours off
+    trial = frozen(study, elsewhere)
+    now = [0.0]
+    watch = Watch(lambda: now[0])
+
+    def look(after: float) -> list[int]:
+        now[0] += after
+        return [t.number for t in watch.lost([trial])]
+
+    assert look(0) == []
+    assert look(LEASE_SECONDS / 3) == look(LEASE_SECONDS / 3) == []
+    trial.user_attrs["lease"] = vars(replace(elsewhere, beat=1))
+    assert look(LEASE_SECONDS / 3) == look(LEASE_SECONDS / 3) == look(LEASE_SECONDS / 3) == []
+    assert look(LEASE_SECONDS / 3) == [0]
+
+
+def test_who_could_not_look_for_a_while_begins_anew() -> None:
+    study = optuna.create_study(directions=["minimize"] * 2)
+    trial = frozen(study, Lease("there", "another machine", 1, 0.0))
+    now = [0.0]
+    watch = Watch(lambda: now[0])
+    watch.lost([trial])
+    now[0] = 10 * LEASE_SECONDS  # asleep, or the storage was away and nobody could leave a mark
+    assert watch.lost([trial]) == []
+
+
+def test_a_process_of_this_machine_that_has_ended_is_lost_at_once_one_elsewhere_is_not() -> None:
+    mine = Lease.mine()
+    assert not mine.has_ended()
+    assert replace(mine, pid=2**22 + 1).has_ended()
+    assert replace(mine, started=mine.started - 60).has_ended(), "the same number, another process"
+    assert not replace(mine, place="another container", pid=2**22 + 1).has_ended()
+
+
+def test_a_slow_worker_that_comes_back_overwrites_nothing(config: StudyConfig) -> None:
+    notes: list[str] = []
+    study = opened(config, None)
+    times = Counter[str]()
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        times[candidate.key] += 1
+        if candidate.key == "full" and times["full"] == 1:  # asleep for long: somebody takes it for lost
+            (trial,) = study.get_trials(states=[TrialState.RUNNING])
+            assert leases.give_up(study, trial, "lost")
+            assert not leases.give_up(study, trial, "lost"), "of two that notice, one ends it"
+            referee.make_sure()
+            raise AssertionError("the trial is not this worker's any more")
+        return landscape(candidate)
+
+    work(study, space(), evaluate, params_of, "speech_params", 4, config.run_folder, 0.95, note=notes.append)
+    assert notes == ["full was given to another worker in the meantime"]
+    assert times["full"] == 2
+    assert complete(study).count("full") == 1
+    assert settled(study) == 4
+
+
+def test_an_outcome_that_comes_too_late_is_not_told(config: StudyConfig) -> None:
+    study = opened(config, None)
+    late: list[str] = []
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        if not late:
+            late.append(candidate.key)
+            (trial,) = study.get_trials(states=[TrialState.RUNNING])
+            leases.give_up(study, trial, "lost")
+        return landscape(candidate)
+
+    work(study, space(), evaluate, params_of, "speech_params", 4, config.run_folder, 0.95, note=lambda text: None)
+    assert len(complete(study)) == 4
+    assert Counter(t.user_attrs.get("ended") for t in study.get_trials())["lost"] == 1
+
+
+def test_a_candidate_that_workers_crash_over_has_failed_after_a_few_times(config: StudyConfig) -> None:
+    study = opened(config, None)
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        if candidate.key == "full":
+            raise ZeroDivisionError("in the middle of it")
+        return landscape(candidate)
+
+    def go() -> None:
+        work(study, space(), evaluate, params_of, "speech_params", 6, config.run_folder, 0.95)
+
+    for _ in range(MOST_TIMES["crashed"]):
+        with pytest.raises(ZeroDivisionError):
+            go()
+    go()
+    assert settled(study) == 6
+    assert "full" not in complete(study)
+    failed = [t for t in study.get_trials() if t.user_attrs.get("ended") == "failed"]
+    assert [t.user_attrs["reason"] for t in failed] == ["crashed 3 times: ZeroDivisionError: in the middle of it"]
+
+
+def test_a_full_disk_is_waited_for(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "FULL_DISK_SECONDS", 0.1)
+    study, notes = opened(config, None), []
+    full = [True, True]
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        if full:
+            full.pop()
+            raise OSError(errno.ENOSPC, "No space left on device", "record.json")
+        return landscape(candidate)
+
+    work(study, space(), evaluate, params_of, "speech_params", 4, config.run_folder, 0.95, note=notes.append)
+    assert settled(study) == 4
+    assert len(notes) == 2
+    assert "disk is full (record.json)" in notes[0]
+
+
+def test_calls_are_made_again_while_the_storage_is_away_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_WAIT", 0.001)
+    notes: list[str] = []
+
+    class Shaky(InMemoryStorage):
+        broken = 0
+        lost_answers = 0
+
+        def create_new_trial(self, *args: object, **kwargs: object) -> int:
+            if self.broken:
+                self.broken -= 1
+                raise OSError(errno.ENOSPC, "full")
+            return super().create_new_trial(*args, **kwargs)  # type: ignore[arg-type]
+
+        def set_trial_state_values(self, *args: object, **kwargs: object) -> bool:
+            done = super().set_trial_state_values(*args, **kwargs)  # type: ignore[arg-type]
+            if self.lost_answers:
+                self.lost_answers -= 1
+                raise OSError(errno.EIO, "the answer is lost")
+            return done
+
+    shaky = Shaky()
+    study = optuna.create_study(storage=patient(shaky, notes.append))
+    shaky.broken = 3
+    trial = study.ask()
+    assert len(notes) == 2
+    shaky.lost_answers = 1
+    study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+    assert study.best_value == 1.0
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+    assert not is_away(ValueError())
+    assert not is_away(FileNotFoundError(errno.ENOENT, "gone"))
+
+
+def test_locks_that_killed_workers_left_hold_nobody_up(config: StudyConfig) -> None:
+    opened(config, None)
+    for name in ("journal.log.lock", "journal.log.turn", "claim.lock", "test.lock"):
+        (config.run_folder / name).touch()
+    begin = time.monotonic()
+    labour(config.source, None, 4, 0.0)
+    assert time.monotonic() - begin < 20
+
+
+def test_a_stop_hands_the_candidate_back_and_aborting_stops_everybody(
+    config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.05)
+    study, stop = opened(config, None), Stop()
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        if candidate.key == "full+lora8":
+            assert control.abort(config.source) == 1
+            until(lambda: stop.requested, "word of it")
+            stop.check()
+        return landscape(candidate)
+
+    with pytest.raises(Stopped):
+        work(study, space(), evaluate, params_of, "speech_params", 9, config.run_folder, 0.95, stop=stop)
+    assert control.status(config.source)["aborted"]
+    assert settled(study) == 1
+    work(study, space(), evaluate, params_of, "speech_params", 9, config.run_folder, 0.95)
+    assert settled(study) == 1, "until it is launched again, nobody goes on"
+
+
+def test_what_failed_can_be_tried_again(config: StudyConfig) -> None:
+    study, good = opened(config, None), []
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        state = "complete" if good or candidate.key != "full" else "failed"
+        return landscape(candidate).model_copy(update={"state": state, "reason": "because"})
+
+    def go() -> None:
+        work(study, space(), evaluate, params_of, "speech_params", 5, config.run_folder, 0.95)
+
+    go()
+    assert control.retry(config.source) == ["full"]
+    assert control.retry(config.source) == [], "it waits already"
+    assert settled(study) == 4
+    good.append(True)
+    go()
+    assert settled(study) == 5
+    assert complete(study).count("full") == 1
+
+
+def test_other_code_and_other_data_are_refused_unless_they_are_adopted(config: StudyConfig) -> None:
+    study = opened(config, None)
+    pin(study, "data", {"dev": {"utterances": 4, "digest": "a"}})
+    pin(study, "data", {"dev": {"utterances": 4, "digest": "a"}})
+    with pytest.raises(StudyError) as caught:
+        pin(study, "data", {"dev": {"utterances": 5, "digest": "b"}})
+    assert caught.value.lines[:2] == [
+        "data.dev.digest: the study has 'a', this worker 'b'",
+        "data.dev.utterances: the study has 4, this worker 5",
+    ]
+    pin(study, "data", {"dev": {"utterances": 5, "digest": "b"}}, adopt=True)
+    pin(study, "data", {"dev": {"utterances": 5, "digest": "b"}})
+
+
+def test_a_worker_with_other_texts_may_not_join(toy: Path, tmp_path: Path) -> None:
+    manifest = (toy / "dev.jsonl").read_text().replace('"dev/', f'"{toy}/dev/')
+    (tmp_path / "dev.jsonl").write_text(manifest)
+    file = write_study(tmp_path / "s", toy, data={"dev": str(tmp_path / "dev.jsonl")})
+    launch(file, trials=1)
+    (tmp_path / "dev.jsonl").write_text(manifest.replace('"text": "low', '"text": "mid', 1))
+    told = cli("worker", file)
+    assert told.returncode == 2
+    assert [line.split(":")[0] for line in told.stderr.splitlines()][:1] == ["data.dev.digest"]
+    assert cli("worker", file, "--adopt").returncode == 0
+
+
+def test_nobody_joins_what_nobody_launched(toy: Path, tmp_path: Path) -> None:
+    done = cli("worker", write_study(tmp_path / "s", toy))
+    assert done.returncode == 2
+    assert "`prunesearch launch" in done.stderr
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_study_ends_as_if_nothing_had_been(toy: Path, tmp_path: Path) -> None:
+    settings = {"training": {"steps": 60}, "search": {"trials": 5}}
+    calm, stopped = (write_study(tmp_path / name / "s", toy, **settings) for name in ("calm", "stopped"))
+    launch(calm)
+    command = [sys.executable, "cli.py", "launch", str(stopped)]
+    records = stopped.parent / "run" / "records"
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until(lambda: list(records.glob("*/curve.jsonl")), "a training")
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert time.monotonic() - begin < 20
+    assert "stopping" in told
+    assert control.status(stopped)["running"] == []
+    assert control.status(stopped)["ended"] == {"handed back": 1}
+    assert list(records.glob("*/checkpoint.pt"))
+    launch(stopped)
+    assert outcomes(stopped) == outcomes(calm)
+
+
+def test_secrets_are_shown_to_nobody(toy: Path, tmp_path: Path, postgres: Postgres) -> None:
+    file = write_study(tmp_path / "s", toy)
+    env = {**os.environ, "STUDY_URL": postgres.url}
+    done = cli("launch", file, "--storage", "${STUDY_URL}", "--trials", "2", "--workers", "2", env=env)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout + done.stderr
+    for command in ("status", "report", "validate"):
+        arguments = ["--storage", "${STUDY_URL}"] if command == "status" else []
+        told += "".join(cli(command, file, *arguments, env=env).__dict__[out] for out in ("stdout", "stderr"))
+    wrong = postgres.url.replace(Postgres.PASSWORD, Postgres.PASSWORD + "x")
+    refused = cli("status", file, "--storage", wrong)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    told += refused.stderr
+    written = b"".join(p.read_bytes() for p in file.parent.rglob("*") if p.is_file())
+    assert Postgres.PASSWORD not in told
+    assert Postgres.PASSWORD.encode() not in written
+    assert len(read_records(file.parent / "run" / "records")) == 2
+
+
+def test_a_password_may_come_from_the_environment(tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StudyError, match="cannot be opened"):
+        open_storage(postgres.url_without_password, tmp_path)
+    monkeypatch.setenv("PGPASSWORD", Postgres.PASSWORD)
+    open_storage(postgres.url_without_password, tmp_path).get_all_studies()
+    assert shown("mysql+pymysql://me:secret@host/db?ssl_key=x") == "mysql+pymysql://me:***@host/db"
+
+
+@pytest.mark.parametrize(
+    ("url", "rule"),
+    [
+        ("study.db", "must be a URL"),
+        ("grpc://nowhere", "grpc://host:port"),
+        ("postgresql+psycopg://me:secret@127.0.0.1:1/db", "cannot be opened"),
+        ("grpc://127.0.0.1:1", "cannot be opened"),
+        ("oracle+nodriver://me:secret@host/db", "driver"),
+        ("journal:///proc/nowhere/journal.log", "cannot be written"),
+    ],
+)
+def test_a_storage_that_cannot_be_had_is_one_line(url: str, rule: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=rule) as caught:
+        open_storage(url, tmp_path)
+    assert len(caught.value.lines) == 1
+    assert "secret" not in str(caught.value)
+
+
+def test_end_lost_ends_what_has_no_mark_at_all_after_a_minute(config: StudyConfig) -> None:
+    study = opened(config, None)
+    study.ask()
+    now = [0.0]
+    watch = Watch(lambda: now[0])
+    for _ in range(3):
+        assert end_lost(study, watch) == []
+        now[0] += LEASE_SECONDS / 3
+    assert end_lost(study, watch) == [""]
+    assert not study.get_trials(states=[TrialState.RUNNING])
