@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,12 @@ app = typer.Typer(
 
 Study = Annotated[Path, typer.Argument(metavar="STUDY", help="A study file, or a folder with a study.toml in it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-StorageUrl = Annotated[str | None, typer.Option("--storage", metavar="URL", help="Optuna storage; default: a journal file.")]
+StorageUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--storage", metavar="URL", envvar="PRUNESEARCH_STORAGE", help="Optuna storage; default: the study's, a journal file."
+    ),
+]
 
 
 def _version(asked: bool) -> None:
@@ -128,6 +134,13 @@ def scan(
         typer.echo(f"scan: {load_study(study, data_must_exist=False).run_folder / 'scan' / 'scan.html'}")
 
 
+class Launcher(StrEnum):
+    """Where workers run."""
+
+    local = "local"
+    slurm = "slurm"
+
+
 Adopt = Annotated[bool, typer.Option("--adopt", help="Go on with other code, data or anchor than the study began with.")]
 
 
@@ -137,12 +150,23 @@ def launch(
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
     trials: Annotated[int | None, typer.Option(min=1, help="Candidates in the whole study, baselines included.")] = None,
     storage: StorageUrl = None,
+    launcher: Annotated[Launcher, typer.Option(help="Where the workers run.")] = Launcher.local,
+    slurm: Annotated[
+        list[str] | None, typer.Option("--slurm", metavar="KEY=VALUE", help="An option of sbatch; may be repeated.")
+    ] = None,
     adopt: Adopt = False,
 ) -> None:
     """Run a study, or go on with one. Kill it at any time: launched again, it loses nothing that was completed."""
     from prunesearch.control import left_out
     from prunesearch.launch import launch as run
 
+    if launcher is Launcher.slurm:
+        from prunesearch.slurm import submit
+
+        options = {key: value for key, _, value in (option.partition("=") for option in slurm or ())}
+        jobs = submit(study, workers, trials, storage, options, adopt)
+        typer.echo(f"submitted: {', '.join(jobs)}; `prunesearch status {study}` shows how it goes")
+        return
     with _Display() as display:
         config = run(study, workers, trials, storage, display, adopt)
     for split, count in left_out(config).items():
@@ -220,19 +244,35 @@ def storage_upgrade(study: Study, storage: StorageUrl = None) -> None:
 
 
 @app.command()
-def report(study: Study, as_json: Json = False) -> None:
+def report(study: Study, storage: StorageUrl = None, as_json: Json = False) -> None:
     """Compare what was found with the baselines: tables, plots (PNG, SVG, PDF), an HTML page, CSV and JSON."""
     from prunesearch.config import load_study
+    from prunesearch.launch import collect
     from prunesearch.report import write_report
     from prunesearch.report.tables import render, to_json
 
     config = load_study(study, data_must_exist=False)
+    collect(config, storage)
     comparison = write_report(config)
     if as_json:
         _print_json(to_json(comparison))
     else:
         _print(render(comparison))
         typer.echo(f"report: {config.run_folder / 'report' / 'report.html'}")
+
+
+@storage_commands.command("proxy")
+def storage_proxy(
+    study: Study,
+    storage: StorageUrl = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(help="The port to listen at.")] = 13000,
+) -> None:
+    """Serve the study's database to many workers through Optuna's gRPC proxy, until Ctrl-C. There is no encryption."""
+    from prunesearch.control import serve
+
+    typer.echo(f"workers may use --storage grpc://{host}:{port}", err=True)
+    serve(study, storage, host, port)
 
 
 class _Display:

@@ -316,6 +316,9 @@ class StorageConfig(_Section):
     """An Optuna storage URL; by default a journal file in the study's run folder."""
 
     url: str | None = None
+    artifacts: str | None = Field(
+        None, description="a folder or s3://bucket/prefix, for workers that do not share the run folder"
+    )
 
 
 class StudyConfig(_Section):
@@ -349,6 +352,14 @@ class StudyConfig(_Section):
     def run_folder(self) -> Path:
         """Everything that the study writes lies here: `run` beside study.toml, `run-<stem>` beside another file."""
         return self.folder / "run" if self._source.name == "study.toml" else self.folder / f"run-{self._source.stem}"
+
+    @property
+    def artifacts(self) -> str | None:
+        """Where big files go, ready to open; a relative folder starts where the study file lies."""
+        stored = self.storage.artifacts
+        if stored is None or "://" in stored:
+            return stored
+        return str(self.folder / os.path.expanduser(os.path.expandvars(stored)))
 
     def locate(self, value: str) -> str:
         """A path or hub name of the study file, ready to open: variables expanded, relative to the study file."""

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,15 @@ def upgrade(source: str | Path, storage: str | None = None) -> str:
     if url is None or url.startswith(("journal://", "grpc://")):
         return "this storage needs no upgrade" + ("; its database may" if url and url.startswith("grpc") else "")
     return f"{shown(url)}: schema {upgrade_storage(url)}"
+
+
+def serve(source: str | Path, storage: str | None, host: str, port: int) -> None:
+    """Run Optuna's gRPC proxy in front of the study's storage."""
+    config = load_study(source, data_must_exist=False)
+    opened = open_storage(storage or config.storage.url, config.run_folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.run_grpc_proxy_server(opened, host=host, port=port)
 
 
 def abort(source: str | Path, storage: str | None = None) -> int:

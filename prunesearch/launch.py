@@ -9,7 +9,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+import optuna
 from filelock import FileLock
+from optuna.storages import BaseStorage
 
 from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig, load_study
@@ -18,9 +20,11 @@ from prunesearch.record import RunRecord, read_records
 from prunesearch.scan import Scan, read_scan
 from prunesearch.search.claims import settled
 from prunesearch.search.leases import Held
+from prunesearch.search.sampler import is_settled
+from prunesearch.search.shelf import CHECKPOINT, Shelf, once
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage
-from prunesearch.search.study import code_identity, open_study, pin, sampler_of
+from prunesearch.search.study import code_identity, join_study, open_study, pin, sampler_of
 from prunesearch.search.worker import Referee, work
 from prunesearch.speech.corpus import SPLITS, fingerprint, load_corpus
 from prunesearch.stopping import Event, Stop, Stopped
@@ -89,15 +93,13 @@ def launch(
     stop = Stop()
     with stop.on_signals(watcher.note):
         if workers <= 1:
-            worker = _Worker.open(config, storage, watcher, stop, adopt)
-            if worker.workshop.team.leads:
-                worker.begin(trials or config.search.trials)
+            worker = _Worker.open(config, storage, watcher, stop, adopt, trials=trials or config.search.trials)
             worker.run()
             if worker.workshop.team.leads:
-                _test_those_that_count(config, worker.workshop, watcher, stop)
+                _test_those_that_count(config, worker.workshop, watcher, stop, storage)
         else:
             _run_workers(config, workers, trials or config.search.trials, storage, watcher, stop, adopt)
-            _test_those_that_count(config, None, watcher, stop)
+            _test_those_that_count(config, None, watcher, stop, storage)
     return config
 
 
@@ -110,10 +112,10 @@ def join(source: str | Path, storage: str | None = None, watcher: Watcher | None
     watcher = watcher or Nobody()
     stop = Stop()
     with stop.on_signals(watcher.note):
-        worker = _Worker.open(config, storage, watcher, stop, adopt, create=False)
+        worker = _Worker.open(config, storage, watcher, stop, adopt, creates=False)
         worker.run()
         if worker.workshop.team.leads:
-            _test_those_that_count(config, worker.workshop, watcher, stop)
+            _test_those_that_count(config, worker.workshop, watcher, stop, storage)
     return config
 
 
@@ -145,6 +147,23 @@ def scan(
     return found
 
 
+def create(config: StudyConfig, storage: BaseStorage, trials: int | None = None) -> optuna.Study:
+    """The study, with a budget that is its own, whoever works on it: `trials`, else the study file's where it has none yet.
+
+    One that was aborted goes on.
+    """
+    from prunesearch.plan import encoder_layers
+
+    for split in SPLITS:
+        load_corpus(config, split)  # a mistake in a manifest is told before anything is created
+    study = open_study(config, storage, SearchSpace.of(config, encoder_layers(config)))
+    if trials is not None or "trials" not in study.user_attrs:
+        study.set_user_attr("trials", trials or config.search.trials)
+    if study.user_attrs.get("aborted"):
+        study.set_user_attr("aborted", False)
+    return study
+
+
 def _open_workshop(config: StudyConfig, watcher: Watcher, check: Callable[[], None]) -> Any:
     from transformers.utils import logging
 
@@ -164,11 +183,20 @@ class _Worker:
         self.workshop: Any = None  # training.workshop.Workshop: torch is imported only when a worker starts
         self.storage: Any = None  # optuna's; None for those who follow
         self.study: Any = None
+        self.shelf: Shelf | None = None  # where workers share no folder
 
     @classmethod
     def open(
-        cls, config: StudyConfig, url: str | None, watcher: Watcher, stop: Stop, adopt: bool = False, create: bool = True
+        cls,
+        config: StudyConfig,
+        url: str | None,
+        watcher: Watcher,
+        stop: Stop,
+        adopt: bool = False,
+        creates: bool = True,
+        trials: int | None = None,
     ) -> "_Worker":
+        """`creates`: the study, where there is none, with a budget of so many `trials`."""
         worker = cls(config, watcher, stop)
         worker.adopt = adopt
         worker.workshop = workshop = _open_workshop(config, worker, worker.check)
@@ -176,7 +204,10 @@ class _Worker:
         worker.space = SearchSpace.of(config, workshop.depth)
         if workshop.team.leads:
             worker.storage = open_storage(url or config.storage.url, config.run_folder, watcher.note)
-            worker.study = open_study(config, worker.storage, worker.space, create=create)
+            worker.shelf = _shelf(config)
+            if creates:
+                create(config, worker.storage, trials)
+            worker.study = open_study(config, worker.storage, worker.space, create=False)
             pin(worker.study, "code", code_identity(), adopt)
             pin(worker.study, "data", {split: fingerprint(corpora[split]) for split in SPLITS}, adopt)
         return worker
@@ -201,22 +232,14 @@ class _Worker:
     def note(self, text: str) -> None:
         self.watcher.note(text)
 
-    def begin(self, trials: int) -> None:
-        """The budget is the study's, whoever works on it; what was aborted goes on."""
-        self.study.set_user_attr("trials", trials)
-        if self.study.user_attrs.get("aborted"):
-            self.study.set_user_attr("aborted", False)
-
     def run(self) -> None:
         """Evaluate candidates until the study's budget is used."""
         from prunesearch.plan import params_of_candidates
-        from prunesearch.report.scan import write_scan_report
         from prunesearch.training.evaluate import evaluate
-        from prunesearch.training.scan import scan
 
         config, workshop, team = self.config, self.workshop, self.workshop.team
         if config.training.init == "anchor":
-            weights = workshop.anchor()
+            weights = self._anchor()
             if team.leads:
                 pin(self.study, "anchor", {"sha256": _digest(weights)}, self.adopt)
 
@@ -227,30 +250,89 @@ class _Worker:
 
         def evaluated(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
             team.agree((candidate, name))
-            self.held = referee.held
+            self.held, checkpoint = referee.held, f"records/{candidate.key}/{CHECKPOINT}"
+            if self.shelf:
+                self.shelf.fetch_records([candidate.key])
+                self.shelf.fetch(checkpoint)
             try:
-                return evaluate(workshop, candidate, name, referee.on_rung, referee.make_sure)
+                record = evaluate(workshop, candidate, name, referee.on_rung, referee.make_sure)
+                if self.shelf:
+                    self.shelf.put_record(candidate.key)
+                return record
+            except Stopped:
+                if self.shelf:
+                    self.shelf.put(checkpoint)
+                raise
             finally:
                 self.held = None
+
+        def keep_checkpoint() -> None:
+            if self.shelf and self.held:
+                self.shelf.put(f"records/{self.held.key}/{CHECKPOINT}")
 
         count = params_of_candidates(config)
 
         def params_of(candidate: Candidate) -> float:
             return count(candidate).of(config.search.params_objective)
 
-        found = read_scan(config.run_folder / "scan" / "scan.json")  # one that was asked for may know more than the usual one
-        guided = config.search.scan and config.search.sampler not in ("random", "grid")
-        if guided and found is None and config.training.init == "anchor":
-            found = scan(workshop)
-            write_scan_report(config.run_folder / "scan", found)
-        self.study.sampler = sampler_of(config, self.space, params_of, found)
+        self.study.sampler = sampler_of(config, self.space, params_of, self._scan())
         trials = self.study.user_attrs.get("trials", config.search.trials)
         work(
             self.study, self.space, evaluated, params_of, config.search.params_objective, trials, config.run_folder,
-            config.training.rung_confidence, self.stop, self.watcher.note,
+            config.training.rung_confidence, self.stop, self.watcher.note, keep_checkpoint,
             on_record=lambda record, settled: self.watcher.finished(record, settled, trials),
         )  # fmt: skip
         team.agree(None)  # the others may go home
+
+    def _scan(self) -> Scan | None:
+        """What layers are worth, where the study wants to know: measured by one worker, for all."""
+        from prunesearch.report.scan import write_scan_report
+        from prunesearch.training.scan import scan
+
+        config, path = self.config, "scan/scan.json"
+        file = config.run_folder / path  # one that was asked for may know more than the usual one
+        guided = config.search.scan and config.search.sampler not in ("random", "grid")
+
+        def measure() -> None:
+            write_scan_report(file.parent, scan(self.workshop))
+            if self.shelf:
+                self.shelf.put(path)
+
+        if guided and config.training.init == "anchor":
+            if self.shelf is None:
+                if not file.exists():
+                    measure()  # a lock in the shared folder sees to it that one does
+            else:
+                shelf = self.shelf
+                once(self.storage, f"{config.name} (scan)", self.stop, lambda: shelf.fetch(path), measure)
+        return read_scan(file)
+
+    def _anchor(self) -> Path:
+        """The anchor's weights: trained by one worker, for all."""
+        if self.shelf is None:  # a lock in the shared folder sees to it
+            return Path(self.workshop.anchor())
+        shelf, path = self.shelf, "anchor/projector.safetensors"
+
+        def train() -> None:
+            self.workshop.anchor()
+            shelf.put("anchor/anchor.json")
+            shelf.put(path)
+
+        once(self.storage, f"{self.config.name} (anchor)", self.stop, lambda: shelf.fetch(path), train)
+        shelf.fetch("anchor/anchor.json")
+        return Path(self.workshop.anchor())
+
+
+def _shelf(config: StudyConfig) -> Shelf | None:
+    return Shelf.open(config.artifacts, config.name, config.run_folder) if config.artifacts else None
+
+
+def collect(config: StudyConfig, storage: str | None = None) -> None:
+    """Fetch the records that other workers have made, where workers share no run folder."""
+    if (shelf := _shelf(config)) is None:
+        return
+    study = join_study(config, open_storage(storage or config.storage.url, config.run_folder))
+    shelf.fetch_records(t.user_attrs["candidate"] for t in study.get_trials(deepcopy=False) if is_settled(t))
 
 
 def _digest(file: Path) -> str:
@@ -281,18 +363,10 @@ def _run_workers(
     config: StudyConfig, workers: int, trials: int, storage: str | None, watcher: Watcher, stop: Stop, adopt: bool
 ) -> None:
     """Create the study here, then let the processes work, and tell the watcher what they tell."""
-    from prunesearch.plan import encoder_layers
-
-    for split in SPLITS:
-        load_corpus(config, split)  # a mistake in a manifest is told once, before anything is created
     url = storage or config.storage.url
     if url and url.startswith("sqlite"):
         watcher.note("SQLite loses trials when several workers write: the default journal file does not, nor does PostgreSQL")
-    opened = open_storage(url, config.run_folder, watcher.note)
-    study = open_study(config, opened, SearchSpace.of(config, encoder_layers(config)))
-    study.set_user_attr("trials", trials)
-    if study.user_attrs.get("aborted"):
-        study.set_user_attr("aborted", False)
+    study = create(config, open_storage(url, config.run_folder, watcher.note), trials)
     context = multiprocessing.get_context("spawn")
     event = context.Event()
     shared = Stop(event)
@@ -340,11 +414,12 @@ def _ending(code: int | None) -> str:
     return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
-def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher, stop: Stop) -> None:
+def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher, stop: Stop, storage: str | None) -> None:
     """Decode the test split for the baselines and the front, where that was not done before; one worker does."""
     from prunesearch.report.front import pareto_front, pooled_by_system
     from prunesearch.training.evaluate import decode_test
 
+    collect(config, storage)
     with FileLock(config.run_folder / "test.lock"):
         records = read_records(config.run_folder / "records")
         complete = [r for r in records if r.state == "complete"]
@@ -355,6 +430,9 @@ def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher,
         if not due:
             return
         workshop = workshop or _open_workshop(config, watcher, stop.check)
+        shelf = _shelf(config)
         for done, record in enumerate(due):
             watcher.progress("decoding test", done, len(due))
             decode_test(workshop, record)
+            if shelf:
+                shelf.put_record(record.candidate.key)

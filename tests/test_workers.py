@@ -30,6 +30,7 @@ from prunesearch.search import claims, leases, patience, worker
 from prunesearch.search.leases import LEASE_SECONDS, MOST_TIMES, Lease, Watch, end_lost
 from prunesearch.search.patience import is_away, patient
 from prunesearch.search.sampler import CandidateSampler
+from prunesearch.search.shelf import Shelf, once
 from prunesearch.search.storage import open_storage, shown
 from prunesearch.search.study import open_study, pin
 from prunesearch.search.worker import Referee, work
@@ -496,3 +497,61 @@ def test_end_lost_ends_what_has_no_mark_at_all_after_a_minute(config: StudyConfi
         now[0] += LEASE_SECONDS / 3
     assert end_lost(study, watch) == [""]
     assert not study.get_trials(states=[TrialState.RUNNING])
+
+
+def test_workers_without_a_common_folder_share_anchor_checkpoints_and_records(toy: Path, tmp_path: Path) -> None:
+    storage = {"url": f"journal://{tmp_path}/journal.log", "artifacts": str(tmp_path / "shelf")}
+    settings = {"search": {"trials": 7}, "training": {"steps": 30}}
+    here, there = (write_study(tmp_path / name / "s", toy, storage=storage, **settings) for name in ("here", "there"))
+    alone = write_study(tmp_path / "alone" / "s", toy, **settings)
+    launch(here, trials=1)
+    optuna.load_study(study_name="s", storage=open_storage(storage["url"], tmp_path)).set_user_attr("trials", 7)
+    command = [sys.executable, "cli.py", "worker", str(there)]
+    elsewhere = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until(lambda: list((there.parent / "run" / "records").glob("*/checkpoint.pt")) or elsewhere.poll() is not None, "work")
+    launch(here)
+    _, told = elsewhere.communicate(timeout=120)
+    assert elsewhere.returncode == 0, told
+    launch(alone, trials=7)
+    assert set(outcomes(here)) == set(outcomes(there)) == set(outcomes(alone))
+    assert {k: {**v, "test": 0} for k, v in outcomes(here).items()} == {k: {**v, "test": 0} for k, v in outcomes(alone).items()}
+    anchors = [(f.parent / "run" / "anchor" / "projector.safetensors").stat().st_mtime_ns for f in (here, there)]
+    assert anchors[0] < anchors[1], "the second one was fetched"
+
+
+def test_half_a_file_on_the_shelf_is_none(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    mine, theirs = (Shelf.open(str(tmp_path / "shelf"), "s", tmp_path / name) for name in ("a", "b"))
+    (tmp_path / "a" / "x.bin").write_bytes(b"0123456789")
+    mine.put("x.bin")
+    (stored,) = (tmp_path / "shelf").iterdir()
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[:-1])
+    assert not theirs.fetch("x.bin")
+    stored.write_bytes(whole)
+    assert theirs.fetch("x.bin")
+    assert (tmp_path / "b" / "x.bin").read_bytes() == b"0123456789"
+
+
+def test_of_many_one_does_it_and_if_it_dies_another(tmp_path: Path) -> None:
+    url, log, done = f"journal://{tmp_path}/journal.log", tmp_path / "log", tmp_path / "done"
+
+    def act() -> None:
+        with log.open("a") as file:
+            file.write("x")
+        if len(log.read_text()) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)
+        done.touch()
+
+    def one() -> None:
+        once(open_storage(url, tmp_path), "s (anchor)", Stop(), done.exists, act)
+
+    processes = [FORK.Process(target=one) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert sorted(p.exitcode or 0 for p in processes) == [-signal.SIGKILL, 0, 0, 0]
+    assert log.read_text() == "xx"

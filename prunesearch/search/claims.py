@@ -97,6 +97,7 @@ def _ask(study: optuna.Study, space: SearchSpace, budget: int, watch: Watch) -> 
     if name:
         trial.set_user_attr("name", name)
     trial.set_user_attr("candidate", candidate.key)  # the declaration
+    held.key = candidate.key
     if _is_mine(study, trial.number, candidate.key, budget, watch):
         return Claim(trial, candidate, name, held)
     give_up(study, study._storage.get_trial(trial._trial_id), "duplicate")

@@ -139,6 +139,7 @@ class Held:
 
     def __init__(self, storage: BaseStorage, trial_id: int):
         self._storage, self._trial_id = storage, trial_id
+        self.key = ""  # its candidate's, once that is known
         self._mark = Lease.mine()
         self._doing: tuple[str, int, int] = "", 0, 0
         self._lock = threading.Lock()

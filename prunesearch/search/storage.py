@@ -96,7 +96,10 @@ def _grpc(url: str) -> BaseStorage:
         raise StudyError([f"storage.url: must look like grpc://host:port, got {url!r}"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = GrpcStorageProxy(host=match[1], port=int(match[2]))
+        try:
+            storage = GrpcStorageProxy(host=match[1], port=int(match[2]))
+        except ImportError:
+            raise StudyError(["storage.url: gRPC is not installed: pip install 'prunesearch[grpc]'"]) from None
     storage.wait_server_ready(timeout=10)
     storage.get_all_studies()  # the server may be there, and its database not
     return storage

@@ -61,18 +61,20 @@ def work(
     rung_confidence: float,
     stop: Stop | None = None,
     note: Callable[[str], None] = print,
+    on_beat: Callable[[], None] = lambda: None,
     on_record: OnRecord = lambda record, settled: None,
 ) -> None:
     """Evaluate candidates until the study has `trials` of them with an outcome, whoever evaluated them, or none is left.
 
     `params_of` gives a candidate's value of the second objective before it is trained, for the rungs. Asked to stop, it hands
-    the candidate back and raises Stopped.
+    the candidate back and raises Stopped. `on_beat` is called every few seconds while a candidate is evaluated.
     """
     stop = stop or Stop()
     watch = Watch()
 
     def look() -> None:
         end_lost(study, watch)
+        on_beat()
         if study.user_attrs.get("aborted"):
             stop.request()
 

@@ -1,0 +1,176 @@
+"""What many workers get out of a storage: trials a second, and how long an ask and a tell take.
+
+    python benchmarks/storage.py [--workers 64] [--trials 100 1000 10000] [--seconds 20] [--only journal,postgres,grpc]
+    python benchmarks/storage.py --workers 8 --sampler layer-sets      # how much of 8 trials a second do 8 workers complete?
+    python benchmarks/storage.py --study studies/quickstart            # the share of a study's time that is not work on trials
+
+Trials are simulated: they sleep for a second. Everything runs on this machine, the server as well. Needs PostgreSQL's server.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from itertools import combinations, pairwise
+from multiprocessing import get_context
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState, create_trial
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from prunesearch.candidate import Candidate  # noqa: E402
+from prunesearch.config import load_study  # noqa: E402
+from prunesearch.record import read_records  # noqa: E402
+from prunesearch.search.claims import claim  # noqa: E402
+from prunesearch.search.layer_sets import LayerSetSampler  # noqa: E402
+from prunesearch.search.leases import Watch  # noqa: E402
+from prunesearch.search.sampler import CandidateSampler  # noqa: E402
+from prunesearch.search.space import SearchSpace  # noqa: E402
+from prunesearch.search.storage import open_storage  # noqa: E402
+from prunesearch.stopping import Stop  # noqa: E402
+from tests.servers import GrpcProxy, Postgres  # noqa: E402
+
+LAYERS = 24
+SPACE = SearchSpace(tuple(range(LAYERS)), 8, (0, 4, 8), {})
+SCAN = {s: 0.1 * sum(1 + i % 5 for i in s) for k in (1, 2) for s in combinations(range(LAYERS), k)}
+
+
+def params_of(candidate: Candidate) -> float:
+    return 1000.0 - 20 * len(candidate.removed_layers) + candidate.lora_rank
+
+
+def wer_of(candidate: Candidate) -> float:
+    luck = random.Random(candidate.key).gauss(0, 0.05)
+    return min(1.0, 0.05 + 0.03 * sum(1 + i % 5 for i in candidate.removed_layers) * (1 + luck) / 3)
+
+
+def sampler(name: str, seed: int) -> CandidateSampler:
+    return CandidateSampler(SPACE, seed) if name == "random" else LayerSetSampler(SPACE, params_of, seed, scan=SCAN)
+
+
+def labour(url: str | None, folder: Path, number: int, kind: str, begin: float, seconds: float) -> None:
+    """Claim, sleep, tell, until the time is over; what it took goes to a file."""
+    study = optuna.load_study(study_name="s", storage=open_storage(url, folder), sampler=sampler(kind, number))
+    watch, stop = Watch(), Stop()
+    asks, tells = [], []
+    time.sleep(max(0.0, begin - time.time()))
+    while time.time() < begin + seconds:
+        start = time.perf_counter()
+        claimed = claim(study, SPACE, 10**6, watch, stop, folder)
+        asked = time.perf_counter()
+        if claimed is None:
+            break
+        time.sleep(1.0)
+        woken = time.perf_counter()
+        values = [wer_of(claimed.candidate), params_of(claimed.candidate)]
+        study._storage.set_trial_state_values(claimed.trial._trial_id, TrialState.COMPLETE, values)
+        tells.append(time.perf_counter() - woken)
+        asks.append(asked - start)
+    (folder / f"worker-{number}.json").write_text(json.dumps([asks, tells]))
+
+
+def filled(url: str | None, folder: Path, trials: int) -> None:
+    """A study with so many finished trials."""
+    study = optuna.create_study(
+        study_name="s", storage=open_storage(url, folder), directions=["minimize"] * 2, load_if_exists=True
+    )
+    there = study.get_trials(deepcopy=False)
+    seen = {t.user_attrs.get("candidate") for t in there}
+    rng = random.Random(trials)
+    kinds = SPACE.distributions
+    while len(seen) < trials:
+        candidate = SPACE.draw(rng)
+        if candidate.key not in seen:
+            seen.add(candidate.key)
+            study.add_trial(
+                create_trial(
+                    values=[wer_of(candidate), params_of(candidate)], params=SPACE.params(candidate), distributions=kinds,
+                    user_attrs={"candidate": candidate.key},
+                )
+            )  # fmt: skip
+
+
+def measured(url: str | None, folder: Path, workers: int, kind: str, seconds: float) -> tuple[float, list[float], list[float]]:
+    """Trials a second, and the seconds that asks and tells took."""
+    for file in folder.glob("worker-*.json"):
+        file.unlink()
+    context = get_context("fork")
+    begin = time.time() + 2 + workers * 0.15
+    arguments = [(url, folder, n, kind, begin, seconds) for n in range(workers)]
+    processes = [context.Process(target=labour, args=a) for a in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = [json.loads(f.read_text()) for f in folder.glob("worker-*.json")]
+    asks, tells = ([x for each in found for x in each[i]] for i in (0, 1))
+    return len(tells) / seconds, asks, tells
+
+
+def at(values: list[float], share: float) -> str:
+    ordered = sorted(values)
+    return f"{1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]:.0f}"
+
+
+def compare(workers: int, counts: list[int], seconds: float, only: list[str], kind: str) -> None:
+    table = Table(title=f"{workers} workers with trials of a second, sampler {kind}; ms: median, 99th percentile")
+    for column in ("storage", "trials in it", "trials a second", "of the ideal", "ask", "99 %", "tell", "99 %"):
+        table.add_column(column, justify="left" if column == "storage" else "right")
+    server = Postgres() if {"postgres", "grpc"} & set(only) else None
+    try:
+        for name in only:
+            folder = Path(tempfile.mkdtemp(prefix="storage."))
+            url = server.url if server and name != "journal" else None
+            for count in counts:
+                filled(url, folder, count)
+                proxy = GrpcProxy(url) if name == "grpc" and url else None
+                pace, asks, tells = measured(proxy.url if proxy else url, folder, workers, kind, seconds)
+                if proxy:
+                    proxy.stop()
+                times = (at(asks, 0.5), at(asks, 0.99), at(tells, 0.5), at(tells, 0.99))
+                table.add_row(name, f"{count:,}", f"{pace:.1f}", f"{100 * pace / workers:.0f} %", *times)
+    finally:
+        if server:
+            server.remove()
+    Console(width=120).print(table)
+
+
+def overhead(study: Path) -> None:
+    """From one worker's finished study: between two outcomes, how much is neither encoding, training nor decoding?"""
+    config = load_study(study, data_must_exist=False)
+    records = {r.candidate.key: r for r in read_records(config.run_folder / "records")}
+    stored = optuna.load_study(study_name=config.name, storage=open_storage(config.storage.url, config.run_folder))
+    done = sorted(stored.get_trials(deepcopy=False, states=[TrialState.COMPLETE]), key=lambda t: t.datetime_complete)
+    shares = []
+    for before, trial in pairwise(done):
+        wall = (trial.datetime_complete - before.datetime_complete).total_seconds()
+        cost = records[trial.user_attrs["candidate"]].cost
+        shares.append((wall, cost.train_seconds + cost.encode_seconds + cost.decode_seconds))
+    wall, work = sum(w for w, _ in shares), sum(w for _, w in shares)
+    rest = statistics.median(w - k for w, k in shares)
+    print(f"{len(shares)} candidates in {wall:.0f} s: {100 * (1 - work / wall):.2f} % is not encoding, training or decoding")
+    print(f"(median {1000 * rest:.0f} ms a candidate)")
+
+
+if __name__ == "__main__":
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=64)
+    parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000, 10000])
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--only", default="journal,postgres,grpc")
+    parser.add_argument("--sampler", choices=["random", "layer-sets"], default="random")
+    parser.add_argument("--study", type=Path)
+    a = parser.parse_args()
+    if a.study:
+        overhead(a.study)
+    else:
+        compare(a.workers, a.trials, a.seconds, a.only.split(","), a.sampler)
