@@ -513,8 +513,12 @@ def test_workers_without_a_common_folder_share_anchor_checkpoints_and_records(to
     _, told = elsewhere.communicate(timeout=120)
     assert elsewhere.returncode == 0, told
     launch(alone, trials=7)
-    assert set(outcomes(here)) == set(outcomes(there)) == set(outcomes(alone))
-    assert {k: {**v, "test": 0} for k, v in outcomes(here).items()} == {k: {**v, "test": 0} for k, v in outcomes(alone).items()}
+    found, theirs, expected = ({k: {**v, "test": 0} for k, v in outcomes(f).items()} for f in (here, there, alone))
+    assert len(found) == 7
+    assert found == theirs
+    both = found.keys() & expected.keys()  # together, they propose otherwise than one alone
+    assert len(both) >= 4
+    assert all(found[key] == expected[key] for key in both)
     anchors = [(f.parent / "run" / "anchor" / "projector.safetensors").stat().st_mtime_ns for f in (here, there)]
     assert anchors[0] < anchors[1], "the second one was fetched"
 
