@@ -36,7 +36,8 @@ class Postgres:
 
     PASSWORD = "geheim-7f3a"
 
-    def __init__(self) -> None:
+    def __init__(self, listen: str = "127.0.0.1") -> None:
+        self._listen = listen
         found = [Path(p).parent for p in [shutil.which("initdb")] if p]
         found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
         real = [p for p in found if (p / "postgres").exists() and (p / "initdb").exists()]
@@ -52,6 +53,9 @@ class Postgres:
             shutil.chown(self.folder, self._user)
             shutil.chown(secret, self._user)
         self._run("initdb", "-D", self.folder / "data", "-U", "study", "-A", "scram-sha-256", "--pwfile", secret, "-N")
+        if listen != "127.0.0.1":
+            with (self.folder / "data" / "pg_hba.conf").open("a") as file:
+                file.write("host all all 0.0.0.0/0 scram-sha-256\n")
         self.start()
 
     def _run(self, program: str, *arguments: object) -> None:
@@ -70,7 +74,7 @@ class Postgres:
         return f"postgresql+psycopg://study@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
-        options = ["-c", "fsync=off", "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={self.folder}"]
+        options = ["-c", "fsync=off", "-c", f"listen_addresses={self._listen}", "-c", f"unix_socket_directories={self.folder}"]
         options += ["-c", "max_connections=300"]
         log = (self.folder / "log").open("ab")
         self.process = subprocess.Popen(

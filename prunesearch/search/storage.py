@@ -112,7 +112,9 @@ def _database(url: str) -> BaseStorage:
         raise StudyError([f"storage.url: must be a URL, such as {FORMS}"]) from None
     options: dict[str, Any] = {} if backend == "sqlite" else {"pool_pre_ping": True, "pool_recycle": 1800}
     if backend == "postgresql":
-        options["connect_args"] = {"connect_timeout": 10}
+        # a wire that is cut says nothing: the kernel alone would wait for a quarter of an hour
+        alive = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+        options["connect_args"] = {"connect_timeout": 10} | {k: v for k, v in alive.items() if k not in make_url(url).query}
     for attempt in range(CREATE_ATTEMPTS):
         try:
             return _CachedStorage(RDBStorage(url, engine_kwargs=options))
