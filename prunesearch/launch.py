@@ -24,7 +24,7 @@ from prunesearch.search.sampler import is_settled
 from prunesearch.search.shelf import CHECKPOINT, Shelf, once
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage
-from prunesearch.search.study import code_identity, join_study, open_study, pin, sampler_of
+from prunesearch.search.study import annotate, check_writable, code_identity, join_study, open_study, pin, sampler_of
 from prunesearch.search.worker import Referee, work
 from prunesearch.speech.corpus import SPLITS, fingerprint, load_corpus
 from prunesearch.stopping import Event, Stop, Stopped
@@ -157,6 +157,8 @@ def create(config: StudyConfig, storage: BaseStorage, trials: int | None = None)
     for split in SPLITS:
         load_corpus(config, split)  # a mistake in a manifest is told before anything is created
     study = open_study(config, storage, SearchSpace.of(config, encoder_layers(config)))
+    if "trials" not in study.user_attrs:
+        annotate(study, config, SearchSpace.of(config, encoder_layers(config)).named)
     if trials is not None or "trials" not in study.user_attrs:
         study.set_user_attr("trials", trials or config.search.trials)
     if study.user_attrs.get("aborted"):
@@ -208,6 +210,7 @@ class _Worker:
             if creates:
                 create(config, worker.storage, trials)
             worker.study = open_study(config, worker.storage, worker.space, create=False)
+            check_writable(worker.study)
             pin(worker.study, "code", code_identity(), adopt)
             pin(worker.study, "data", {split: fingerprint(corpora[split]) for split in SPLITS}, adopt)
         return worker

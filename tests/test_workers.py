@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ from prunesearch.search.patience import is_away, patient
 from prunesearch.search.sampler import CandidateSampler
 from prunesearch.search.shelf import Shelf, once
 from prunesearch.search.storage import open_storage, shown
-from prunesearch.search.study import open_study, pin
+from prunesearch.search.study import check_writable, open_study, pin
 from prunesearch.search.worker import Referee, work
 from prunesearch.stopping import Stop, Stopped
 from tests.conftest import write_study
@@ -559,3 +560,28 @@ def test_of_many_one_does_it_and_if_it_dies_another(tmp_path: Path) -> None:
         process.join(60)
     assert sorted(p.exitcode or 0 for p in processes) == [-signal.SIGKILL, 0, 0, 0]
     assert log.read_text() == "xx"
+
+
+def test_tables_of_an_older_optuna_are_named_and_can_be_upgraded(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "s", toy)
+    url = f"sqlite:///{tmp_path}/study.db"
+    open_storage(url, tmp_path)
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v3.0.0.d'")
+    with pytest.raises(StudyError, match=r"`prunesearch storage upgrade STUDY`"):
+        open_storage(url, tmp_path)
+    done = cli("storage", "upgrade", file, "--storage", url)
+    assert done.returncode == 0, done.stderr
+    open_storage(url, tmp_path)
+
+
+def test_a_storage_that_may_only_be_read_is_told_before_anything_is_trained(config: StudyConfig, postgres: Postgres) -> None:
+    import psycopg
+
+    opened(config, postgres.url)
+    with psycopg.connect(postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("DROP ROLE IF EXISTS reader")
+        connection.execute("CREATE ROLE reader LOGIN PASSWORD 'x' IN ROLE pg_read_all_data")
+    storage = open_storage(postgres.url.replace(f"study:{Postgres.PASSWORD}", "reader:x"), config.run_folder)
+    with pytest.raises(StudyError, match="can be read, but not written"):
+        check_writable(optuna.load_study(study_name=config.name, storage=storage))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from tests.conftest import save_models, write_split, write_study  # noqa: E402
 from tests.servers import Postgres  # noqa: E402
 
-STEPS = 200
+STEPS = 700
 FULL_SECONDS = 15
 
 

@@ -22,6 +22,8 @@ def is_away(error: BaseException | None) -> bool:
     """Whether an error says that the storage cannot be reached, or is full, just now."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EIO):
         return True
+    if isinstance(error, OperationalError) and "readonly" in str(error):  # SQLite's word for a file that cannot be written
+        return False
     if isinstance(error, (OperationalError, InterfaceError, TimeoutError, PendingRollbackError)):
         return True
     if isinstance(error, DBAPIError):

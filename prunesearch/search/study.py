@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -88,6 +89,34 @@ def _created(name: str, storage: BaseStorage, sampler: CandidateSampler) -> optu
                 raise
             time.sleep(random.uniform(0.05, 0.5))
     raise AssertionError("unreachable")
+
+
+def check_writable(study: optuna.Study) -> None:
+    """Raises StudyError where this worker may read the storage, but not write to it: told now, not after a training."""
+    try:
+        study._storage.set_study_system_attr(study._study_id, "prunesearch:joined", socket.gethostname())
+    except (optuna.exceptions.StorageInternalError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise StudyError([f"storage.url: the storage can be read, but not written ({reason})"]) from None
+
+
+def annotate(study: optuna.Study, config: StudyConfig, named: Mapping[str, Candidate]) -> None:
+    """What optuna-dashboard shows beside the study, where it is installed."""
+    try:
+        from optuna_dashboard import save_note
+    except ImportError:
+        return
+    objective = config.search.params_objective
+    paragraphs = (
+        f"# {config.name}",
+        f"Which layers of `{config.encoder.model}` can go in front of `{config.llm.model}`, and which LoRA rank repairs that?",
+        f"Dev WER (a fraction) against `{objective}`. A trial's candidate stands in its attribute `candidate`: "
+        "`minus-3-4+lora8` is the encoder without layers 3 and 4, with LoRA of rank 8. Evaluated in any case:",
+        "\n".join(f"- `{name}`: `{candidate.key}`" for name, candidate in named.items()),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        save_note(study, "\n\n".join(paragraphs))
 
 
 def pin(study: optuna.Study, what: str, value: Mapping[str, Any], adopt: bool = False) -> None:
