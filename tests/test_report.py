@@ -37,8 +37,10 @@ from prunesearch.report import (
     verdict,
     write_report,
 )
+from prunesearch.report.front import additive_epsilon, hypervolume, knee
 from prunesearch.report.page import render_page
 from prunesearch.report.plots import draw_front
+from prunesearch.report.statistics import relative_bootstrap
 from prunesearch.report.tables import RECORD_KEYS
 
 LAYERS, UTTERANCES = 6, 60
@@ -305,6 +307,9 @@ def test_json_keys_are_stable(records: Path) -> None:
         "front",
         "dominating",
         "best_by_removed",
+        "claims",
+        "knee",
+        "hypervolume",
         "differences",
     )
     assert tuple(data) == sections
@@ -375,3 +380,78 @@ def test_importing_the_report_loads_no_plotting_and_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'optuna', 'matplotlib', 'plotly'}"
     code = f"import sys, prunesearch.report; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+# --- claims, knee, hypervolume ---
+
+
+def counted(records: Path, candidate: Candidate, name: str | None, kinds: tuple[int, int, int], language: str = "da") -> None:
+    """A record whose every utterance of ten words has so many substitutions, deletions and insertions (one more, at times)."""
+    results = [
+        UtteranceResult(
+            id=f"u{i}",
+            reference="a",
+            hypothesis="b",
+            language=language,
+            errors=WordErrors(
+                substitutions=kinds[0] + i % 2, deletions=kinds[1], insertions=kinds[2] + (i % 5 == 0), reference_words=10
+            ),
+        )
+        for i in range(UTTERANCES)
+    ]
+    split = SplitResult.of(results)
+    write_utterances(records, candidate, "dev", results)
+    write_record(
+        records,
+        RunRecord(
+            study="s",
+            name=name,
+            encoder_layers=LAYERS,
+            removed_layers=candidate.removed_layers,
+            lora_rank=candidate.lora_rank,
+            seed=0,
+            state="complete",
+            steps=1,
+            dev=split,
+            parameters=parameters(candidate),
+        ),
+    )
+
+
+def test_each_claim_gets_an_interval_and_a_word(tmp_path: Path) -> None:
+    kinds = {"unpruned": (4, 1, 0), "unpruned+lora": (3, 1, 1), "top2": (5, 1, 0), "top2+lora": (3, 1, 1)}
+    for name, candidate in baselines(LAYERS, 8).items():
+        counted(tmp_path, candidate, name, kinds[name])
+    found = {(f.claim.split(" (")[0], f.language): f for f in compare(tmp_path, "speech_params", "s").claims}
+    cost = found["two layers cost 2–4 % of WER", None]
+    assert cost.measured == pytest.approx(100 * (6.7 / 5.7 - 1))
+    assert cost.word == "does not hold", "two layers cost more here"
+    assert found["two layers less, with LoRA, beat the whole encoder without", None].word == "cannot be said"
+    assert found["LoRA takes 4–7 % of all errors away", "da"].word in {"does not hold", "cannot be said"}
+    assert found["LoRA adds insertions in Danish", "da"].word == "holds"
+    saved = found["two layers less, with LoRA, save 7–14 % of the parameters", None]
+    whole, small = parameters(Candidate()), parameters(Candidate((4, 5), 8))
+    assert saved.measured == pytest.approx(100 * (1 - small.speech / whole.speech))
+
+
+def test_the_relative_bootstrap_agrees_with_a_slow_one() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.poisson(2.0, 400), rng.poisson(2.4, 400)
+    found = relative_bootstrap(first, second)
+    draws = rng.integers(0, 400, (4000, 400))
+    slow = first[draws].sum(1) / second[draws].sum(1) - 1
+    assert found.estimate == pytest.approx(first.sum() / second.sum() - 1)
+    assert [found.low, found.high] == pytest.approx(list(np.quantile(slow, [0.025, 0.975])), abs=0.01)
+
+
+def test_the_knee_is_where_a_front_bends_and_the_hypervolume_is_an_area(tmp_path: Path) -> None:
+    for layers, errors in (((), 1), ((1,), 1), ((1, 2), 2), ((0, 1, 2), 8)):
+        add(tmp_path, Candidate(layers), errors)
+    front = pareto_front(compare(tmp_path, "speech_params", "s").complete, "speech_params")
+    assert knee(front, "speech_params").removed_layers in {(1,), (1, 2)}
+    points = [(r.parameters.speech, r.dev.errors.wer) for r in front if r.dev]
+    reference = (max(p for p, _ in points) + 10.0, 1.0)
+    ends = [*(p for p, _ in points[1:]), reference[0]]
+    area = sum((end - p) * (reference[1] - w) for (p, w), end in zip(points, ends, strict=True))
+    assert hypervolume(front, "speech_params", reference) == pytest.approx(area)
+    assert additive_epsilon(front, front[-1], "speech_params") == 0

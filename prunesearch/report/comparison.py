@@ -2,16 +2,17 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.record import Parameters, RunRecord, read_records, read_utterances
-from prunesearch.report.front import dev_wer, pareto_front, pooled_by_system
+from prunesearch.report.claims import Decoded, Finding, findings
+from prunesearch.report.front import dev_wer, hypervolume, knee, pareto_front, pooled_by_system
 from prunesearch.report.statistics import Counts, Difference, paired_bootstrap
 
 Split = Literal["test", "dev"]
@@ -64,6 +65,10 @@ class Comparison:
     dominating: tuple[Contrast, ...]  # on the front, no more parameters than top2+lora, lower dev WER
     best_by_removed: dict[int, Best]
     differences: tuple[Contrast, ...]
+    claims: tuple[Finding, ...]
+    knee: RunRecord | None
+    reference: tuple[float, float] | None  # parameters and WER, up to which hypervolumes are counted
+    hypervolumes: dict[str, float]  # of the front, and of the baselines alone
 
     @property
     def complete(self) -> tuple[RunRecord, ...]:
@@ -117,7 +122,41 @@ def compare(records_folder: Path, objective: str, study_name: str) -> Comparison
             for system, reference in CLAIMS
             if system in baselines and reference in baselines
         ),
+        claims=_claims(records_folder, baselines),
+        knee=knee(front, objective) if front else None,
+        **_volumes(front, tuple(baselines.values()), objective),
     )
+
+
+def _claims(records_folder: Path, baselines: dict[str, RunRecord]) -> tuple[Finding, ...]:
+    """On test where both were decoded there, else on dev; of a system that was trained several times, the first time."""
+    pairs = {}
+    for system, reference in (*CLAIMS, ("unpruned+lora", "unpruned"), ("top2+lora", "top2")):
+        if system not in baselines or reference not in baselines:
+            continue
+        for split in ("test", "dev"):
+            both = [read_utterances(records_folder, baselines[name].candidate, split) for name in (system, reference)]
+            if both[0] and both[1]:
+                ordered = [sorted(results, key=lambda r: r.id) for results in both if results]
+                pairs[system, reference] = Decoded(*ordered)
+                break
+    saved = None
+    if "top2+lora" in baselines and "unpruned" in baselines:
+        saved = 1 - baselines["top2+lora"].parameters.speech / baselines["unpruned"].parameters.speech
+    return tuple(findings(pairs, saved))
+
+
+def _volumes(front: Sequence[RunRecord], baselines: tuple[RunRecord, ...], objective: str) -> dict[str, Any]:
+    """The reference is what the worst baseline has, in each coordinate, and a hundredth more: baselines on the edge count."""
+    if not baselines:
+        return {"reference": None, "hypervolumes": {}}
+    reference = (
+        1.01 * max(r.parameters.of(objective) for r in baselines),
+        1.01 * max(dev_wer(r) for r in baselines),
+    )
+    alone = pareto_front(baselines, objective)
+    volumes = {name: hypervolume(some, objective, reference) for name, some in (("front", front), ("baselines", alone))}
+    return {"reference": reference, "hypervolumes": volumes}
 
 
 def _in_state(state: str, records: list[RunRecord], objective: str) -> tuple[RunRecord, ...]:

@@ -47,6 +47,41 @@ def dev_wer(record: RunRecord) -> float:
     return record.dev.errors.wer
 
 
+def knee(front: Sequence[RunRecord], objective: str) -> RunRecord:
+    """The member of a front (fewest parameters first) beyond which more parameters buy least: the one farthest below the
+    straight line from the front's first to its last, both axes scaled to that. One of two members: that of lower WER.
+
+    After the "kneedle" of Satopää et al., "Finding a Kneedle in a Haystack", ICDCSW 2011. Raises ValueError for no member.
+    """
+    if not front:
+        raise ValueError("a front without members has no knee")
+    params, wers = [float(r.parameters.of(objective)) for r in front], [dev_wer(r) for r in front]
+    if len(front) < 3 or params[0] == params[-1] or wers[0] == wers[-1]:
+        return min(front, key=dev_wer)
+    below = [
+        1 - (p - params[0]) / (params[-1] - params[0]) - (w - wers[-1]) / (wers[0] - wers[-1])
+        for p, w in zip(params, wers, strict=True)
+    ]
+    return front[below.index(max(below))]
+
+
+def hypervolume(front: Sequence[RunRecord], objective: str, reference: tuple[float, float]) -> float:
+    """The area that a front dominates, up to the reference (parameters, WER); by Optuna's own routine."""
+    import numpy as np
+    from optuna._hypervolume import compute_hypervolume
+
+    points = np.array([(r.parameters.of(objective), dev_wer(r)) for r in front], dtype=float).reshape(-1, 2)
+    inside = points[(points < np.array(reference)).all(1)]
+    return float(compute_hypervolume(inside, np.array(reference))) if len(inside) else 0.0
+
+
+def additive_epsilon(front: Sequence[RunRecord], record: RunRecord, objective: str) -> float | None:
+    """By how much (in WER) the front beats a record at no more parameters than it has: negative where it does; None where
+    the front has nothing so small."""
+    small = [dev_wer(r) for r in front if r.parameters.of(objective) <= record.parameters.of(objective)]
+    return min(small) - dev_wer(record) if small else None
+
+
 def pareto_front(records: Iterable[RunRecord], objective: str) -> list[RunRecord]:
     """The complete records that are non-dominated in (`objective`, dev WER), fewest parameters first."""
     complete = [r for r in records if r.state == "complete"]

@@ -49,6 +49,31 @@ def paired_bootstrap(
     return Difference(float(_ratio(times @ pairs)), float(low), float(high), resamples)
 
 
+def relative_bootstrap(first_errors: Counts, second_errors: Counts, resamples: int = 10_000, seed: int = 0) -> Difference:
+    """Errors of the first system over those of the second, less one, both on the same utterances; arrays: (utterances,).
+
+    As `paired_bootstrap`, of the quotient: -0.1 is a tenth fewer errors. Where the second makes none, it is nan.
+    """
+    first, second = (np.asarray(a, dtype=np.int64) for a in (first_errors, second_errors))
+    if first.shape != second.shape or first.ndim != 1 or not len(first):
+        shapes = f"{first.shape} and {second.shape}"
+        raise ValueError(f"a paired comparison needs counts of the same utterances, at least one, got shapes {shapes}")
+    pairs, times = np.unique(np.column_stack([first, second]), axis=0, return_counts=True)
+    rng = np.random.default_rng(seed)
+    drawn = [
+        _quotient(rng.multinomial(len(first), times / times.sum(), size=min(CHUNK, resamples - start)) @ pairs)
+        for start in range(0, resamples, CHUNK)
+    ]
+    every = np.concatenate(drawn)
+    low, high = np.nanquantile(every, [0.025, 0.975]) if np.isfinite(every).any() else (np.nan, np.nan)
+    return Difference(float(_quotient(times @ pairs)), float(low), float(high), resamples)
+
+
+def _quotient(sums: Any) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(sums[..., 1] > 0, sums[..., 0] / np.maximum(1, sums[..., 1]) - 1, np.nan)
+
+
 def _ratio(sums: Any) -> Any:
     """Errors per reference word, from sums of both in the last axis."""
     return sums[..., 0] / np.maximum(1, sums[..., 1])

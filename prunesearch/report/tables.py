@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
@@ -45,6 +45,7 @@ def tables(comparison: Comparison) -> list[Table]:
         parameters_table(comparison),
         removed_table(comparison),
         contrasts_table(comparison),
+        claims_table(comparison),
         languages_table(comparison),
     )
     return [table for table in made if table.rows]
@@ -114,6 +115,22 @@ def contrasts_table(comparison: Comparison) -> Table:
         ),
         "Corpus WER of the system less that of the other. The interval is a paired bootstrap over utterances: it covers the "
         "choice of utterances, not that of the seed.",
+    )
+
+
+def claims_table(comparison: Comparison) -> Table:
+    """What was published, and what this study measured."""
+    rows = []
+    for f in comparison.claims:
+        published = "" if f.published is None else "{:g} to {:g}".format(*sorted(f.published, key=abs)).replace("-", "−")
+        interval = f"{signed(f.low)} to {signed(f.high)}" if f.low != f.high else "exact"
+        rows.append((f.claim, f.language or "all", published, f"{signed(f.measured)} {f.unit}", interval, f.word))
+    return Table(
+        "The paper's claims",
+        ("claim", "language", "published, %", "measured", "95 % interval", "here it"),
+        tuple(rows),
+        "arXiv 2603.27981. Intervals: paired bootstrap over utterances, one seed. A claim of a size holds where the interval lies "
+        "on its side of zero and meets the published range; a claim of a direction, where it lies on that side of zero.",
     )
 
 
@@ -197,6 +214,9 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "front": [record(r) for r in comparison.front],
         "dominating": [{**record(c.system), "difference_to_top2_lora": difference_data(c)} for c in comparison.dominating],
         "best_by_removed": {str(n): {**record(b.record), "tried": b.tried} for n, b in comparison.best_by_removed.items()},
+        "claims": [asdict(f) for f in comparison.claims],
+        "knee": comparison.knee and comparison.knee.candidate.key,
+        "hypervolume": {"reference": comparison.reference, **comparison.hypervolumes},
         "differences": {f"{c.system.name} - {c.reference.name}": difference_data(c) for c in comparison.differences},
     }
 
