@@ -28,7 +28,7 @@ from prunesearch.model.encoder import encode
 from prunesearch.model.hub import read_architecture
 from prunesearch.model.llm import Llm, embedding_scale, lora
 from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 from prunesearch.training.device import attention_for_training, autocast, pick_dtype
 from prunesearch.training.finetune import trainable
 from prunesearch.training.team import Team
@@ -80,7 +80,7 @@ def main(study: Path, batch: int, seconds: float, words: int, rank: int, steps: 
         states, lengths = encode(encoder, mels[..., :frames], torch.full((batch,), frames, device=device))
 
     with lora(llm, rank, config.llm, seed=0) as adapted:
-        slam = SlamAsr(projector, llm, adapted)
+        slam = SpeechLlm(projector, llm, adapted)
         slam.model.train()
         optimizer = torch.optim.AdamW(trainable(slam).values(), lr=1e-4)
 

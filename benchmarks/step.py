@@ -29,7 +29,7 @@ from transformers.utils import logging
 from prunesearch.candidate import Candidate
 from prunesearch.config import load_study
 from prunesearch.model.llm import lora, pad_tokens
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import read_audio
 from prunesearch.training.device import attention_for_training, autocast, seed_everything
 from prunesearch.training.finetune import restore, trainable
@@ -46,7 +46,7 @@ class Side:
     optimizer: dict[str, Any] = field(default_factory=dict)
 
 
-def plain_loss(workshop: Workshop, slam: SlamAsr, batch: list[int]) -> torch.Tensor:
+def plain_loss(workshop: Workshop, slam: SpeechLlm, batch: list[int]) -> torch.Tensor:
     """Cross-entropy the plain way: everything from the audio file on, at full length."""
     recordings = [read_audio(workshop.corpora["train"][i].audio) for i in batch]
     with torch.autocast(workshop.device.type, enabled=False):  # the extractor computes in torch, and hands out NumPy
@@ -68,7 +68,7 @@ def plain_loss(workshop: Workshop, slam: SlamAsr, batch: list[int]) -> torch.Ten
 
 
 def run_steps(
-    slam: SlamAsr,
+    slam: SpeechLlm,
     optimizer: torch.optim.Optimizer,
     steps: range,
     loss_of: Callable[[int], torch.Tensor],
@@ -115,7 +115,7 @@ def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
         span = range(turn * steps // turns, (turn + 1) * steps // turns)
         for name, side in sides.items():
             with lora(workshop.llm, rank, config.llm, config.seed) as model:
-                slam = SlamAsr(
+                slam = SpeechLlm(
                     workshop.start(workshop.fresh_projector()) if warm else workshop.fresh_projector(), workshop.llm, model
                 )
                 optimizer = torch.optim.AdamW(
@@ -125,12 +125,12 @@ def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
                     restore(trainable(slam), side.weights)
                     optimizer.load_state_dict(side.optimizer)
 
-                def ours(step: int, slam: SlamAsr = slam) -> torch.Tensor:
+                def ours(step: int, slam: SpeechLlm = slam) -> torch.Tensor:
                     hidden, lengths = states.batch(batches[step], workshop.device)
                     with attention_for_training(workshop.device):
                         return slam.loss(hidden, lengths, [workshop.targets[i] for i in batches[step]])
 
-                def plain(step: int, slam: SlamAsr = slam) -> torch.Tensor:
+                def plain(step: int, slam: SpeechLlm = slam) -> torch.Tensor:
                     return plain_loss(workshop, slam, batches[step])
 
                 loss_of, seed = plain if name == "plain" else ours, 1_000_000 if name == "again" else 0

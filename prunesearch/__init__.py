@@ -7,3 +7,12 @@ candidate into a record; `search` proposes candidates; `report` compares records
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`SlamAsr`, without importing torch before it is asked for."""
+    if name == "SlamAsr":
+        from prunesearch.asr import SlamAsr
+
+        return SlamAsr
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

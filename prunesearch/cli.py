@@ -275,6 +275,84 @@ def storage_proxy(
     serve(study, storage, host, port)
 
 
+@app.command()
+def export(
+    study: Study,
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
+    candidate: Annotated[str | None, typer.Option(metavar="KEY", help="Which one, such as minus-3+lora8.")] = None,
+    best_under_params: Annotated[
+        float | None, typer.Option(min=0, help="The best on dev of at most so many parameters (the study's objective).")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add the LoRA to the LLM's weights.")] = False,
+    with_llm: Annotated[
+        bool | None, typer.Option("--llm/--no-llm", help="Write the LLM, too; default: where it comes from a folder.")
+    ] = None,
+) -> None:
+    """Write a candidate as a folder that stands by itself; without a choice, the front's knee."""
+    from prunesearch.export import export as write
+
+    record = write(study, out, candidate, best_under_params, merge, with_llm)
+    typer.echo(f"{record.name or record.candidate.key}: {out}; prunesearch transcribe {out} AUDIO…")
+
+
+class Form(StrEnum):
+    """How a transcript is written."""
+
+    text = "text"
+    json = "json"
+    srt = "srt"
+
+
+@app.command()
+def transcribe(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="An exported system, or a hub repository of one.")],
+    audio: Annotated[list[str], typer.Argument(metavar="AUDIO…", help="Recordings, folders of them, or - for stdin.")],
+    form: Annotated[Form, typer.Option("--format", help="How to write it.")] = Form.text,
+) -> None:
+    """Say what is said in recordings of any length, one after the other."""
+    from transformers.utils import logging
+
+    from prunesearch.asr import SlamAsr
+    from prunesearch.transcripts import recordings, written
+    from prunesearch.transcripts import transcribe as say
+
+    logging.disable_progress_bar()
+    with recordings(audio) as files:
+        asr = SlamAsr.from_pretrained(folder)
+        problems = []
+        for name, segments, problem in say(asr, files):
+            if segments is None:
+                problems.append(problem)
+                typer.echo(problem, err=True)
+            else:
+                typer.echo(written(name, segments, form.value, alone=len(files) == 1))
+    if problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="An exported system, or a hub repository of one.")],
+    data: Annotated[Path, typer.Option("--data", help="A manifest: JSONL with audio, text and, if any, language.")],
+    as_json: Json = False,
+) -> None:
+    """Count an exported system's word errors on a manifest."""
+    from transformers.utils import logging
+
+    from prunesearch.asr import SlamAsr
+    from prunesearch.transcripts import evaluate as count
+
+    logging.disable_progress_bar()
+    found = count(SlamAsr.from_pretrained(folder), data)
+    if as_json:
+        _print_json(found)
+        return
+    kinds = "/".join(str(found[kind]) for kind in ("substitutions", "deletions", "insertions"))
+    typer.echo(f"WER {100 * found['wer']:.2f} % ({kinds} S/D/I in {found['reference_words']} words)")
+    for language, wer in found["by_language"].items():
+        typer.echo(f"{language}: {100 * wer:.2f} %")
+
+
 class _Display:
     """Progress bars on a terminal; elsewhere a line now and then. A line per finished candidate anywhere."""
 

@@ -160,7 +160,7 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
     import torch
 
     from prunesearch.model.llm import lora, recompute_activations
-    from prunesearch.model.slam import SlamAsr
+    from prunesearch.model.slam import SpeechLlm
     from prunesearch.training.cost import StepCost, encoding_operations, step_cost
 
     pace = _positions_per_second(config)
@@ -175,7 +175,7 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
             recompute_activations(frame.llm.model)
         text = round(length * TEXT_TOKENS_PER_SECOND) + 1
         with lora(frame.llm, rank, config.llm, seed=0) as adapted:
-            slam = SlamAsr(frame.projector, frame.llm, adapted)
+            slam = SpeechLlm(frame.projector, frame.llm, adapted)
             return step_cost(slam, frame.encoder.config.d_model, round(pace * length), text, batch, dtype)
 
     encoder = _frame(config, dtype).encoder

@@ -12,7 +12,7 @@ from prunesearch.config import LlmConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.model.llm import embedding_scale, load_llm, lora, lora_parameters, recompute_activations
 from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 
 SHAPE = {
     "vocab_size": 280, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -43,11 +43,11 @@ def family(request: pytest.FixtureRequest, toy: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def built(folder: Path) -> SlamAsr:
+def built(folder: Path) -> SpeechLlm:
     llm = load_llm(folder, LlmConfig(model="llm"), torch.float32)
     torch.manual_seed(1)
     projector = Projector(16, llm.model.get_input_embeddings().embedding_dim, 2, 16, 0.0, embedding_scale(llm.model)).eval()
-    return SlamAsr(projector, llm, llm.model)
+    return SpeechLlm(projector, llm, llm.model)
 
 
 STATES, LENGTHS = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(2)), torch.tensor([40, 9, 23])
@@ -67,7 +67,7 @@ def test_what_the_system_asks_of_an_llm(family: Path) -> None:
             torch.testing.assert_close(together[row : row + 1, : len(text)], plain, atol=2e-5, rtol=1e-4)
 
     with lora(llm, 2, LlmConfig(model="llm", lora_dropout=0.0), seed=0) as model:
-        adapted = SlamAsr(slam.projector, llm, model)
+        adapted = SpeechLlm(slam.projector, llm, model)
         torch.testing.assert_close(adapted.logits(STATES, LENGTHS, tokens), together)
         factors = lora_parameters(model)
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_recomputed_activations_change_no_gradient(family: Path) -> None:
             recompute_activations(slam.llm.model)
         with lora(slam.llm, 2, LlmConfig(model="llm", lora_dropout=0.0), seed=0) as model:
             model.train()
-            SlamAsr(slam.projector, slam.llm, model).loss(STATES, LENGTHS, TEXTS).backward()
+            SpeechLlm(slam.projector, slam.llm, model).loss(STATES, LENGTHS, TEXTS).backward()
             parameters = {**dict(slam.projector.named_parameters()), **lora_parameters(model)}
             gradients.append({name: p.grad for name, p in parameters.items()})
     for name, plain in gradients[0].items():

@@ -12,7 +12,7 @@ from prunesearch.model.encoder import encode, load_encoder, positions_of, remove
 from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora, lora_parameters
 from prunesearch.model.parameters import count_parameters
 from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 from tests.conftest import LAYERS
 
 
@@ -22,11 +22,11 @@ def encoder(toy: Path) -> WhisperEncoder:
 
 
 @pytest.fixture
-def slam(toy: Path, encoder: WhisperEncoder) -> SlamAsr:
+def slam(toy: Path, encoder: WhisperEncoder) -> SpeechLlm:
     llm = load_llm(toy / "llm", LlmConfig(model="llm"), torch.float32)
     torch.manual_seed(1)
     projector = Projector(encoder.config.d_model, 16, 2, 16, 0.0, embedding_scale(llm.model)).eval()
-    return SlamAsr(projector, llm, llm.model)
+    return SpeechLlm(projector, llm, llm.model)
 
 
 def mels(count: int, frames: int) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_a_pruned_encoder_opens_with_transformers_alone(tmp_path: Path, encoder:
 
 
 @torch.no_grad()
-def test_padding_changes_no_utterances_logits(encoder: WhisperEncoder, slam: SlamAsr) -> None:
+def test_padding_changes_no_utterances_logits(encoder: WhisperEncoder, slam: SpeechLlm) -> None:
     frames = [81, 40, 120, 7]
     utterances = [mels(1, n) for n in frames]
     batch = torch.full((len(frames), 80, 160), 7.0)  # rubbish beyond the ends
@@ -108,7 +108,7 @@ def test_padding_changes_no_utterances_logits(encoder: WhisperEncoder, slam: Sla
 
 
 @torch.no_grad()
-def test_logits_are_those_of_a_plain_forward_pass_at_the_text(encoder: WhisperEncoder, slam: SlamAsr) -> None:
+def test_logits_are_those_of_a_plain_forward_pass_at_the_text(encoder: WhisperEncoder, slam: SpeechLlm) -> None:
     states, lengths = encode(encoder, mels(1, 60), torch.tensor([60]))
     text = torch.tensor([[5, 6, 7, 2]])
     audio, _ = slam.projector(states, lengths)
@@ -123,14 +123,14 @@ def test_logits_are_those_of_a_plain_forward_pass_at_the_text(encoder: WhisperEn
 
 
 @torch.no_grad()
-def test_a_fresh_lora_changes_nothing_and_leaves_nothing_behind(slam: SlamAsr, encoder: WhisperEncoder) -> None:
+def test_a_fresh_lora_changes_nothing_and_leaves_nothing_behind(slam: SpeechLlm, encoder: WhisperEncoder) -> None:
     states, lengths = encode(encoder, mels(1, 60), torch.tensor([60]))
     text = torch.tensor([[5, 6]])
     before = slam.logits(states, lengths, text)
     names = list(slam.llm.model.state_dict())
     with lora(slam.llm, 4, LlmConfig(model="llm"), seed=0) as model:
         model.eval()
-        adapted = SlamAsr(slam.projector, slam.llm, model)
+        adapted = SpeechLlm(slam.projector, slam.llm, model)
         assert torch.equal(adapted.logits(states, lengths, text), before)
         for p in lora_parameters(model).values():
             p.add_(0.1)
@@ -141,7 +141,7 @@ def test_a_fresh_lora_changes_nothing_and_leaves_nothing_behind(slam: SlamAsr, e
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-def test_lora_grows_with_its_rank_and_alpha_keeps_its_ratio(slam: SlamAsr, rank: int) -> None:
+def test_lora_grows_with_its_rank_and_alpha_keeps_its_ratio(slam: SpeechLlm, rank: int) -> None:
     with lora(slam.llm, rank, LlmConfig(model="llm"), seed=0) as model:
         # q, o: 16 -> 16; k, v: 16 -> 8 (one key-value head of two); two layers
         assert sum(p.numel() for p in lora_parameters(model).values()) == 2 * rank * (2 * 32 + 2 * 24)
@@ -150,7 +150,7 @@ def test_lora_grows_with_its_rank_and_alpha_keeps_its_ratio(slam: SlamAsr, rank:
         assert counts.llm == AutoModelForCausalLM.from_config(slam.llm.model.config).num_parameters()
 
 
-def test_the_projector_starts_at_the_llms_own_scale(slam: SlamAsr) -> None:
+def test_the_projector_starts_at_the_llms_own_scale(slam: SpeechLlm) -> None:
     scale = embedding_scale(slam.llm.model)
     with torch.no_grad():
         audio, lengths = slam.projector(torch.randn(4, 30, 16), torch.tensor([30, 29, 7, 1]))
@@ -158,12 +158,12 @@ def test_the_projector_starts_at_the_llms_own_scale(slam: SlamAsr) -> None:
     assert audio[0].std().item() == pytest.approx(scale, rel=0.05)
 
 
-def test_an_llm_whose_tokenizer_begins_with_bos_keeps_it(slam: SlamAsr) -> None:
+def test_an_llm_whose_tokenizer_begins_with_bos_keeps_it(slam: SpeechLlm) -> None:
     plain = slam.llm
     with_bos = Llm(plain.model, plain.tokenizer, (1,), plain.prompt, plain.eos, plain.pad)
     states, lengths = torch.randn(2, 8, 16), torch.tensor([8, 3])
     without, _ = slam.prefix(states, lengths)
-    begun, mask = SlamAsr(slam.projector, with_bos, slam.model).prefix(states, lengths)
+    begun, mask = SpeechLlm(slam.projector, with_bos, slam.model).prefix(states, lengths)
     assert begun.shape[1] == without.shape[1] + 1
     first = mask.argmax(1)
     embedding = plain.model.get_input_embeddings().weight[1]

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.config import load_study
 from prunesearch.model.llm import lora
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 from prunesearch.plan import PROMPT_TOKENS, TEXT_TOKENS_PER_SECOND, estimate
 from prunesearch.training.workshop import Workshop
 from tests.conftest import write_study
@@ -23,7 +23,7 @@ def test_operations_are_those_of_a_step_that_is_run(toy: Path, tmp_path: Path) -
     workshop.llm = workshop.llm.__class__(**{**vars(workshop.llm), "prompt": (1,) * PROMPT_TOKENS})
     text = [5] * (round(2 * TEXT_TOKENS_PER_SECOND) + 1)
     with lora(workshop.llm, 4, config.llm, seed=0) as model, FlopCounterMode(display=False) as counter:
-        slam = SlamAsr(workshop.fresh_projector(), workshop.llm, model)
+        slam = SpeechLlm(workshop.fresh_projector(), workshop.llm, model)
         slam.loss(torch.randn(4, 100, 16), torch.full((4,), 100), [text] * 4).backward()
     assert estimate(config, seconds=2.0).step_operations == counter.get_total_flops()
 

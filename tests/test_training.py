@@ -16,7 +16,7 @@ from prunesearch.config import load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import encode
 from prunesearch.model.llm import recomputes_activations
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 from prunesearch.record import RunRecord, WordErrors, read_record, read_utterances
 from prunesearch.training import evaluate as evaluation
 from prunesearch.training import finetune as tuning
@@ -142,7 +142,7 @@ def test_a_killed_trial_goes_on_to_the_same_weights(
 
     def kill_at(step: int) -> Callable[[int], None]:
         def counted(value: int) -> None:
-            here = value - killed.budget.seed * 1_000_003
+            here = value - killed.budget().seed * 1_000_003
             if here == step:
                 raise Killed
             steps_seen.append(here)
@@ -176,35 +176,35 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
 ) -> None:
     calm = {"projector": {"dropout": 0.0}, "llm": {"lora_dropout": 0.0}}  # masks depend on the shape of what is masked
     expected = evaluate(open_workshop("whole", **calm), Candidate((1,), 2))
-    whole = SlamAsr.loss_sum
+    whole = SpeechLlm.loss_sum
 
-    def small_memory(self: SlamAsr, states: torch.Tensor, lengths: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
+    def small_memory(self: SpeechLlm, states: torch.Tensor, lengths: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
         if len(texts) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, states, lengths, texts)
 
     halved = open_workshop("halved", **calm)
     halved.anchor()
-    monkeypatch.setattr(SlamAsr, "loss_sum", small_memory)
+    monkeypatch.setattr(SpeechLlm, "loss_sum", small_memory)
     record = evaluate(halved, Candidate((1,), 2))
     assert (expected.cost.micro_batch, record.cost.micro_batch) == (4, 1)
     assert record.losses == pytest.approx(expected.losses, abs=1e-4)
 
-    def less_memory(self: SlamAsr, states: torch.Tensor, lengths: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
+    def less_memory(self: SpeechLlm, states: torch.Tensor, lengths: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
         if len(texts) > 1 or not recomputes_activations(self.llm.model):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, states, lengths, texts)
 
     tight = open_workshop("tight", **calm)
-    monkeypatch.setattr(SlamAsr, "loss_sum", whole)
+    monkeypatch.setattr(SpeechLlm, "loss_sum", whole)
     tight.anchor()
-    monkeypatch.setattr(SlamAsr, "loss_sum", less_memory)
+    monkeypatch.setattr(SpeechLlm, "loss_sum", less_memory)
     assert evaluate(tight, Candidate((1,), 2)).losses == pytest.approx(expected.losses, abs=1e-4)
 
     def no_memory(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(SlamAsr, "loss_sum", no_memory)
+    monkeypatch.setattr(SpeechLlm, "loss_sum", no_memory)
     failed = evaluate(halved, Candidate((2,), 2))
     assert failed.state == "failed"
     assert "out of memory, with one utterance at a time too" in (failed.reason or "")
@@ -281,12 +281,14 @@ def test_decoding_the_test_split_uses_the_candidates_own_weights(toy: Path, tmp_
 def test_every_utterance_has_its_own_limit_of_tokens(toy: Path, tmp_path: Path) -> None:
     decoding = {"tokens_per_second": 5.0, "extra_tokens": 1, "max_tokens": 4}
     workshop = Workshop.open(load_study(write_study(tmp_path, toy, decoding=decoding)))
-    assert [token_limit(s, workshop.config) for s in (0.2, 0.4, 3.0)] == [2, 3, 4]
+    assert [token_limit(s, workshop.config.decoding) for s in (0.2, 0.4, 3.0)] == [2, 3, 4]
     evaluate(workshop, Candidate())
     results = read_utterances(workshop.config.run_folder / "records", Candidate(), "dev") or []
     for utterance, result in zip(workshop.corpora["dev"], results, strict=True):
         # an untrained model goes on until it is stopped; a token is at least a byte
-        assert len(workshop.llm.tokenizer(result.hypothesis).input_ids) <= token_limit(utterance.seconds, workshop.config)
+        assert len(workshop.llm.tokenizer(result.hypothesis).input_ids) <= token_limit(
+            utterance.seconds, workshop.config.decoding
+        )
 
 
 def test_a_batch_that_does_not_fit_is_halved_in_decoding_too(
@@ -294,16 +296,16 @@ def test_a_batch_that_does_not_fit_is_halved_in_decoding_too(
 ) -> None:
     workshop = open_workshop()
     calm = evaluate(workshop, Candidate())
-    sizes, prefix = [], SlamAsr.prefix
+    sizes, prefix = [], SpeechLlm.prefix
 
-    def only_three(self: SlamAsr, states: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def only_three(self: SpeechLlm, states: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not torch.is_grad_enabled():
             sizes.append(len(states))
             if len(states) > 3:
                 raise torch.OutOfMemoryError("out of memory")
         return prefix(self, states, lengths)
 
-    monkeypatch.setattr(SlamAsr, "prefix", only_three)
+    monkeypatch.setattr(SpeechLlm, "prefix", only_three)
     other = open_workshop("other")
     assert evaluate(other, Candidate()).dev == calm.dev
     assert sizes == [8, 4, 2, 2, 4, 2, 2] * 2  # the anchor's dev, then the candidate's

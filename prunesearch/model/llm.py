@@ -36,12 +36,13 @@ class Llm:
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.eos]
 
 
-def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype) -> Llm:
-    """Load from a folder or the hub; safetensors only, no remote code.
+def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype, tokenizer_source: str | Path | None = None) -> Llm:
+    """Load from a folder or the hub; safetensors only, no remote code. A tokenizer may lie elsewhere.
 
     Raises OSError when there is no such model, StudyError when it cannot be quantised or knows no end of sequence.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision or "main")
+    revision = config.revision or "main"
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source or source, revision=None if tokenizer_source else revision)
     model = AutoModelForCausalLM.from_pretrained(
         source,
         revision=config.revision or "main",
@@ -133,6 +134,19 @@ def lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Iterator[Any]:
     if rank == 0:
         yield llm.model
         return
+    adapted = with_lora(llm, rank, config, seed)
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        if hasattr(llm.model, "peft_config"):
+            del llm.model.peft_config
+
+
+def with_lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Any:
+    """The model with a fresh LoRA of the rank, for good; the bare model for rank 0."""
+    if rank == 0:
+        return llm.model
     torch.manual_seed(seed)
     settings = LoraConfig(
         r=rank,
@@ -143,13 +157,7 @@ def lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Iterator[Any]:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it by its old name
-        adapted = get_peft_model(llm.model, settings)
-    try:
-        yield adapted
-    finally:
-        adapted.unload()
-        if hasattr(llm.model, "peft_config"):
-            del llm.model.peft_config
+        return get_peft_model(llm.model, settings)
 
 
 def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -15,8 +15,8 @@ from prunesearch.model.projector import Projector
 
 
 @dataclass
-class SlamAsr:
-    """A projector and an LLM (with or without LoRA on it)."""
+class SpeechLlm:
+    """A projector and an LLM (with or without LoRA on it): what follows the encoder."""
 
     projector: Projector
     llm: Llm

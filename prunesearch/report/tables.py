@@ -129,8 +129,8 @@ def claims_table(comparison: Comparison) -> Table:
         "The paper's claims",
         ("claim", "language", "published, %", "measured", "95 % interval", "here it"),
         tuple(rows),
-        "arXiv 2603.27981. Intervals: paired bootstrap over utterances, one seed. A claim of a size holds where the interval lies "
-        "on its side of zero and meets the published range; a claim of a direction, where it lies on that side of zero.",
+        "arXiv 2603.27981. Intervals: paired bootstrap over utterances, one seed. A claim of a size holds where the interval "
+        "lies on its side of zero and meets the published range; a claim of a direction, where it lies on that side of zero.",
     )
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 from prunesearch.training.device import autocast
 from prunesearch.training.finetune import trainable
 
@@ -82,7 +82,7 @@ def _without_data(*modules: nn.Module) -> list[Tensor]:
     return list(made.values())
 
 
-def step_cost(slam: SlamAsr, width: int, positions: int, text_tokens: int, batch: int, dtype: torch.dtype) -> StepCost:
+def step_cost(slam: SpeechLlm, width: int, positions: int, text_tokens: int, batch: int, dtype: torch.dtype) -> StepCost:
     """A step of the fine-tune on `batch` utterances of so many encoder positions (of `width`) and text tokens each.
 
     `slam` is made on the meta device, its LLM in `dtype`, and of no other use afterwards.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from prunesearch.config import StudyConfig
-from prunesearch.model.slam import SlamAsr
+from prunesearch.config import DecodingConfig, StudyConfig
+from prunesearch.model.slam import SpeechLlm
 from prunesearch.record import UtteranceResult
 from prunesearch.speech.corpus import Utterance
 from prunesearch.speech.text import normalizer_for
@@ -28,15 +28,45 @@ class _RowLimits(StoppingCriteria):
         return input_ids.shape[1] >= self.limits.repeat_interleave(rows)
 
 
-def token_limit(seconds: float, config: StudyConfig) -> int:
+def token_limit(seconds: float, decoding: DecodingConfig) -> int:
     """How many tokens an utterance of so many seconds may have."""
-    decoding = config.decoding
     return min(decoding.max_tokens, int(seconds * decoding.tokens_per_second) + decoding.extra_tokens)
+
+
+def generate(
+    slam: SpeechLlm,
+    states: Tensor,
+    lengths: Tensor,
+    limits: Sequence[int],
+    decoding: DecodingConfig,
+    dtype: torch.dtype,
+    beams: int | None = None,
+) -> list[str]:
+    """Encoder states (B, T, D), (B,) -> what the LLM writes, at most `limits` tokens each."""
+    device = states.device
+    most = torch.tensor(limits, device=device)
+    with autocast(device, dtype):
+        embeddings, mask = slam.prefix(states, lengths)
+        written = slam.model.generate(
+            inputs_embeds=embeddings.to(slam.llm.model.dtype),
+            attention_mask=mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=max(limits),
+                num_beams=beams or decoding.beams,
+                repetition_penalty=decoding.repetition_penalty,
+                do_sample=False,
+                eos_token_id=slam.llm.eos,
+                pad_token_id=slam.llm.pad,
+            ),
+            stopping_criteria=StoppingCriteriaList([_RowLimits(most)]),
+        )
+    hypotheses: list[str] = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
+    return hypotheses
 
 
 @torch.inference_mode()
 def transcribe(
-    slam: SlamAsr,
+    slam: SpeechLlm,
     states: StateStore,
     utterances: Sequence[Utterance],
     indices: Sequence[int],
@@ -55,25 +85,9 @@ def transcribe(
     due = [[indices[row] for row in rows] for rows in batches]
 
     def decoded(batch: list[int]) -> list[str]:
-        limits = torch.tensor([token_limit(utterances[i].seconds, config) for i in batch], device=device)
+        limits = [token_limit(utterances[i].seconds, config.decoding) for i in batch]
         hidden, lengths = states.batch(batch, device)
-        with autocast(device, dtype):
-            embeddings, mask = slam.prefix(hidden, lengths)
-            written = slam.model.generate(
-                inputs_embeds=embeddings.to(slam.llm.model.dtype),
-                attention_mask=mask,
-                generation_config=GenerationConfig(
-                    max_new_tokens=int(limits.max()),
-                    num_beams=beams or config.decoding.beams,
-                    repetition_penalty=config.decoding.repetition_penalty,
-                    do_sample=False,
-                    eos_token_id=slam.llm.eos,
-                    pad_token_id=slam.llm.pad,
-                ),
-                stopping_criteria=StoppingCriteriaList([_RowLimits(limits)]),
-            )
-        hypotheses: list[str] = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return hypotheses
+        return generate(slam, hidden, lengths, limits, config.decoding, dtype, beams)
 
     while due:
         batch = due.pop(0)

@@ -16,7 +16,7 @@ from prunesearch import __version__
 from prunesearch.candidate import Candidate
 from prunesearch.model.llm import lora
 from prunesearch.model.parameters import count_parameters
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 from prunesearch.record import (
     Cost,
     Rung,
@@ -82,7 +82,7 @@ def evaluate(
     projector = workshop.start(workshop.fresh_projector(candidate.repeat))
     budget, seed = workshop.budget(candidate.repeat), config.seed + candidate.repeat
     with lora(workshop.llm, candidate.lora_rank, config.llm, seed) as model:
-        slam = SlamAsr(projector, workshop.llm, model)
+        slam = SpeechLlm(projector, workshop.llm, model)
         parameters = count_parameters(encoder, projector, model)
 
         started = time.perf_counter()
@@ -181,7 +181,7 @@ def decode_test(workshop: Workshop, record: RunRecord) -> RunRecord:
     config, records = workshop.config, workshop.config.run_folder / "records"
     encoder = workshop.pruned_encoder(record.candidate)
     with lora(workshop.llm, record.lora_rank, config.llm, config.seed) as model:
-        slam = SlamAsr(workshop.fresh_projector(), workshop.llm, model)
+        slam = SpeechLlm(workshop.fresh_projector(), workshop.llm, model)
         restore(trainable(slam), load_file(record_folder(records, record.candidate) / "weights.safetensors"))
         slam.projector.eval()
         model.eval()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunesearch.config import TrainingConfig
 from prunesearch.model.llm import lora_parameters, recompute_activations, recomputes_activations
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 from prunesearch.stopping import Stopped
 from prunesearch.training.device import attention_for_training, autocast, peak_memory_bytes, seed_everything
 from prunesearch.training.features import Fetched, Prefetched, StateStore
@@ -67,14 +67,14 @@ class CurvePoint:
     memory_bytes: int
 
 
-def trainable(slam: SlamAsr) -> dict[str, torch.nn.Parameter]:
+def trainable(slam: SpeechLlm) -> dict[str, torch.nn.Parameter]:
     """The weights that a fine-tune changes, by name."""
     projector = {f"projector.{name}": p for name, p in slam.projector.named_parameters()}
     return {**projector, **lora_parameters(slam.model)}
 
 
 def finetune(
-    slam: SlamAsr,
+    slam: SpeechLlm,
     states: StateStore,
     targets: Sequence[list[int]],
     budget: Budget,
@@ -153,7 +153,7 @@ def finetune(
 
 
 def _gradients(
-    slam: SlamAsr,
+    slam: SpeechLlm,
     fetched: Fetched,
     targets: Sequence[list[int]],
     seed: int,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prunesearch.candidate import Candidate
 from prunesearch.model.encoder import run_layers
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 from prunesearch.record import SplitResult, write_atomically
 from prunesearch.scan import (
     Evaluations,
@@ -135,7 +135,7 @@ class _Scanner:
         self.texts = {i: workshop.llm.tokens(corpus[i].target) for i in chosen}
         projector = workshop.fresh_projector()
         projector.load_state_dict(load_file(anchor))
-        self.slam = SlamAsr(projector.eval(), workshop.llm, workshop.llm.model)
+        self.slam = SpeechLlm(projector.eval(), workshop.llm, workshop.llm.model)
 
     def layer(self, states: Sequence[Tensor], lengths: Tensor, layer: int) -> list[Tensor]:
         """One layer on several sets' states (each (B, T, D)), as few batches."""

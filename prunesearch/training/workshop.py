@@ -20,7 +20,7 @@ from prunesearch.model.encoder import load_encoder, remove_layers
 from prunesearch.model.hub import architectures, cannot_be_had
 from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora_targets, recompute_activations
 from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SlamAsr
+from prunesearch.model.slam import SpeechLlm
 from prunesearch.record import SplitResult, write_atomically
 from prunesearch.speech.audio import SAMPLE_RATE
 from prunesearch.speech.corpus import SPLITS, Progress, Split, Utterance, checked_corpus
@@ -203,7 +203,7 @@ class Workshop:
         with self.team.lock(folder / "lock"):
             if self.team.agree(weights.exists()):
                 return weights
-            slam = SlamAsr(self.fresh_projector(), self.llm, self.llm.model)
+            slam = SpeechLlm(self.fresh_projector(), self.llm, self.llm.model)
             encoder = self.pruned_encoder(Candidate())
             train = self.encoded(encoder, "train", self.drawn(self.anchor_budget))
             steps = self.anchor_budget.steps
@@ -236,7 +236,7 @@ class Workshop:
         write_atomically(folder / "anchor.json", json.dumps(log, indent=1) + "\n")
 
 
-def save_weights(path: Path, slam: SlamAsr) -> None:
+def save_weights(path: Path, slam: SpeechLlm) -> None:
     """Projector and LoRA, as safetensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

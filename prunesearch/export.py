@@ -1,0 +1,172 @@
+"""The model out: a candidate of a study as a folder that stands by itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from prunesearch.candidate import Candidate
+from prunesearch.config import StudyConfig, load_study
+from prunesearch.mistakes import StudyError
+from prunesearch.record import RunRecord, read_record, read_records, record_folder, write_atomically
+from prunesearch.report.front import knee, pareto_front, pooled_by_system
+
+Choice = dict[str, Any]
+
+
+def chosen(config: StudyConfig, candidate: str | None = None, best_under_params: float | None = None) -> RunRecord:
+    """The record to export: a candidate's by key; the best on dev of at most so many parameters; else the front's knee.
+
+    Raises StudyError where there is none.
+    """
+    folder = config.run_folder / "records"
+    objective = config.search.params_objective
+    complete = [r for r in read_records(folder) if r.state == "complete"] if folder.is_dir() else []
+    if not complete:
+        raise StudyError([f"{config.name} has no complete candidate yet: `prunesearch launch {config.source}`"])
+    if candidate is not None:
+        try:
+            record = read_record(folder, Candidate.from_key(candidate))
+        except ValueError as error:
+            raise StudyError([f"--candidate: {error}"]) from None
+        if record is None or record.state != "complete":
+            some = ", ".join(r.candidate.key for r in pareto_front(complete, objective))
+            raise StudyError([f"--candidate: {candidate} is not complete; the front is {some}"])
+        return record
+    front = pareto_front(pooled_by_system(complete), objective)
+    if best_under_params is None:
+        found = knee(front, objective)
+    else:
+        small = [r for r in front if r.parameters.of(objective) <= best_under_params]
+        if not small:
+            least = front[0].parameters.of(objective)
+            raise StudyError(
+                [f"--best-under-params: must be at least {least}, the front's smallest, got {best_under_params:g}"]
+            )
+        found = small[-1]  # the front's WER falls as its parameters rise
+    return next(r for r in complete if r.candidate.system == found.candidate)
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    candidate: str | None = None,
+    best_under_params: float | None = None,
+    merge: bool = False,
+    with_llm: bool | None = None,
+) -> RunRecord:
+    """Write a candidate of the study to the folder `out`, for `SlamAsr.from_pretrained`; returns its record.
+
+    `merge` adds the LoRA to the LLM's weights, which are then written; it may change a transcript's last bits. `with_llm`
+    writes the LLM in any case; by default it is written where the study has it from a folder, and named where it is the
+    hub's. Raises StudyError for the user's mistakes.
+    """
+    config = load_study(source, data_must_exist=False)
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise StudyError([f"--out: {out} exists already and is not empty"])
+    record = chosen(config, candidate, best_under_params)
+    asr = assembled(config, record, merge)
+    local = Path(config.locate(config.llm.model)).is_dir()
+    asr.save_pretrained(out, with_llm=local if with_llm is None else with_llm)
+    write_atomically(out / "record.json", record.model_dump_json(indent=1) + "\n")
+    write_atomically(out / "README.md", card(config, record, asr))
+    return record
+
+
+def assembled(config: StudyConfig, record: RunRecord, merge: bool = False) -> Any:
+    """The candidate's system, ready to transcribe, from the study's models and the record's weights. Raises StudyError."""
+    from transformers import AutoFeatureExtractor
+
+    from prunesearch.asr import Settings, SlamAsr
+    from prunesearch.model.encoder import load_encoder, remove_layers
+    from prunesearch.model.llm import load_llm, with_lora
+    from prunesearch.model.projector import Projector
+    from prunesearch.model.slam import SpeechLlm
+    from prunesearch.training.finetune import restore, trainable
+
+    weights = record_folder(config.run_folder / "records", record.candidate) / "weights.safetensors"
+    if not weights.exists():
+        raise StudyError(
+            [f"{weights} is not there: the weights of {record.candidate.key} were deleted, or lie on another machine"]
+        )
+    name = record.provenance.get("dtype", "float32")
+    dtype = getattr(torch, name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = config.locate(config.encoder.model)
+    whole = load_encoder(source, config.encoder.revision, dtype).requires_grad_(False).eval()
+    encoder = remove_layers(whole, record.removed_layers).to(device)
+    extractor = AutoFeatureExtractor.from_pretrained(source, revision=config.encoder.revision or "main")
+    llm = load_llm(config.locate(config.llm.model), config.llm, dtype)
+    llm.model.to(device)
+    model = with_lora(llm, record.lora_rank, config.llm, record.seed)
+    own = config.projector
+    width = llm.model.get_input_embeddings().embedding_dim
+    slam = SpeechLlm(Projector(encoder.config.d_model, width, own.stack, own.hidden, own.dropout).to(device), llm, model)
+    restore(trainable(slam), load_file(weights))
+    slam.projector.eval()
+    model.eval()
+    merged = merge and record.lora_rank > 0
+    if merged:
+        slam.model = model.merge_and_unload()
+    settings = Settings(
+        dtype=name,
+        removed_layers=record.removed_layers,
+        encoder_layers=record.encoder_layers,
+        lora_rank=record.lora_rank,
+        merged=merged,
+        projector=own,
+        llm=config.llm.model_copy(update={"model": config.locate(config.llm.model)}),
+        decoding=config.decoding,
+        text=config.text,
+        pad_to_seconds=config.data.pad_to_seconds,
+    )
+    return SlamAsr(encoder, extractor, slam, settings, device)
+
+
+def card(config: StudyConfig, record: RunRecord, asr: Any) -> str:
+    """A model card: what was removed, what it costs in WER, what it was trained on. Licences are the user's to fill in."""
+    p = record.parameters
+    removed = ", ".join(map(str, record.removed_layers)) or "none"
+    rows = []
+    for split in ("dev", "test"):
+        found = getattr(record, split)
+        if found:
+            rows.append((split, "all", found.errors))
+            rows += [(split, language, errors) for language, errors in found.by_language.items()]
+    kinds = ("substitutions", "deletions", "insertions", "reference_words")
+    errors = "\n".join(
+        f"| {split} | {language} | {100 * e.wer:.2f} | {' | '.join(str(getattr(e, kind)) for kind in kinds)} |"
+        for split, language, e in rows
+    )
+    languages = sorted(record.dev.by_language) if record.dev else []
+    return f"""---
+license: # fill in: it depends on the encoder's, the LLM's and the data's
+language: [{", ".join(languages)}]
+pipeline_tag: automatic-speech-recognition
+tags: [prunesearch, slam-asr]
+---
+
+# {config.name}: {record.name or record.candidate.key}
+
+A Whisper encoder with layers removed, a projector, and a language model{" with LoRA" if record.lora_rank else ""}, found by
+[prunesearch](https://arxiv.org/abs/2603.27981)'s kind of search in the study `{config.name}`.
+
+    from prunesearch import SlamAsr
+    SlamAsr.from_pretrained("…").transcribe(["recording.wav"])
+
+| | |
+|---|---|
+| encoder | `{config.encoder.model}`, {record.encoder_layers} layers, of which removed: {removed} |
+| LLM | `{config.llm.model}`, LoRA of rank {record.lora_rank}{", merged into it" if asr.settings.merged else ""} |
+| parameters | encoder {p.encoder:,}, projector {p.projector:,}, LoRA {p.lora:,}, LLM {p.llm:,} |
+| training | {record.steps} steps of {config.training.batch_size}, seed {record.seed}, from {config.training.init} |
+| data | train {", ".join(map(str, config.data.train))} |
+
+| split | language | WER, % | substitutions | deletions | insertions | reference words |
+|---|---|---|---|---|---|---|
+{errors}
+
+Texts are normalised before they are compared.
+"""
