@@ -4,16 +4,18 @@
     python benchmarks/storage.py --workers 8 --sampler layer-sets      # how much of 8 trials a second do 8 workers complete?
     python benchmarks/storage.py --study studies/quickstart            # the share of a study's time that is not work on trials
 
-Trials are simulated: they sleep for a second. Everything runs on this machine, the server as well. Needs PostgreSQL's server.
+Trials are simulated: they sleep for a second. LAYERS=24 in the environment makes the encoder as deep. Everything runs on this machine, the server as well. Needs PostgreSQL's server.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import combinations, pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,15 +33,15 @@ from prunesearch.config import load_study  # noqa: E402
 from prunesearch.record import read_records  # noqa: E402
 from prunesearch.search.claims import claim  # noqa: E402
 from prunesearch.search.layer_sets import LayerSetSampler  # noqa: E402
-from prunesearch.search.leases import Watch  # noqa: E402
+from prunesearch.search.leases import Watch, kept  # noqa: E402
 from prunesearch.search.sampler import CandidateSampler  # noqa: E402
 from prunesearch.search.space import SearchSpace  # noqa: E402
 from prunesearch.search.storage import open_storage  # noqa: E402
 from prunesearch.stopping import Stop  # noqa: E402
 from tests.servers import GrpcProxy, Postgres  # noqa: E402
 
-LAYERS = 24
-SPACE = SearchSpace(tuple(range(LAYERS)), 8, (0, 4, 8), {})
+LAYERS = int(os.environ.get("LAYERS", "12"))
+SPACE = SearchSpace(tuple(range(LAYERS)), LAYERS * 2 // 3, (0, 4, 8), {})
 SCAN = {s: 0.1 * sum(1 + i % 5 for i in s) for k in (1, 2) for s in combinations(range(LAYERS), k)}
 
 
@@ -68,9 +70,11 @@ def labour(url: str | None, folder: Path, number: int, kind: str, begin: float, 
         asked = time.perf_counter()
         if claimed is None:
             break
-        time.sleep(1.0)
+        with kept(claimed.held, lambda: None, partial(claimed.write_params, study._storage)):
+            time.sleep(1.0)
         woken = time.perf_counter()
         values = [wer_of(claimed.candidate), params_of(claimed.candidate)]
+        claimed.write_params(study._storage)
         study._storage.set_trial_state_values(claimed.trial._trial_id, TrialState.COMPLETE, values)
         tells.append(time.perf_counter() - woken)
         asks.append(asked - start)

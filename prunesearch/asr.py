@@ -117,15 +117,15 @@ class SlamAsr:
         folder.mkdir(parents=True, exist_ok=True)
         self.encoder.save_pretrained(folder / "encoder")
         self.extractor.save_pretrained(folder / "encoder")
-        state = {name: p.detach().cpu().contiguous() for name, p in self.slam.projector.state_dict().items()}
-        save_file(state, folder / "projector.safetensors")
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.slam.projector.state_dict().items()}
+        save_file(weights, folder / "projector.safetensors")
         llm = self.slam.llm
         llm.tokenizer.save_pretrained(folder / "tokenizer")
         if isinstance(self.slam.model, PeftModel):
             self.slam.model.save_pretrained(str(folder / "adapter"))
         if with_llm or self.settings.merged:
             bare = self.slam.model
-            state = None
+            state: dict[str, Any] | None = None
             if isinstance(bare, PeftModel):  # peft has put its layers around the LLM's own
                 bare = bare.get_base_model()
                 state = {k.replace(".base_layer", ""): v for k, v in bare.state_dict().items() if ".lora_" not in k}

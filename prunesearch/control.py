@@ -16,6 +16,7 @@ from prunesearch.record import record_folder
 from prunesearch.search.claims import settled
 from prunesearch.search.leases import LEASE_SECONDS, Lease
 from prunesearch.search.sampler import is_settled
+from prunesearch.search.space import REMOVE
 from prunesearch.search.storage import open_storage, shown, upgrade_storage
 from prunesearch.search.study import join_study
 from prunesearch.speech.corpus import SPLITS
@@ -115,7 +116,11 @@ def retry(source: str | Path, storage: str | None = None) -> list[str]:
         record = record_folder(config.run_folder / "records", Candidate.from_key(key)) / "record.json"
         if record.exists():
             record.replace(record.with_name(f"failed-{trial.number}.json"))
-        study.enqueue_trial(trial.params, user_attrs={"candidate": key, "retry": True})
+        candidate = Candidate.from_key(key)
+        params = trial.params or next((t.params for t in trials if t.params), {})  # it may be gone before it was told
+        bits = {n: int(n.removeprefix(REMOVE)) in candidate.removed_layers for n in params if n.startswith(REMOVE)}
+        rest = {"lora_rank": candidate.lora_rank} | ({"repeat": candidate.repeat} if "repeat" in params else {})
+        study.enqueue_trial(bits | rest, user_attrs={"candidate": key, "retry": True})
     return list(failed)
 
 

@@ -334,6 +334,9 @@ def test_calls_are_made_again_while_the_storage_is_away_and_only_then(monkeypatc
     shaky.lost_answers = 1
     study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
     assert study.best_value == 1.0
+    shaky.broken = 1
+    study.ask()
+    assert len(notes) == 2, "one failure is no news"
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
     assert not is_away(ValueError())

@@ -21,7 +21,9 @@ class Planned(CandidateSampler):
         super().__init__(space, seed)
         self._plan = [Candidate(layers, rank) for rank in space.ranks for layers in sets]
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
+    def propose(
+        self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
+    ) -> Candidate | None:
         return next((c for c in self._plan if c.key not in seen), None)
 
 
@@ -29,7 +31,9 @@ class IterativeGreedy(CandidateSampler):
     """Removes one layer at a time for good: tries every layer beside those already gone, keeps the best, goes on; the
     trials are its scan. Then the same with the next rank."""
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
+    def propose(
+        self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
+    ) -> Candidate | None:
         wer = {t.user_attrs["candidate"]: t.values[0] for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])}
         for rank in self._space.ranks:
             gone: LayerSet = ()
@@ -47,7 +51,9 @@ class Evolution(CandidateSampler):
     """(1 + lambda) evolution for each number of removed layers in turn, by exchanging layers (EvoPress, arXiv 2410.14649; its
     staged data budgets have no counterpart where a candidate has one price)."""
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
+    def propose(
+        self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
+    ) -> Candidate | None:
         space = self._space
         size = 1 + begun % space.max_removed
         done = [

@@ -1,22 +1,24 @@
 """Which candidate is whose: any number of workers, on any storage, and none is trained twice.
 
-A trial is created, then its candidate is declared, then everybody's trials are read. Trials have numbers: whoever finds the
-same candidate under a lower number, or the budget used up by lower numbers, withdraws. Of a lower one that has not
-declared yet, the declaration is awaited (Lamport's bakery). So it needs no lock, and survives what locks do not: a
-database that restarts, a proxy. `turn` only spares workers from proposing the same.
+A trial is created and its candidate declared, then everybody's trials are read. Trials have numbers: whoever finds the same
+candidate under a lower number, or the budget used up by lower numbers, withdraws. Of a lower one that has not declared
+yet (Optuna's own samplers need the trial first), the declaration is awaited (Lamport's bakery). So it needs no lock, and
+survives what locks do not: a database that restarts, a proxy. `turn` only spares workers from proposing the same.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
-from prunesearch.search.leases import Held, Watch, end_lost, give_up
-from prunesearch.search.sampler import SpaceExhausted, is_settled, next_due
+from prunesearch.search.leases import Held, Lease, Watch, end_lost, give_up
+from prunesearch.search.sampler import CandidateSampler, SpaceExhausted, is_settled, next_due
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import turn
 from prunesearch.stopping import Stop
@@ -33,6 +35,14 @@ class Claim:
     candidate: Candidate
     name: str | None  # a baseline's
     held: Held
+    unwritten: dict[str, tuple[float, BaseDistribution]]  # parameters that the storage has not been told yet
+
+    def write_params(self, storage: BaseStorage) -> None:
+        """Tell the storage the parameters: some ten milliseconds for each layer in a database, so not while others wait."""
+        while self.unwritten:
+            name, (value, distribution) = next(iter(self.unwritten.items()))
+            storage.set_trial_param(self.trial._trial_id, name, value, distribution)
+            self.unwritten.pop(name, None)
 
 
 def settled(trials: Sequence[FrozenTrial]) -> int:
@@ -49,16 +59,18 @@ def claim(study: optuna.Study, space: SearchSpace, trials: int, watch: Watch, st
         stop.check()
         if study.user_attrs.get("aborted"):
             return None
-        end_lost(study, watch)
         found = study.get_trials(deepcopy=False)
+        if end_lost(study, watch, found):
+            found = study.get_trials(deepcopy=False)
         if settled(found) >= trials:
             return None
         if _has_room(found, trials) and (not exhausted or next_due(space, found)):
             with turn(study._storage, study.study_name, run_folder):
-                if not _has_room(study.get_trials(deepcopy=False), trials):
+                found = study.get_trials(deepcopy=False)
+                if not _has_room(found, trials):
                     continue
                 try:
-                    claimed = _ask(study, space, trials, watch)
+                    claimed = _ask(study, space, found, trials, watch)
                 except SpaceExhausted:
                     exhausted = True
                 else:
@@ -83,8 +95,33 @@ def sleep(seconds: float, stop: Stop) -> None:
         time.sleep(min(left, 0.2))
 
 
-def _ask(study: optuna.Study, space: SearchSpace, budget: int, watch: Watch) -> Claim | None:
+def _ask(study: optuna.Study, space: SearchSpace, found: Sequence[FrozenTrial], budget: int, watch: Watch) -> Claim | None:
     """A trial with its candidate declared; None where it had to be withdrawn. Raises SpaceExhausted."""
+    sampler, waiting = study.sampler, any(t.state == TrialState.WAITING for t in found)
+    whole = isinstance(sampler, CandidateSampler) and not sampler.needs_trial and not waiting
+    made = _born_whole(study, space, sampler, found) if whole else _step_by_step(study, space)  # type: ignore[arg-type]
+    if _is_mine(study, made.trial.number, made.candidate.key, budget, watch):
+        return made
+    give_up(study, study._storage.get_trial(made.trial._trial_id), "duplicate")
+    return None
+
+
+def _born_whole(study: optuna.Study, space: SearchSpace, sampler: CandidateSampler, found: Sequence[FrozenTrial]) -> Claim:
+    """A trial that has its candidate and mark from the beginning; its parameters follow while it is evaluated."""
+    candidate = sampler.choose(study, None, found)
+    mark, name = Lease.mine(), _name(space, candidate)
+    attrs = {"candidate": candidate.key, "lease": asdict(mark)} | ({"name": name} if name else {})
+    template = create_trial(state=TrialState.RUNNING, user_attrs=attrs)
+    number = study._storage.create_new_trial(study._study_id, template_trial=template)
+    held = Held(study._storage, number, mark)
+    held.key = candidate.key
+    kinds = space.distributions
+    unwritten = {n: (kinds[n].to_internal_repr(v), kinds[n]) for n, v in space.params(candidate).items()}
+    return Claim(optuna.Trial(study, number), candidate, name, held, unwritten)
+
+
+def _step_by_step(study: optuna.Study, space: SearchSpace) -> Claim:
+    """As Optuna does it: a trial, then its parameters. It may be one that somebody has enqueued."""
     trial = study.ask()
     held = Held(study._storage, trial._trial_id)
     held.renew()
@@ -93,15 +130,15 @@ def _ask(study: optuna.Study, space: SearchSpace, budget: int, watch: Watch) -> 
     except SpaceExhausted:
         give_up(study, study._storage.get_trial(trial._trial_id), "space exhausted")
         raise
-    name = next((n for n in BASELINE_NAMES if space.named.get(n) == candidate), None)
-    if name:
+    if name := _name(space, candidate):
         trial.set_user_attr("name", name)
     trial.set_user_attr("candidate", candidate.key)  # the declaration
     held.key = candidate.key
-    if _is_mine(study, trial.number, candidate.key, budget, watch):
-        return Claim(trial, candidate, name, held)
-    give_up(study, study._storage.get_trial(trial._trial_id), "duplicate")
-    return None
+    return Claim(trial, candidate, name, held, {})
+
+
+def _name(space: SearchSpace, candidate: Candidate) -> str | None:
+    return next((n for n in BASELINE_NAMES if space.named.get(n) == candidate), None)
 
 
 def _is_mine(study: optuna.Study, number: int, key: str, budget: int, watch: Watch) -> bool:
@@ -118,5 +155,5 @@ def _is_mine(study: optuna.Study, number: int, key: str, budget: int, watch: Wat
             return False
         if all("candidate" in t.user_attrs for t in before):
             return True
-        end_lost(study, watch)
+        end_lost(study, watch, trials)
         time.sleep(DECLARATION_POLL)

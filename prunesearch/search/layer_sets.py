@@ -71,8 +71,10 @@ class LayerSetSampler(CandidateSampler):
         self._fitted: tuple[int, Surrogate] | None = None
         self._everything: list[Candidate] | None = None
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
-        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+    def propose(
+        self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
+    ) -> Candidate | None:
+        trials = [t for t in study.get_trials(deepcopy=False) if trial is None or t.number != trial.number]
         if (number := begun - len(self._space.named)) < self._startup_trials:
             return self._guide.first(max(0, number), seen, rng)
         known = self._known(trials)

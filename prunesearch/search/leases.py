@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -105,9 +105,13 @@ class Watch:
         return (lease is not None and lease.has_ended()) or now - self._marks[trial._trial_id][1] >= LEASE_SECONDS
 
 
-def end_lost(study: optuna.Study, watch: Watch) -> list[str]:
-    """End the running trials whose worker is gone, so that they are evaluated again; returns their candidates' keys."""
-    running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+def end_lost(study: optuna.Study, watch: Watch, trials: Sequence[FrozenTrial] | None = None) -> list[str]:
+    """End the running trials whose worker is gone, so that they are evaluated again; returns their candidates' keys.
+
+    `trials` are the study's, where somebody has just read them.
+    """
+    trials = study.get_trials(deepcopy=False) if trials is None else trials
+    running = [t for t in trials if t.state == TrialState.RUNNING]
     return [t.user_attrs.get("candidate", "") for t in watch.lost(running) if give_up(study, t, "lost")]
 
 
@@ -137,10 +141,10 @@ def give_up(study: optuna.Study, trial: FrozenTrial, why: str, reason: str | Non
 class Held:
     """A trial that this process evaluates."""
 
-    def __init__(self, storage: BaseStorage, trial_id: int):
+    def __init__(self, storage: BaseStorage, trial_id: int, mark: Lease | None = None):
         self._storage, self._trial_id = storage, trial_id
         self.key = ""  # its candidate's, once that is known
-        self._mark = Lease.mine()
+        self._mark = mark or Lease.mine()
         self._doing: tuple[str, int, int] = "", 0, 0
         self._lock = threading.Lock()
         self._taken = threading.Event()
@@ -173,11 +177,13 @@ class Held:
 
 
 @contextmanager
-def kept(held: Held, look: Callable[[], object]) -> Iterator[None]:
-    """Renew a trial's mark in the background, and have a look at the others' each time."""
+def kept(held: Held, look: Callable[[], object], first: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Renew a trial's mark in the background, after doing something `first`, and have a look at the others' each time."""
     over = threading.Event()
 
     def beat() -> None:
+        with suppress(UpdateFinishedTrialError):  # it was taken away: the next mark will tell
+            first()
         while not over.wait(BEAT_SECONDS):
             held.renew()
             look()

@@ -48,7 +48,7 @@ class _Insistence:
         self._since: float | None = None
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        wait, begin = FIRST_WAIT, time.monotonic()
+        wait, begin, failed = FIRST_WAIT, time.monotonic(), False
         while True:
             try:
                 result = function(*args, **kwargs)
@@ -59,9 +59,12 @@ class _Insistence:
                     raise StudyError(
                         [f"the storage has been away for {PATIENCE_SECONDS / 60:.0f} minutes; launch again later"]
                     ) from None
-                self._gone(error)
                 with suppress(Exception):
                     self._afresh()
+                if not failed:  # an old connection, perhaps: a new one will do
+                    failed = True
+                    continue
+                self._gone(error)
             else:
                 self._back()
                 return result

@@ -55,7 +55,11 @@ class CandidateSampler(BaseSampler):
         self._space = space
         self._seed = seed
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
+    needs_trial = False  # whether `propose` can do without a trial that it is for
+
+    def propose(
+        self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
+    ) -> Candidate | None:
         """A candidate whose key is not among `seen`; None to have a random one drawn. `begun`: trials settled or running."""
         return None
 
@@ -64,23 +68,27 @@ class CandidateSampler(BaseSampler):
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        return self._space.params(self.choose(study, trial, others))
+
+    def choose(self, study: Study, trial: FrozenTrial | None, others: Sequence[FrozenTrial]) -> Candidate:
+        """The next candidate, `others` being all trials but the one that it is for. Raises SpaceExhausted."""
         settled = sum(map(is_settled, others))
         running = sum(t.state == TrialState.RUNNING for t in others)
         if due := next_due(self._space, others):
-            return self._space.params(due)
+            return due
         rng = random.Random(f"{self._seed} {settled} {running}")
         seen = {key for t in others if is_taken(t) and (key := t.user_attrs.get("candidate"))}
         proposed = self.propose(study, trial, seen, settled + running, rng)
         if proposed is not None:
-            return self._space.params(proposed)
+            return proposed
         for _ in range(10 * ATTEMPTS):
             candidate = self._space.draw(rng)
             if candidate.key not in seen:
-                return self._space.params(candidate)
+                return candidate
         left = [c for c in self._space.everything() if c.key not in seen]
         if not left:
             raise SpaceExhausted
-        return self._space.params(rng.choice(left))
+        return rng.choice(left)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -91,13 +99,17 @@ class CandidateSampler(BaseSampler):
 class GridSampler(CandidateSampler):
     """The whole space, small sets first."""
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
+    def propose(
+        self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
+    ) -> Candidate | None:
         return next((c for c in self._space.everything() if c.key not in seen), None)
 
 
 class OptunaSampler(CandidateSampler):
     """One of Optuna's samplers over one boolean per layer. What it proposes is repaired into the space, and asked again if
     it was seen before. The first `startup_trials` beside the named ones are sets of every size, of the scan's liking."""
+
+    needs_trial = True  # NSGA-II writes to it
 
     def __init__(
         self,
@@ -112,9 +124,12 @@ class OptunaSampler(CandidateSampler):
         self._startup_trials = startup_trials
         self._guide = Guide(space, scan)
 
-    def propose(self, study: Study, trial: FrozenTrial, seen: set[str], begun: int, rng: random.Random) -> Candidate | None:
+    def propose(
+        self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
+    ) -> Candidate | None:
         if (number := begun - len(self._space.named)) < self._startup_trials:
             return self._guide.first(max(0, number), seen, rng)
+        assert trial is not None
         inner = self._inner(rng.randrange(2**31))
         for _ in range(ATTEMPTS):
             proposed = inner.sample_relative(study, trial, self._space.distributions)

@@ -110,7 +110,8 @@ def _database(url: str) -> BaseStorage:
         backend = make_url(url).get_backend_name()
     except ArgumentError:
         raise StudyError([f"storage.url: must be a URL, such as {FORMS}"]) from None
-    options: dict[str, Any] = {} if backend == "sqlite" else {"pool_pre_ping": True, "pool_recycle": 1800}
+    # a connection that has died is noticed by its first call, which is made again: asking before each costs as much again
+    options: dict[str, Any] = {} if backend == "sqlite" else {"pool_pre_ping": False, "pool_recycle": 1800}
     if backend == "postgresql":
         # a wire that is cut says nothing: the kernel alone would wait for a quarter of an hour
         alive = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}

@@ -3,6 +3,8 @@
 import errno
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -82,11 +84,14 @@ def work(
         referee = Referee(study, claimed, params_of(claimed.candidate), rung_confidence)
 
         def back(why: str, reason: str | None = None, claimed: Claim = claimed) -> None:
+            with suppress(UpdateFinishedTrialError):
+                claimed.write_params(study._storage)
             give_up(study, study._storage.get_trial(claimed.trial._trial_id), why, reason)
 
         try:
-            with kept(claimed.held, look):
+            with kept(claimed.held, look, partial(claimed.write_params, study._storage)):
                 record = evaluate(claimed.candidate, claimed.name, referee)
+            claimed.write_params(study._storage)  # where the trial was over sooner
             _tell(study, claimed.trial, record, objective)
         except (Taken, UpdateFinishedTrialError):
             note(f"{claimed.candidate.key} was given to another worker in the meantime")

@@ -220,8 +220,16 @@ def finish_encoding(
     spans = _spans(lengths)
     scratch.mkdir(parents=True, exist_ok=True)
     handle, path = tempfile.mkstemp(dir=scratch)
-    os.close(handle)
     dtype = prefix.values.dtype
+    size = sum(lengths.values()) * prefix.values.shape[1] * dtype.itemsize
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)  # a full disk is an OSError now, not a SIGBUS later
+    except OSError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(handle)
     values = _mapped(path, sum(lengths.values()), prefix.values.shape[1], dtype)
     os.unlink(path)
     batches = by_length([lengths[i] for i in order], ENCODING_BATCH)

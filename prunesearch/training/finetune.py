@@ -1,5 +1,6 @@
 """The short fine-tune: projector and LoRA on cached encoder states."""
 
+import io
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -214,7 +215,9 @@ def _save(path: Path, weights: dict[str, torch.nn.Parameter], optimizer: torch.o
         "optimizer": optimizer.state_dict(),
         "progressed": vars(progressed),
     }
-    torch.save(whole, path.with_suffix(".partial"))
+    buffer = io.BytesIO()  # torch would call a full disk a RuntimeError
+    torch.save(whole, buffer)
+    path.with_suffix(".partial").write_bytes(buffer.getbuffer())
     path.with_suffix(".partial").replace(path)
 
 

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import AutoFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -218,9 +218,7 @@ class Workshop:
                     slam, dev, self.corpora["dev"], self.used("dev"), self.config, self.device, self.dtype, self.progress
                 )
                 self._write_anchor_log(folder, done, SplitResult.of(results))
-                partial = folder / "projector.partial"
-                save_file({name: p.detach().cpu().contiguous() for name, p in slam.projector.state_dict().items()}, partial)
-                partial.replace(weights)
+                _write_tensors(weights, slam.projector.state_dict())
                 (folder / "checkpoint.pt").unlink(missing_ok=True)
             self.team.agree(None)  # the others read what the leader has written
         return weights
@@ -239,6 +237,11 @@ class Workshop:
 def save_weights(path: Path, slam: SpeechLlm) -> None:
     """Projector and LoRA, as safetensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write_tensors(path, trainable(slam))
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Whole or not at all. Raises OSError, as any file does, where the disk is full."""
     partial = path.with_suffix(".partial")
-    save_file({name: p.detach().cpu().contiguous() for name, p in trainable(slam).items()}, partial)
+    partial.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
     partial.replace(path)
