@@ -4,7 +4,8 @@
     python benchmarks/storage.py --workers 8 --sampler layer-sets      # how much of 8 trials a second do 8 workers complete?
     python benchmarks/storage.py --study studies/quickstart            # the share of a study's time that is not work on trials
 
-Trials are simulated: they sleep for a second. LAYERS=24 in the environment makes the encoder as deep. Everything runs on this machine, the server as well. Needs PostgreSQL's server.
+Trials are simulated: they sleep for a second. LAYERS=24 in the environment makes the encoder as deep. Everything runs on this
+machine, the server as well. Needs PostgreSQL's server.
 """
 
 import argparse

@@ -6,13 +6,13 @@
 candidate into a record; `search` proposes candidates; `report` compares records; `launch` and `plan` put them together.
 """
 
+import importlib
+
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
     """`SlamAsr`, without importing torch before it is asked for."""
     if name == "SlamAsr":
-        from prunesearch.asr import SlamAsr
-
-        return SlamAsr
+        return importlib.import_module("prunesearch.asr").SlamAsr
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

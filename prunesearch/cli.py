@@ -275,6 +275,36 @@ def storage_proxy(
     serve(study, storage, host, port)
 
 
+class Start(StrEnum):
+    """Where projectors begin."""
+
+    anchor = "anchor"
+    scratch = "scratch"
+
+
+@app.command()
+def confirm(
+    study: Study,
+    seeds: Annotated[int, typer.Option(min=1, help="How often each system is trained.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training; default: five times the search's.")] = None,
+    init: Annotated[Start | None, typer.Option("--from", help="Where projectors begin; default: as in the search.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
+    storage: StorageUrl = None,
+) -> None:
+    """Train the front and the baselines for longer, from several seeds: how well did the short runs foretell?"""
+    from prunesearch.config import load_study
+    from prunesearch.confirm import compared
+    from prunesearch.confirm import confirm as run
+
+    with _Display() as display:
+        run(study, seeds, steps, init.value if init else None, workers, storage, display)
+    from prunesearch.display import confirmation_table
+
+    found = compared(load_study(study, data_must_exist=False))
+    if found:
+        _print(confirmation_table(found))
+
+
 @app.command()
 def export(
     study: Study,

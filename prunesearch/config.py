@@ -259,6 +259,7 @@ class FixedCandidate(_Section):
 
     removed_layers: tuple[int, ...] = ()
     lora_rank: Annotated[int, Field(ge=0)] = 0
+    repeat: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("removed_layers")
     @classmethod
@@ -376,7 +377,7 @@ class StudyConfig(_Section):
         return min(most, removable, encoder_layers - 1)
 
     def fixed_candidates(self) -> list[Candidate]:
-        return [Candidate(f.removed_layers, f.lora_rank) for f in self.search.fixed]
+        return [Candidate(f.removed_layers, f.lora_rank, f.repeat) for f in self.search.fixed]
 
     def overrides(self) -> dict[str, tuple[Any, Any]]:
         """The preset's keys that this study has otherwise: path -> the preset's value, the study's."""

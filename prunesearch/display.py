@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from prunesearch.confirm import Confirmation
 from prunesearch.plan import Estimate, Plan
 
 
@@ -49,6 +50,29 @@ def plan_tables(plan: Plan, cost: Estimate) -> Group:
     for key, (preset, own) in plan.overrides.items():
         changed.add_row(key, str(preset), str(own))
     return Group(counts, shares, run, needs, changed)
+
+
+def confirmation_table(found: Confirmation) -> Group:
+    """Short and long runs side by side, and how well the one foretold the other."""
+    table = Table(title="confirmation, dev WER in %")
+    for column in ("system", "short", "long, mean", "by seed", "test, mean"):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for short, long, seeds in found.rows:
+        assert short.dev
+        assert long.dev
+        table.add_row(
+            short.name or short.candidate.key,
+            f"{100 * short.dev.errors.wer:.2f}",
+            f"{100 * long.dev.errors.wer:.2f}",
+            " ".join(f"{100 * wer:.2f}" for wer in seeds),
+            f"{100 * long.test.errors.wer:.2f}" if long.test else "–",
+        )
+    said = [
+        f"{name} {c.value:.2f} (95 % interval {c.low:.2f} to {c.high:.2f}, over systems)"
+        for name, c in (("Spearman's ρ", found.spearman), ("Kendall's τ", found.kendall))
+    ]
+    regret = f"taking the short runs' word costs at most {100 * found.regret:.2f} points of dev WER at any size"
+    return Group(table, *said, regret)
 
 
 def _duration(hours: float) -> str:

@@ -133,6 +133,13 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     return sum(p * q for p, q in zip(x, y, strict=True)) / norm if norm else math.nan
 
 
+def kendall(a: Sequence[float], b: Sequence[float]) -> float:
+    """Kendall's tau-b. NaN where one side is constant or there are fewer than two values."""
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(a, b).statistic) if len(a) > 1 else math.nan
+
+
 def _ranks(values: Sequence[float]) -> list[float]:
     order = sorted(range(len(values)), key=values.__getitem__)
     ranks = [0.0] * len(values)

@@ -1,6 +1,7 @@
 """The whole way on toy models: command line, kills, workers, report."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,15 +14,17 @@ from typing import Any
 import optuna
 import pytest
 
-from prunesearch.candidate import BASELINE_NAMES, Candidate
+from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
 from prunesearch.config import load_study
+from prunesearch.confirm import compared, confirm, confirmation_folder, rank_correlation
 from prunesearch.control import status
 from prunesearch.launch import launch
 from prunesearch.mistakes import StudyError
 from prunesearch.plan import params_of_candidates, plan
 from prunesearch.record import RunRecord, read_records
 from prunesearch.report import write_report
-from prunesearch.scan import read_scan
+from prunesearch.report.front import pareto_front
+from prunesearch.scan import kendall, read_scan, spearman
 from prunesearch.search.storage import open_storage
 from prunesearch.training.evaluate import evaluate
 from prunesearch.training.workshop import Workshop
@@ -269,3 +272,34 @@ def test_two_processes_train_one_candidate_as_one_does(toy: Path, tmp_path: Path
         assert record.provenance["processes"] == 2
         assert record.losses == pytest.approx(ours[key].losses, abs=1e-4)
         assert record.test is not None
+
+
+def test_a_confirmation_is_a_study_of_its_own_for_longer_and_from_several_seeds(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "s", toy)
+    with pytest.raises(StudyError, match="no complete candidate"):
+        confirm(file)
+    launch(file, trials=6)
+    config = load_study(file)
+    confirm(file, seeds=2, steps=12)
+    confirmed = load_study(confirmation_folder(config))
+    records = read_records(confirmed.run_folder / "records")
+    front = pareto_front(read_records(config.run_folder / "records"), config.search.params_objective)
+    systems = {*baselines(4, 4).values(), *(r.candidate for r in front)}
+    assert {r.candidate.system for r in records} == systems
+    assert Counter(r.repeat for r in records) == {0: len(systems), 1: len(systems)}
+    assert {r.steps for r in records} == {12}
+    found = compared(config)
+    assert found is not None
+    assert len(found.rows) == len(systems)
+    assert all(len(seeds) == 2 for _, _, seeds in found.rows)
+    assert found.regret >= 0
+    assert status(confirmation_folder(config))["settled"] == len(records)
+
+
+def test_a_rank_correlation_has_an_interval_and_is_unknown_where_nothing_differs() -> None:
+    same = [(0.1 * i, 0.2 * i + 0.01 * (-1) ** i) for i in range(12)]
+    for measure in (spearman, kendall):
+        found = rank_correlation(measure, same)
+        assert 0.8 < found.value <= 1
+        assert 0.5 < found.low <= found.value <= found.high <= 1
+    assert math.isnan(rank_correlation(spearman, [(0.5, 0.1), (0.5, 0.2)]).value)

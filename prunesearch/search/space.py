@@ -53,13 +53,14 @@ class SearchSpace:
         layers = sorted({*self.removable, *(i for c in self.named.values() for i in c.removed_layers)})
         ranks = sorted({*self.ranks, *(c.lora_rank for c in self.named.values())})
         bits: dict[str, BaseDistribution] = {f"{REMOVE}{i}": CategoricalDistribution([False, True]) for i in layers}
-        repeat: dict[str, BaseDistribution] = {"repeat": IntDistribution(0, self.repeats)} if self.repeats else {}
+        most = max([self.repeats, *(c.repeat for c in self.named.values())])
+        repeat: dict[str, BaseDistribution] = {"repeat": IntDistribution(0, most)} if most else {}
         return bits | {"lora_rank": CategoricalDistribution(ranks)} | repeat
 
     def params(self, candidate: Candidate) -> dict[str, Any]:
         """The candidate as Optuna's parameters."""
         bits = {n: int(n.removeprefix(REMOVE)) in candidate.removed_layers for n in self.distributions if n.startswith(REMOVE)}
-        repeat = {"repeat": candidate.repeat} if self.repeats else {}
+        repeat = {"repeat": candidate.repeat} if "repeat" in self.distributions else {}
         return bits | {"lora_rank": candidate.lora_rank} | repeat
 
     @staticmethod
