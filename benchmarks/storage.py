@@ -104,7 +104,7 @@ def filled(url: str | None, folder: Path, trials: int) -> None:
     if url is None:
         study.add_trials([finished(c) for c in new])
     else:
-        insert(storage.inner._backend, study._study_id, len(seen) - len(new), new)
+        insert(storage.inner._backend, study._study_id, len(study.get_trials(deepcopy=False)), new)
 
 
 def finished(candidate: Candidate) -> optuna.trial.FrozenTrial:

@@ -76,7 +76,11 @@ def validate(
 
     config = load_study(study)
     if resolved:
-        typer.echo(config.model_dump_json(indent=2))
+        from prunesearch.search.storage import shown
+
+        table = config.model_dump(mode="json")
+        table["storage"]["url"] = config.storage.url and shown(config.storage.url)
+        _print_json(table)
     else:
         typer.echo(f"{config.source} is valid: {config.name}, fingerprint {config.fingerprint()}")
 
@@ -207,7 +211,7 @@ def status(
     from rich.live import Live
 
     with Live(status_tables(found), auto_refresh=False) as live:
-        while found["settled"] < found["trials"]:
+        while found["settled"] < found["trials"] and not (found["aborted"] and not found["running"]):
             time.sleep(WATCH_SECONDS)
             found = read_status(study, storage, price)
             live.update(status_tables(found), refresh=True)

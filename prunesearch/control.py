@@ -14,8 +14,9 @@ from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import record_folder
 from prunesearch.search.claims import settled
-from prunesearch.search.leases import LEASE_SECONDS, Lease
-from prunesearch.search.sampler import is_settled
+from prunesearch.search.leases import LEASE_SECONDS, WORKER, Lease
+from prunesearch.search.sampler import is_settled, latest
+from prunesearch.search.shelf import open_shelf
 from prunesearch.search.space import REMOVE
 from prunesearch.search.storage import open_storage, shown, upgrade_storage
 from prunesearch.search.study import join_study
@@ -57,19 +58,12 @@ def status(source: str | Path, storage: str | None = None, price: float | None =
     for trial in trials:
         if trial.state == TrialState.RUNNING and (lease := Lease.of_trial(trial)):
             heard = max(0.0, time.time() - lease.renewed)
-            running.append(
-                {
-                    "trial": trial.number,
-                    "candidate": trial.user_attrs.get("candidate"),
-                    "host": lease.host,
-                    "pid": lease.pid,
-                    "alive": not lease.has_ended() and heard < LEASE_SECONDS,
-                    "heard_seconds_ago": round(heard, 1),
-                    "doing": lease.doing,
-                    "done": lease.done,
-                    "of": lease.of,
-                }
-            )
+            running.append(_row(trial.number, trial.user_attrs.get("candidate"), lease, heard))
+    busy = {(r["host"], r["pid"]) for r in running}
+    for lease in (Lease(**value) for name, value in attrs.items() if name.startswith(WORKER) and value):
+        heard = max(0.0, time.time() - lease.renewed)
+        if heard < LEASE_SECONDS and (lease.host, lease.pid) not in busy and not lease.has_ended():
+            running.append(_row(None, None, lease, heard))
     done = settled(trials)
     seconds = [
         (t.datetime_complete - t.datetime_start).total_seconds()
@@ -99,6 +93,20 @@ def status(source: str | Path, storage: str | None = None, price: float | None =
     }
 
 
+def _row(trial: int | None, candidate: str | None, lease: Lease, heard: float) -> dict[str, Any]:
+    return {
+        "trial": trial,
+        "candidate": candidate,
+        "host": lease.host,
+        "pid": lease.pid,
+        "alive": not lease.has_ended() and heard < LEASE_SECONDS,
+        "heard_seconds_ago": round(heard, 1),
+        "doing": lease.doing,
+        "done": lease.done,
+        "of": lease.of,
+    }
+
+
 def _endings(study: optuna.Study) -> dict[str, int]:
     """How many trials ended without an outcome, and why."""
     words = [t.user_attrs["ended"] for t in study.get_trials(deepcopy=False) if "ended" in t.user_attrs]
@@ -109,13 +117,13 @@ def retry(source: str | Path, storage: str | None = None) -> list[str]:
     """Have the candidates that failed evaluated once more; returns their keys. Whoever works on the study next takes them."""
     config, study = _stored(source, storage)
     trials = study.get_trials(deepcopy=False)
-    good = {t.user_attrs.get("candidate") for t in trials if t.state in (TrialState.COMPLETE, TrialState.WAITING)}
-    ended = [t for t in trials if t.state == TrialState.FAIL and is_settled(t)]
-    failed = {str(key): t for t in ended if (key := t.user_attrs.get("candidate")) and key not in good}
+    failed = {key: t for key, t in latest(trials).items() if t.state == TrialState.FAIL and is_settled(t)}
     for key, trial in failed.items():
         record = record_folder(config.run_folder / "records", Candidate.from_key(key)) / "record.json"
         if record.exists():
             record.replace(record.with_name(f"failed-{trial.number}.json"))
+        if shelf := open_shelf(config):
+            shelf.remove(f"records/{key}/record.json")
         candidate = Candidate.from_key(key)
         params = trial.params or next((t.params for t in trials if t.params), {})  # it may be gone before it was told
         bits = {n: int(n.removeprefix(REMOVE)) in candidate.removed_layers for n in params if n.startswith(REMOVE)}

@@ -105,7 +105,7 @@ def status_tables(found: dict[str, Any]) -> Group:
         heard = f"{worker['heard_seconds_ago']:.0f} s ago"
         workers.add_row(
             f"{worker['host']}, process {worker['pid']}",
-            str(worker["candidate"]),
+            str(worker["candidate"] or "–"),
             doing if worker["alive"] else f"lost; was at: {doing}" if doing else "lost",
             heard,
         )

@@ -1,7 +1,11 @@
 """Run a study: prepare it once, let workers evaluate candidates, then decode the test split for those that count."""
 
 import multiprocessing
+import os
+import pickle
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
-from filelock import FileLock
 from optuna.storages import BaseStorage
 
 from prunesearch.candidate import Candidate
@@ -18,16 +21,15 @@ from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_records
 from prunesearch.scan import Scan, read_scan
-from prunesearch.search.claims import settled
-from prunesearch.search.leases import Held
+from prunesearch.search.leases import BEAT_SECONDS, Held, tell_of_worker
 from prunesearch.search.sampler import is_settled
-from prunesearch.search.shelf import CHECKPOINT, Shelf, once
+from prunesearch.search.shelf import CHECKPOINT, Shelf, once, open_shelf
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import open_storage
 from prunesearch.search.study import annotate, check_writable, code_identity, join_study, open_study, pin, sampler_of
 from prunesearch.search.worker import Referee, work
 from prunesearch.speech.corpus import SPLITS, fingerprint, load_corpus
-from prunesearch.stopping import Event, Stop, Stopped
+from prunesearch.stopping import Flag, Stop, Stopped, locked
 
 
 class Watcher(Protocol):
@@ -53,6 +55,10 @@ class Nobody:
         pass
 
 
+MOST_REPLACED = 3  # times the number of workers
+_TELLING = threading.Lock()  # a worker's two threads share one pipe
+
+
 @dataclass
 class _Relay:
     """A worker process' watcher: what it is told, the process that started it tells its own. One may stop listening."""
@@ -61,7 +67,7 @@ class _Relay:
     listener: Connection
 
     def _send(self, *message: Any) -> None:
-        with suppress(OSError):  # nobody is there any more; the work goes on
+        with _TELLING, suppress(OSError):  # nobody is there any more; the work goes on
             self.listener.send(message)
 
     def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
@@ -93,12 +99,12 @@ def launch(
     stop = Stop()
     with stop.on_signals(watcher.note):
         if workers <= 1:
-            worker = _Worker.open(config, storage, watcher, stop, adopt, trials=trials or config.search.trials)
+            worker = _Worker.open(config, storage, watcher, stop, adopt, trials=trials)
             worker.run()
             if worker.workshop.team.leads:
                 _test_those_that_count(config, worker.workshop, watcher, stop, storage)
         else:
-            _run_workers(config, workers, trials or config.search.trials, storage, watcher, stop, adopt)
+            _run_workers(config, workers, trials, storage, watcher, stop, adopt)
             _test_those_that_count(config, None, watcher, stop, storage)
     return config
 
@@ -150,7 +156,7 @@ def scan(
 def create(config: StudyConfig, storage: BaseStorage, trials: int | None = None) -> optuna.Study:
     """The study, with a budget that is its own, whoever works on it: `trials`, else the study file's where it has none yet.
 
-    One that was aborted goes on.
+    Where nothing is said, it never shrinks. One that was aborted goes on.
     """
     from prunesearch.plan import encoder_layers
 
@@ -159,8 +165,8 @@ def create(config: StudyConfig, storage: BaseStorage, trials: int | None = None)
     study = open_study(config, storage, SearchSpace.of(config, encoder_layers(config)))
     if "trials" not in study.user_attrs:
         annotate(study, config, SearchSpace.of(config, encoder_layers(config)).named)
-    if trials is not None or "trials" not in study.user_attrs:
-        study.set_user_attr("trials", trials or config.search.trials)
+    budget = max(config.search.trials, study.user_attrs.get("trials", 0)) if trials is None else trials
+    study.set_user_attr("trials", budget)
     if study.user_attrs.get("aborted"):
         study.set_user_attr("aborted", False)
     return study
@@ -186,6 +192,7 @@ class _Worker:
         self.storage: Any = None  # optuna's; None for those who follow
         self.study: Any = None
         self.shelf: Shelf | None = None  # where workers share no folder
+        self._told = 0.0  # when the study was told what this worker does, beside trials
 
     @classmethod
     def open(
@@ -201,12 +208,15 @@ class _Worker:
         """`creates`: the study, where there is none, with a budget of so many `trials`."""
         worker = cls(config, watcher, stop)
         worker.adopt = adopt
+        if os.environ.get("RANK", "0") == "0":  # a storage that cannot be had is told before models are loaded
+            worker.storage = open_storage(url or config.storage.url, config.run_folder, watcher.note, lambda: stop.requested)
+            worker.shelf = open_shelf(config)
         worker.workshop = workshop = _open_workshop(config, worker, worker.check)
         corpora = workshop.corpora  # a mistake in a manifest is told before anything is created
         worker.space = SearchSpace.of(config, workshop.depth)
         if workshop.team.leads:
-            worker.storage = open_storage(url or config.storage.url, config.run_folder, watcher.note)
-            worker.shelf = _shelf(config)
+            if worker.shelf and workshop.team.size > 1:
+                raise StudyError(["storage.artifacts: not for processes that train together; share the run folder"])
             if creates:
                 create(config, worker.storage, trials)
             worker.study = open_study(config, worker.storage, worker.space, create=False)
@@ -227,6 +237,9 @@ class _Worker:
     def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
         if self.held:
             self.held.does(what, done, of)
+        elif self.study is not None and time.monotonic() - self._told > BEAT_SECONDS:
+            self._told = time.monotonic()
+            tell_of_worker(self.study, what, done, of)
         self.watcher.progress(what, done, of, worker)
 
     def finished(self, record: RunRecord, settled: int, of: int) -> None:
@@ -271,6 +284,7 @@ class _Worker:
 
         def keep_checkpoint() -> None:
             if self.shelf and self.held:
+                self.held.check()
                 self.shelf.put(f"records/{self.held.key}/{CHECKPOINT}")
 
         count = params_of_candidates(config)
@@ -296,8 +310,9 @@ class _Worker:
         file = config.run_folder / path  # one that was asked for may know more than the usual one
         guided = config.search.scan and config.search.sampler not in ("random", "grid")
 
-        def measure() -> None:
+        def measure(make_sure: Callable[[], None] = lambda: None) -> None:
             write_scan_report(file.parent, scan(self.workshop))
+            make_sure()
             if self.shelf:
                 self.shelf.put(path)
 
@@ -316,23 +331,26 @@ class _Worker:
             return Path(self.workshop.anchor())
         shelf, path = self.shelf, "anchor/projector.safetensors"
 
-        def train() -> None:
+        def train(make_sure: Callable[[], None]) -> None:
+            shelf.fetch(f"anchor/{CHECKPOINT}")
             self.workshop.anchor()
+            make_sure()
             shelf.put("anchor/anchor.json")
             shelf.put(path)
 
-        once(self.storage, f"{self.config.name} (anchor)", self.stop, lambda: shelf.fetch(path), train)
+        def keep_checkpoint() -> None:
+            shelf.put(f"anchor/{CHECKPOINT}")
+            if self.study.user_attrs.get("aborted"):
+                self.stop.request()
+
+        once(self.storage, f"{self.config.name} (anchor)", self.stop, lambda: shelf.fetch(path), train, keep_checkpoint)
         shelf.fetch("anchor/anchor.json")
         return Path(self.workshop.anchor())
 
 
-def _shelf(config: StudyConfig) -> Shelf | None:
-    return Shelf.open(config.artifacts, config.name, config.run_folder) if config.artifacts else None
-
-
 def collect(config: StudyConfig, storage: str | None = None) -> None:
     """Fetch the records that other workers have made, where workers share no run folder."""
-    if (shelf := _shelf(config)) is None:
+    if (shelf := open_shelf(config)) is None:
         return
     study = join_study(config, open_storage(storage or config.storage.url, config.run_folder))
     shelf.fetch_records(t.user_attrs["candidate"] for t in study.get_trials(deepcopy=False) if is_settled(t))
@@ -344,14 +362,14 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def _work_in_own_process(source: Path, relay: _Relay, workers: int, storage: str | None, event: Event, adopt: bool) -> None:
+def _work_in_own_process(source: Path, relay: _Relay, workers: int, storage: str | None, flag: Flag, adopt: bool) -> None:
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.set_device(relay.number % torch.cuda.device_count())
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    stop = Stop(event)
+    stop = Stop(flag)
     try:
         with stop.on_signals():
             _Worker.open(load_study(source), storage, relay, stop, adopt).run()
@@ -363,38 +381,47 @@ def _work_in_own_process(source: Path, relay: _Relay, workers: int, storage: str
 
 
 def _run_workers(
-    config: StudyConfig, workers: int, trials: int, storage: str | None, watcher: Watcher, stop: Stop, adopt: bool
+    config: StudyConfig, workers: int, trials: int | None, storage: str | None, watcher: Watcher, stop: Stop, adopt: bool
 ) -> None:
     """Create the study here, then let the processes work, and tell the watcher what they tell."""
     url = storage or config.storage.url
     if url and url.startswith("sqlite"):
         watcher.note("SQLite loses trials when several workers write: the default journal file does not, nor does PostgreSQL")
-    study = create(config, open_storage(url, config.run_folder, watcher.note), trials)
+    create(config, open_storage(url, config.run_folder, watcher.note, lambda: stop.requested), trials)
     context = multiprocessing.get_context("spawn")
-    event = context.Event()
-    shared = Stop(event)
+    flag = context.RawValue("b", 0)
+    shared = Stop(flag)
+    processes: list[Any] = []
+    listening: dict[Connection, Any] = {}
+    replaced = 0
+
+    def start(number: int) -> None:
+        here, there = context.Pipe(duplex=False)
+        arguments = (config.source, _Relay(number, there), workers, storage, flag, adopt)
+        process = context.Process(target=_work_in_own_process, args=arguments, name=f"worker {number}")
+        process.start()
+        there.close()  # the worker has its own: when it ends, so does the pipe
+        processes.append(process)
+        listening[here] = process
+
     with shared.on_signals(watcher.note):
-        processes, listening = [], {}
         try:
             for number in range(workers):
-                here, there = context.Pipe(duplex=False)
-                relay = _Relay(number, there)
-                arguments = (config.source, relay, workers, storage, event, adopt)
-                process = context.Process(target=_work_in_own_process, args=arguments, name=f"worker {number}")
-                process.start()
-                there.close()  # the worker has its own: when it ends, so does the pipe
-                processes.append(process)
-                listening[here] = process
+                start(number)
             while listening:
                 for connection in wait(list(listening)):
                     assert isinstance(connection, Connection)
                     try:
                         call, *told = connection.recv()
-                    except (EOFError, OSError):  # the worker has ended, in the middle of a message perhaps
+                    except (EOFError, OSError, pickle.UnpicklingError):  # it has ended, in the middle of a message perhaps
                         process = listening.pop(connection)
                         process.join()
-                        if process.exitcode not in (0, 2, 130):
-                            watcher.note(f"{process.name} ended ({_ending(process.exitcode)}); the others take its candidate")
+                        if process.exitcode in (0, 2, 130) or shared.requested:
+                            continue
+                        watcher.note(f"{process.name} ended ({_ending(process.exitcode)}); its candidate goes to the next")
+                        if replaced < MOST_REPLACED * workers:  # a candidate that crashes workers has failed before that
+                            replaced += 1
+                            start(int(process.name.split()[-1]))
                     else:
                         getattr(watcher, call)(*told)
         except BaseException:
@@ -404,13 +431,12 @@ def _run_workers(
         finally:
             for process in processes:
                 process.join()
+    stop.check()
     shared.check()
-    done = settled(study.get_trials(deepcopy=False))
-    failed = [p for p in processes if p.exitcode]
-    if any(p.exitcode == 2 for p in failed):
+    if any(p.exitcode == 2 for p in processes):
         raise StudyError(["a worker could not go on, for the reason above"])
-    if failed and done < trials:
-        raise RuntimeError(f"{len(failed)} of {workers} workers ended ({_ending(failed[0].exitcode)}); launch again to go on")
+    if not any(p.exitcode == 0 for p in processes):  # who ends well has seen the study complete
+        raise RuntimeError(f"the workers ended ({_ending(processes[-1].exitcode)}); launch again to go on")
 
 
 def _ending(code: int | None) -> str:
@@ -423,7 +449,7 @@ def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher,
     from prunesearch.training.evaluate import decode_test
 
     collect(config, storage)
-    with FileLock(config.run_folder / "test.lock"):
+    with locked(config.run_folder / "test.lock", stop.check):
         records = read_records(config.run_folder / "records")
         complete = [r for r in records if r.state == "complete"]
         systems = pooled_by_system(complete)
@@ -433,7 +459,7 @@ def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher,
         if not due:
             return
         workshop = workshop or _open_workshop(config, watcher, stop.check)
-        shelf = _shelf(config)
+        shelf = open_shelf(config)
         for done, record in enumerate(due):
             watcher.progress("decoding test", done, len(due))
             decode_test(workshop, record)

@@ -160,15 +160,16 @@ class RunRecord(_Frozen):
         return self.model_dump(mode="json", exclude={"cost", "provenance"})
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file appears whole or not at all, also when the process is killed."""
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
+    """The file appears whole or not at all, also when the process is killed, and whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # others may work on the study, too
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,17 +1,15 @@
 """Workers as SLURM jobs: an array of them, requeued when they are pre-empted or out of time."""
 
 import os
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
-
 from prunesearch.config import load_study
 from prunesearch.mistakes import StudyError
-from prunesearch.search.storage import open_storage
+from prunesearch.search.storage import holds_secret, open_storage
 from prunesearch.stopping import Stopped
 
 SIGNAL_SECONDS = 120  # before a job's time is over, it is told
@@ -30,8 +28,10 @@ class Job:
 
         try:
             join(self.source, self.storage, adopt=self.adopt)
-        except Stopped:
-            if job := os.environ.get("SLURM_JOB_ID"):  # handed back with a checkpoint; another will go on
+        except Stopped as stopped:
+            # its time is nearly over; what was handed back goes on in the next turn. SIGTERM is scancel's, or of a pre-emption
+            # after which SLURM requeues by itself
+            if stopped.signal == signal.SIGUSR1 and (job := os.environ.get("SLURM_JOB_ID")):
                 subprocess.run(["scontrol", "requeue", job], check=True)
 
 
@@ -56,7 +56,7 @@ def submit(
         raise StudyError(["--launcher slurm needs submitit: pip install 'prunesearch[slurm]'"]) from None
     config = load_study(source)
     url = storage or config.storage.url
-    if url and _has_password(url):
+    if url and holds_secret(url):
         fix = "write ${VARIABLE} in its place, or use PGPASSWORD or ~/.pgpass"
         raise StudyError([f"storage.url: a job's files would hold the password: {fix}"])
     create(config, open_storage(url, config.run_folder), trials or config.search.trials)
@@ -66,16 +66,9 @@ def submit(
         raise StudyError([f"--launcher slurm: {error}"]) from None
     settings: dict[str, Any] = {"name": f"prunesearch-{config.name}"}
     if cluster == "slurm":
-        signal = {"signal": f"TERM@{SIGNAL_SECONDS}"}
-        settings |= {"slurm_additional_parameters": {"requeue": True, **signal, **(options or {})}}
+        told = {"signal": f"USR1@{SIGNAL_SECONDS}"}
+        settings |= {"slurm_additional_parameters": {"requeue": True, **told, **(options or {})}}
     executor.update_parameters(**settings)
     with executor.batch():
         jobs = [executor.submit(Job(config.source.resolve(), storage, adopt)) for _ in range(workers)]
     return [str(job.job_id) for job in jobs]
-
-
-def _has_password(url: str) -> bool:
-    try:
-        return "${" not in url and make_url(url).password is not None
-    except ArgumentError:
-        return False

@@ -369,8 +369,9 @@ def test_a_stop_hands_the_candidate_back_and_aborting_stops_everybody(
         work(study, space(), evaluate, params_of, "speech_params", 9, config.run_folder, 0.95, stop=stop)
     assert control.status(config.source)["aborted"]
     assert settled(study) == 1
-    work(study, space(), evaluate, params_of, "speech_params", 9, config.run_folder, 0.95)
-    assert settled(study) == 1, "until it is launched again, nobody goes on"
+    with pytest.raises(Stopped):  # until it is launched again, nobody goes on
+        work(study, space(), evaluate, params_of, "speech_params", 9, config.run_folder, 0.95)
+    assert settled(study) == 1
 
 
 def test_what_failed_can_be_tried_again(config: StudyConfig) -> None:
@@ -554,7 +555,7 @@ def test_of_many_one_does_it_and_if_it_dies_another(tmp_path: Path) -> None:
         done.touch()
 
     def one() -> None:
-        once(open_storage(url, tmp_path), "s (anchor)", Stop(), done.exists, act)
+        once(open_storage(url, tmp_path), "s (anchor)", Stop(), done.exists, lambda make_sure: act())
 
     processes = [FORK.Process(target=one) for _ in range(4)]
     for process in processes:

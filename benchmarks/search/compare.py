@@ -1,6 +1,6 @@
 """How soon each method knows the front, where the truth is known.
 
-    python benchmarks/search/compare.py [--seeds 20] [--trials 80] [--only layer-sets,tpe] [--synthetic 5]
+    python benchmarks/search/compare.py [--seeds 20] [--trials 80] [--only layer-sets,tpe] [--synthetic 5] [--noise]
 
 Every method runs through the study's own sampler interface, on synthetic landscapes and on committed tables of trained
 candidates. What is printed, and drawn in `curves/`, is the share of the true front's hypervolume after so many trials:
@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -189,6 +189,25 @@ def conditions_table(title: str, landscapes: list[Landscape], seeds: int, trials
     return shown
 
 
+def noise_table(count: int, runs: int, trials: int) -> Table:
+    """What it is worth to train the front's members again, where two trainings of the same system differ."""
+    shown = Table(title=f"{count} synthetic landscapes under noise: layer-sets after {trials} trials, what looks best then")
+    for column in ("standard deviation of log WER", "repeats, at most", "share, %", "of the trials, repeats"):
+        shown.add_column(column, justify="right")
+    for noise in (0.05, 0.15):
+        for repeats in (0, 3):
+            shares, again = [], []
+            for seed in range(count):
+                landscape = synthetic(seed, noise=noise)
+                landscape = replace(landscape, space=replace(landscape.space, repeats=repeats))
+                for n in range(max(1, runs // count)):
+                    settled = run(landscape, layer_sets(landscape, n), trials).settled
+                    shares.append(landscape.share(settled))
+                    again.append(sum("@" in key for key in settled))
+            shown.add_row(f"{noise:g}", str(repeats), _median_and_low(shares), f"{statistics.mean(again):.0f}")
+    return shown
+
+
 def criteria_table(path: Path) -> Table:
     """How well what a scan measures ranks what training makes of it."""
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -216,9 +235,12 @@ def criteria_table(path: Path) -> Table:
     return shown
 
 
-def main(seeds: int, trials: int, only: str, synthetic_count: int) -> None:
+def main(seeds: int, trials: int, only: str, synthetic_count: int, noise: bool) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = Console(width=120)
+    if noise:
+        console.print(noise_table(synthetic_count, seeds, trials))
+        return
     groups = (
         {f"{synthetic_count} synthetic landscapes": [synthetic(s) for s in range(synthetic_count)]} if synthetic_count else {}
     )
@@ -237,4 +259,5 @@ if __name__ == "__main__":
     parser.add_argument("--trials", type=int, default=80)
     parser.add_argument("--only", default="", help="methods, separated by commas; default: all but gp")
     parser.add_argument("--synthetic", type=int, default=5, dest="synthetic_count")
+    parser.add_argument("--noise", action="store_true", help="only what repeats are worth under noise")
     main(**vars(parser.parse_args()))

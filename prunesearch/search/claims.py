@@ -6,19 +6,22 @@ yet (Optuna's own samplers need the trial first), the declaration is awaited (La
 survives what locks do not: a database that restarts, a proxy. `turn` only spares workers from proposing the same.
 """
 
+import random
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.search.leases import Held, Lease, Watch, end_lost, give_up
-from prunesearch.search.sampler import CandidateSampler, SpaceExhausted, is_settled, next_due
+from prunesearch.search.sampler import CandidateSampler, SpaceExhausted, is_settled, latest, next_due
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.storage import turn
 from prunesearch.stopping import Stop
@@ -36,29 +39,32 @@ class Claim:
     name: str | None  # a baseline's
     held: Held
     unwritten: dict[str, tuple[float, BaseDistribution]]  # parameters that the storage has not been told yet
+    _writing: threading.Lock = field(default_factory=threading.Lock)
 
     def write_params(self, storage: BaseStorage) -> None:
         """Tell the storage the parameters: some ten milliseconds for each layer in a database, so not while others wait."""
-        while self.unwritten:
-            name, (value, distribution) = next(iter(self.unwritten.items()))
-            storage.set_trial_param(self.trial._trial_id, name, value, distribution)
-            self.unwritten.pop(name, None)
+        with self._writing:
+            while self.unwritten:
+                name, (value, distribution) = next(iter(self.unwritten.items()))
+                storage.set_trial_param(self.trial._trial_id, name, value, distribution)
+                del self.unwritten[name]
 
 
 def settled(trials: Sequence[FrozenTrial]) -> int:
-    """How many candidates have an outcome, and are not being tried again."""
-    again = {t.user_attrs.get("candidate") for t in trials if "retry" in t.user_attrs and not t.state.is_finished()}
-    return len({t.user_attrs.get("candidate") for t in trials if is_settled(t)} - again)
+    """How many candidates have an outcome (a failure of their own is one), and are not being tried again."""
+    return sum(map(is_settled, latest(trials).values()))
 
 
 def claim(study: optuna.Study, space: SearchSpace, trials: int, watch: Watch, stop: Stop, run_folder: Path) -> Claim | None:
-    """The next trial; None when `trials` candidates have an outcome, or the space is used up. Waits while others may still
-    lose theirs. Raises Stopped."""
-    exhausted, poll = False, FIRST_POLL
+    """The next trial; None when the study's budget of candidates with an outcome is used, or the space. Waits while others
+    may still lose theirs. `trials` is the budget where the study has none. Raises Stopped, also where it was aborted."""
+    exhausted, poll, default = False, FIRST_POLL, trials
     while True:
+        attrs = study.user_attrs
+        if attrs.get("aborted"):
+            stop.request()
         stop.check()
-        if study.user_attrs.get("aborted"):
-            return None
+        trials = attrs.get("trials", default)  # it may have been widened
         found = study.get_trials(deepcopy=False)
         if end_lost(study, watch, found):
             found = study.get_trials(deepcopy=False)
@@ -70,16 +76,18 @@ def claim(study: optuna.Study, space: SearchSpace, trials: int, watch: Watch, st
                 if not _has_room(found, trials):
                     continue
                 try:
-                    claimed = _ask(study, space, found, trials, watch)
+                    claimed = _ask(study, space, found, trials, watch, stop)
                 except SpaceExhausted:
                     exhausted = True
+                except UpdateFinishedTrialError:  # it took so long to propose that the trial was taken for lost
+                    continue
                 else:
                     if claimed is not None:
                         return claimed
-                    poll = FIRST_POLL
+                    poll = min(2 * poll, LONGEST_POLL)  # others propose the same: not all again at once
         elif exhausted and not any(t.state == TrialState.RUNNING for t in found):
             return None
-        sleep(poll, stop)
+        sleep(random.uniform(0.2, 1.8) * poll, stop)
         poll = min(1.5 * poll, LONGEST_POLL)
 
 
@@ -95,12 +103,14 @@ def sleep(seconds: float, stop: Stop) -> None:
         time.sleep(min(left, 0.2))
 
 
-def _ask(study: optuna.Study, space: SearchSpace, found: Sequence[FrozenTrial], budget: int, watch: Watch) -> Claim | None:
+def _ask(
+    study: optuna.Study, space: SearchSpace, found: Sequence[FrozenTrial], budget: int, watch: Watch, stop: Stop
+) -> Claim | None:
     """A trial with its candidate declared; None where it had to be withdrawn. Raises SpaceExhausted."""
     sampler, waiting = study.sampler, any(t.state == TrialState.WAITING for t in found)
     whole = isinstance(sampler, CandidateSampler) and not sampler.needs_trial and not waiting
     made = _born_whole(study, space, sampler, found) if whole else _step_by_step(study, space)  # type: ignore[arg-type]
-    if _is_mine(study, made.trial.number, made.candidate.key, budget, watch):
+    if _is_mine(study, made, budget, watch, stop):
         return made
     give_up(study, study._storage.get_trial(made.trial._trial_id), "duplicate")
     return None
@@ -141,13 +151,16 @@ def _name(space: SearchSpace, candidate: Candidate) -> str | None:
     return next((n for n in BASELINE_NAMES if space.named.get(n) == candidate), None)
 
 
-def _is_mine(study: optuna.Study, number: int, key: str, budget: int, watch: Watch) -> bool:
+def _is_mine(study: optuna.Study, made: Claim, budget: int, watch: Watch, stop: Stop) -> bool:
+    number, key = made.trial.number, made.candidate.key
     while True:
+        stop.check()
         trials = study.get_trials(deepcopy=False)
         mine = next(t for t in trials if t.number == number)
-        before = [t for t in trials if t.state == TrialState.RUNNING and t.number < number]
-        outcome = any(is_settled(t) and t.user_attrs.get("candidate") == key for t in trials)
-        if outcome and not mine.user_attrs.get("retry"):
+        others = [t for t in trials if t.number != number]
+        before = [t for t in others if t.state == TrialState.RUNNING and t.number < number]
+        stands = latest(others).get(key)
+        if stands is not None and is_settled(stands) and not mine.user_attrs.get("retry"):
             return False
         if any(t.user_attrs.get("candidate") == key for t in before):
             return False
@@ -155,5 +168,6 @@ def _is_mine(study: optuna.Study, number: int, key: str, budget: int, watch: Wat
             return False
         if all("candidate" in t.user_attrs for t in before):
             return True
+        made.held.renew()
         end_lost(study, watch, trials)
         time.sleep(DECLARATION_POLL)

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from prunesearch.stopping import Taken
 
 BEAT_SECONDS = 10.0  # between two changes of a mark
 LEASE_SECONDS = 60.0  # a mark that stays the same for so long is a lost worker's
+WORKER = "worker:"  # begins the names of study attributes in which workers tell what they do
 MOST_TIMES = {"crashed": 3, "lost": 20}  # then it is the candidate's fault
 
 
@@ -39,9 +40,18 @@ def place() -> str:
         return socket.gethostname()
 
 
+def _started(pid: int) -> float:
+    """When a process began: on Linux in clock ticks since the boot, which no setting of a clock changes. Raises OSError."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+        return float(fields[19])
+    except FileNotFoundError:
+        return psutil.Process(pid).create_time()
+
+
 @dataclass(frozen=True)
 class Lease:
-    """A mark: who, where, since when that process runs (seconds since 1970), how often renewed, and what it does."""
+    """A mark: who, where, since when that process runs, how often renewed, and what it does."""
 
     host: str
     place: str
@@ -55,7 +65,7 @@ class Lease:
 
     @classmethod
     def mine(cls) -> "Lease":
-        return cls(socket.gethostname(), place(), os.getpid(), psutil.Process().create_time())
+        return cls(socket.gethostname(), place(), os.getpid(), _started(os.getpid()), renewed=round(time.time(), 1))
 
     @classmethod
     def of_trial(cls, trial: FrozenTrial) -> "Lease | None":
@@ -68,9 +78,15 @@ class Lease:
             return False
         try:
             process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) >= 1 or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+            return _started(self.pid) != self.started or process.status() == psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, OSError):
             return True
+
+
+def tell_of_worker(study: optuna.Study, doing: str, done: int, of: int) -> None:
+    """Leave word of what this process does while it has no trial (an anchor, a scan): for people to read."""
+    mark = replace(Lease.mine(), doing=doing, done=done, of=of)
+    study.set_user_attr(f"{WORKER}{mark.host}:{mark.pid}", asdict(mark))
 
 
 class Watch:
@@ -122,9 +138,11 @@ def give_up(study: optuna.Study, trial: FrozenTrial, why: str, reason: str | Non
     False where somebody has ended the trial before: of several that try, one succeeds.
     """
     key = trial.user_attrs.get("candidate")
-    ended = [
-        t.user_attrs.get("ended") for t in study.get_trials(deepcopy=False) if key and t.user_attrs.get("candidate") == key
-    ]
+    ended: list[str | None] = []
+    for t in study.get_trials(deepcopy=False) if key else []:
+        if t.user_attrs.get("candidate") == key:
+            ended = [] if "retry" in t.user_attrs else ended  # what was before does not count
+            ended.append(t.user_attrs.get("ended"))
     if why in MOST_TIMES and ended.count(why) + 1 >= MOST_TIMES[why]:
         reason = f"{why} {MOST_TIMES[why]} times" + (f": {reason}" if reason else "")
         why = "failed"
@@ -177,21 +195,39 @@ class Held:
 
 
 @contextmanager
-def kept(held: Held, look: Callable[[], object], first: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Renew a trial's mark in the background, after doing something `first`, and have a look at the others' each time."""
+def kept(
+    held: Held,
+    look: Callable[[], object],
+    first: Callable[[], object] = lambda: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[None]:
+    """Renew a trial's mark in the background. Beside that, in a thread of its own that may be slow: something to do `first`,
+    and a look at what the others do, each time. What goes wrong there does not end the trial; `note` is told."""
     over = threading.Event()
 
     def beat() -> None:
-        with suppress(UpdateFinishedTrialError):  # it was taken away: the next mark will tell
-            first()
         while not over.wait(BEAT_SECONDS):
             held.renew()
-            look()
 
-    thread = threading.Thread(target=beat, daemon=True, name="lease")
-    thread.start()
+    def aside() -> None:
+        todo = first
+        while True:
+            try:
+                todo()
+            except UpdateFinishedTrialError:  # it was taken away: the next mark will tell
+                pass
+            except Exception as error:
+                note(f"beside a trial: {type(error).__name__}: {error}")
+            if over.wait(BEAT_SECONDS):
+                return
+            todo = look
+
+    threads = [threading.Thread(target=work, daemon=True, name=work.__name__) for work in (beat, aside)]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         over.set()
-        thread.join(timeout=BEAT_SECONDS)  # it may be waiting for a storage that is away
+        for thread in threads:
+            thread.join(timeout=BEAT_SECONDS)  # they may be waiting for a storage that is away

@@ -15,6 +15,9 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, Pending
 from prunesearch.mistakes import StudyError
 
 PATIENCE_SECONDS = 3600.0
+LEAVING_SECONDS = 10.0  # of a worker that has been asked to stop
+SERVERS_FAULT_SECONDS = 120.0  # a proxy's UNKNOWN may mean that its database is away, or that it has a bug
+REFUSED = {1044, 1045, 1142, 1143, 1227}  # MySQL's words for what an account may not do
 FIRST_WAIT, LONGEST_WAIT = 0.2, 15.0
 
 
@@ -22,7 +25,7 @@ def is_away(error: BaseException | None) -> bool:
     """Whether an error says that the storage cannot be reached, or is full, just now."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EIO):
         return True
-    if isinstance(error, OperationalError) and "readonly" in str(error):  # SQLite's word for a file that cannot be written
+    if isinstance(error, OperationalError) and _is_refusal(error):
         return False
     if isinstance(error, (OperationalError, InterfaceError, TimeoutError, PendingRollbackError)):
         return True
@@ -38,11 +41,30 @@ def is_away(error: BaseException | None) -> bool:
     return isinstance(error, UnboundLocalError) and type(error.__context__).__module__.startswith("grpc")
 
 
+def _is_refusal(error: OperationalError) -> bool:
+    """Whether a database says that it will not, rather than that it cannot: waiting changes nothing."""
+    if "readonly" in str(error):  # SQLite, of a file that cannot be written
+        return True
+    if str(getattr(error.orig, "sqlstate", None) or "").startswith("28"):  # PostgreSQL, of a password
+        return True
+    said = list(getattr(error.orig, "args", ()))
+    return said[:1] != [] and said[0] in REFUSED
+
+
+def _patience(error: BaseException, leaving: bool) -> float:
+    if leaving:
+        return LEAVING_SECONDS
+    code = getattr(error, "code", None)
+    proxied = type(error).__module__.startswith("grpc") and callable(code) and code().name in ("UNKNOWN", "INTERNAL")
+    return SERVERS_FAULT_SECONDS if proxied else PATIENCE_SECONDS
+
+
 class _Insistence:
     """Makes calls again while the storage is away; tells once when it goes, and once when it is back."""
 
-    def __init__(self, note: Callable[[str], None], afresh: Callable[[], None]):
+    def __init__(self, note: Callable[[str], None], afresh: Callable[[], None], leaving: Callable[[], bool]):
         self._note = note
+        self._leaving = leaving
         self._afresh = afresh  # lets go of a connection that is broken
         self._lock = threading.Lock()
         self._since: float | None = None
@@ -55,10 +77,9 @@ class _Insistence:
             except Exception as error:
                 if not is_away(error):
                     raise
-                if time.monotonic() - begin > PATIENCE_SECONDS:
-                    raise StudyError(
-                        [f"the storage has been away for {PATIENCE_SECONDS / 60:.0f} minutes; launch again later"]
-                    ) from None
+                if time.monotonic() - begin > (limit := _patience(error, self._leaving())):
+                    cause = type(error.__cause__ or error).__name__
+                    raise StudyError([f"the storage has been away for {limit:.0f} s ({cause}); launch again later"]) from None
                 with suppress(Exception):
                     self._afresh()
                 if not failed:  # an old connection, perhaps: a new one will do
@@ -68,7 +89,7 @@ class _Insistence:
             else:
                 self._back()
                 return result
-            time.sleep(wait * random.uniform(0.5, 1.5))
+            time.sleep(min(wait * random.uniform(0.5, 1.5), 1.0 if self._leaving() else LONGEST_WAIT))
             wait = min(2 * wait, LONGEST_WAIT)
 
     def _gone(self, error: Exception) -> None:
@@ -86,9 +107,9 @@ class _Insistence:
                     self._since = None
 
 
-def patient(inner: BaseStorage, note: Callable[[str], None]) -> BaseStorage:
-    """The same storage, waited for while it is away."""
-    insistence = _Insistence(note, inner.remove_session)
+def patient(inner: BaseStorage, note: Callable[[str], None], leaving: Callable[[], bool] = lambda: False) -> BaseStorage:
+    """The same storage, waited for while it is away; not for long by one who is `leaving`."""
+    insistence = _Insistence(note, inner.remove_session, leaving)
 
     def patiently(name: str) -> Callable[..., Any]:
         def call(self: BaseStorage, *args: Any, **kwargs: Any) -> Any:

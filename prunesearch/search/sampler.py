@@ -1,7 +1,7 @@
 """Optuna samplers that never propose the same candidate twice, nor one outside the space."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -34,12 +34,21 @@ def is_taken(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.RUNNING, TrialState.WAITING) or is_settled(trial)
 
 
+def latest(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
+    """Each candidate's latest trial, those left out that were withdrawn: what it stands at."""
+    found: dict[str, FrozenTrial] = {}
+    for trial in sorted(trials, key=lambda t: t.number):
+        key = trial.user_attrs.get("candidate")
+        if key and (trial.state != TrialState.FAIL or trial.user_attrs.get("ended") not in (None, "duplicate")):
+            found[key] = trial
+    return found
+
+
 def next_due(space: SearchSpace, trials: Sequence[FrozenTrial]) -> Candidate | None:
     """What has to be evaluated before anything is proposed: candidates whose workers were lost, then the named ones."""
-    taken = {t.user_attrs.get("candidate") for t in trials if is_taken(t)}
-    left = [
-        t.user_attrs["candidate"] for t in trials if t.user_attrs.get("ended") in GIVEN_BACK and "candidate" in t.user_attrs
-    ]
+    stands = latest(trials)
+    left = [k for k, t in stands.items() if t.state == TrialState.FAIL and t.user_attrs.get("ended") in GIVEN_BACK]
+    taken = {key for key, trial in stands.items() if is_taken(trial)}
     return next((c for c in (*map(Candidate.from_key, left), *space.named.values()) if c.key not in taken), None)
 
 
@@ -72,12 +81,13 @@ class CandidateSampler(BaseSampler):
 
     def choose(self, study: Study, trial: FrozenTrial | None, others: Sequence[FrozenTrial]) -> Candidate:
         """The next candidate, `others` being all trials but the one that it is for. Raises SpaceExhausted."""
-        settled = sum(map(is_settled, others))
+        stands = latest(others).values()
+        settled = sum(map(is_settled, stands))
         running = sum(t.state == TrialState.RUNNING for t in others)
         if due := next_due(self._space, others):
             return due
         rng = random.Random(f"{self._seed} {settled} {running}")
-        seen = {key for t in others if is_taken(t) and (key := t.user_attrs.get("candidate"))}
+        seen = {t.user_attrs["candidate"] for t in stands if is_taken(t)}
         proposed = self.propose(study, trial, seen, settled + running, rng)
         if proposed is not None:
             return proposed

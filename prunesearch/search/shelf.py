@@ -4,12 +4,15 @@ What lies in a study's run folder and what the others need of it (the anchor, ch
 weights) is put on the shelf under its path. A file is stored with its digest in front: half a file, left by a kill, is none.
 """
 
+import errno
 import hashlib
 import io
+import random
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.artifacts import Boto3ArtifactStore, FileSystemArtifactStore
@@ -17,14 +20,37 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
+from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
+from prunesearch.record import write_atomically
 from prunesearch.search.claims import sleep
 from prunesearch.search.leases import Held, Watch, end_lost, give_up, kept
-from prunesearch.stopping import Stop
+from prunesearch.stopping import Stop, Taken
 
+R = TypeVar("R")
+
+ATTEMPTS = 6
 DIGEST = 32  # bytes of SHA-256
 OF_A_RECORD = ("record.json", "dev.jsonl", "test.jsonl", "weights.safetensors", "curve.jsonl")
 CHECKPOINT = "checkpoint.pt"
+
+
+class ShelfAway(OSError):
+    """The artifact store cannot be reached, whatever was tried."""
+
+
+def _again(call: Callable[[], R]) -> R:
+    """Try for a while. Raises ShelfAway."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except ArtifactNotFound:
+            raise
+        except Exception as error:  # each store has its own
+            if attempt + 1 == ATTEMPTS:
+                raise ShelfAway(errno.EIO, f"the artifact store: {type(error).__name__}") from error
+        time.sleep(2**attempt * random.uniform(0.2, 0.6))
+    raise AssertionError("unreachable")
 
 
 class Shelf:
@@ -63,31 +89,34 @@ class Shelf:
         if not file.exists() or self._put.get(path) == (written := file.stat().st_mtime):
             return
         content = file.read_bytes()
-        self._store.write(self._name(path), io.BytesIO(hashlib.sha256(content).digest() + content))
+        stored = hashlib.sha256(content).digest() + content
+        _again(lambda: self._store.write(self._name(path), io.BytesIO(stored)))
         self._put[path] = written
 
-    def fetch(self, path: str) -> bool:
-        """Whether the file is in the run folder afterwards; one that is there already stays."""
+    def fetch(self, path: str, renew: bool = False) -> bool:
+        """Whether the file is in the run folder afterwards; one that is there already stays, unless it is to be renewed."""
         file = self._run_folder / path
-        if file.exists():
+        if file.exists() and not renew:
             return True
-        try:
+
+        def read() -> tuple[bytes, bytes]:
             with self._store.open_reader(self._name(path)) as reader:
-                digest, content = reader.read(DIGEST), reader.read()
+                return reader.read(DIGEST), reader.read()
+
+        try:
+            digest, content = _again(read)
         except ArtifactNotFound:
-            return False
+            return file.exists()
         if hashlib.sha256(content).digest() != digest:
-            return False
+            return file.exists()
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.fetched")
-        partial.write_bytes(content)
-        partial.replace(file)
+        write_atomically(file, content)
         self._put[path] = file.stat().st_mtime
         return True
 
     def remove(self, path: str) -> None:
         with suppress(ArtifactNotFound):
-            self._store.remove(self._name(path))
+            _again(lambda: self._store.remove(self._name(path)))
 
     def put_record(self, key: str) -> None:
         """All of a candidate's files; its checkpoint is not needed any more. The record comes last: where it is, all are."""
@@ -96,33 +125,67 @@ class Shelf:
         self.remove(f"records/{key}/{CHECKPOINT}")
 
     def fetch_records(self, keys: Iterable[str]) -> None:
+        """Where another machine has decoded test in the meantime, its record takes the place of the one that is here."""
         for key in keys:
+            before = self._read_bytes(key)
             for name in OF_A_RECORD:
-                self.fetch(f"records/{key}/{name}")
+                self.fetch(f"records/{key}/{name}", renew=name == "record.json" and b'"test":null' in before)
+
+    def _read_bytes(self, key: str) -> bytes:
+        file = self._run_folder / "records" / key / "record.json"
+        return file.read_bytes().replace(b" ", b"") if file.exists() else b""
 
 
-def once(storage: BaseStorage, name: str, stop: Stop, done: Callable[[], bool], act: Callable[[], None]) -> None:
+def open_shelf(config: StudyConfig) -> Shelf | None:
+    """The study's shelf, where it has one. Raises StudyError."""
+    return Shelf.open(config.artifacts, config.name, config.run_folder) if config.artifacts else None
+
+
+def once(
+    storage: BaseStorage,
+    name: str,
+    stop: Stop,
+    done: Callable[[], bool],
+    act: Callable[[Callable[[], None]], None],
+    look: Callable[[], object] = lambda: None,
+) -> None:
     """Have one worker of many do something, and the others wait for it; if that one dies, another takes over.
 
-    `done` tells whether it was done. Each worker opens a trial in a study of its own, `name`; the lowest number acts.
+    `done` tells whether it was done. Each worker opens a trial in a study of its own, `name`; the lowest number acts. `act` is
+    given what it must call before it writes what others read: it raises Taken where this worker was too slow.
     """
-    if done():
-        return
+    while not done():
+        with suppress(Taken):
+            _once(storage, name, stop, done, act, look)
+
+
+def _once(
+    storage: BaseStorage,
+    name: str,
+    stop: Stop,
+    done: Callable[[], bool],
+    act: Callable[[Callable[[], None]], None],
+    look: Callable[[], object],
+) -> None:
     study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
     watch = Watch()
     trial = study.ask()
     held = Held(storage, trial._trial_id)
     held.renew()
 
+    def beside() -> None:
+        end_lost(study, watch)
+        look()
+
     try:
-        with kept(held, lambda: end_lost(study, watch)):
+        with kept(held, beside):
             while not done():
                 stop.check()
                 held.check()
                 end_lost(study, watch)
                 running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-                if trial.number == min(t.number for t in running):
-                    act()
+                if all(trial.number <= t.number for t in running):
+                    act(held.make_sure)
                     break
                 sleep(0.5, stop)
     finally:

@@ -55,7 +55,8 @@ class SearchSpace:
         bits: dict[str, BaseDistribution] = {f"{REMOVE}{i}": CategoricalDistribution([False, True]) for i in layers}
         most = max([self.repeats, *(c.repeat for c in self.named.values())])
         repeat: dict[str, BaseDistribution] = {"repeat": IntDistribution(0, most)} if most else {}
-        return bits | {"lora_rank": CategoricalDistribution(ranks)} | repeat
+        # an integer, not a category: Optuna lets a study's later trials have a wider range, but no further categories
+        return bits | {"lora_rank": IntDistribution(0, max(ranks))} | repeat
 
     def params(self, candidate: Candidate) -> dict[str, Any]:
         """The candidate as Optuna's parameters."""
@@ -75,9 +76,9 @@ class SearchSpace:
         return Candidate(tuple(rng.sample(self.removable, count)), rng.choice(self.ranks))
 
     def repaired(self, candidate: Candidate, rng: random.Random) -> Candidate:
-        """The candidate with layers put back, at random, until it lies in the space."""
+        """The candidate with layers put back, at random, until it lies in the space; and the nearest rank."""
         layers = [i for i in candidate.removed_layers if i in self.removable]
-        rank = candidate.lora_rank if candidate.lora_rank in self.ranks else rng.choice(self.ranks)
+        rank = min(self.ranks, key=lambda r: abs(r - candidate.lora_rank))
         return Candidate(tuple(rng.sample(layers, min(len(layers), self.max_removed))), rank)
 
     def everything(self) -> "list[Candidate]":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -28,6 +28,7 @@ logging.getLogger("filelock").setLevel(logging.WARNING)
 FORMS = (
     "postgresql+psycopg://user@host/db, mysql+pymysql://…, grpc://host:port, journal:///path/journal.log or sqlite:///study.db"
 )
+TURN_SECONDS = 30.0
 CREATE_ATTEMPTS = 8  # of workers that make the tables of a new database at once, all but one fail
 
 
@@ -45,19 +46,28 @@ class _MendingLock(JournalFileOpenLock):
 
     def acquire(self) -> bool:
         self._lock.acquire()
-        with self._journal.open("rb+") as file:
-            end = file.seek(0, 2)
-            file.seek(max(0, end - 1))
-            if end and file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+        try:
+            with self._journal.open("rb+") as file:
+                end = file.seek(0, 2)
+                file.seek(max(0, end - 1))
+                if end and file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+        except OSError:
+            self._lock.release()
+            raise
         return True
 
     def release(self) -> None:
         self._lock.release()
 
 
-def open_storage(url: str | None, run_folder: Path, note: Callable[[str], None] = print) -> BaseStorage:
+def open_storage(
+    url: str | None,
+    run_folder: Path,
+    note: Callable[[str], None] = print,
+    leaving: Callable[[], bool] = lambda: False,
+) -> BaseStorage:
     """The storage at the URL; without one, `journal.log` in the run folder.
 
     A URL may hold ${VARIABLES}; a password may also come from where the driver looks for it (PGPASSWORD). A storage that
@@ -65,14 +75,12 @@ def open_storage(url: str | None, run_folder: Path, note: Callable[[str], None] 
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # of a storage that is away, `note` tells
     if url is None:
-        return patient(_journal(run_folder / "journal.log"), note)
-    url = os.path.expandvars(url)
+        return patient(_journal(run_folder / "journal.log"), note, leaving)
     if url.startswith("journal://"):
-        return patient(_journal(Path(url.removeprefix("journal://"))), note)
-    if "://" not in url:
-        raise StudyError([f"storage.url: must be a URL, such as {FORMS}, got {url!r}"])
+        return patient(_journal(Path(os.path.expandvars(url).removeprefix("journal://"))), note, leaving)
+    url = filled_in(url)
     try:
-        return patient(_grpc(url) if url.startswith("grpc://") else _database(url), note)
+        return patient(_grpc(url) if url.startswith("grpc://") else _database(url), note, leaving)
     except StudyError:
         raise
     except Exception as error:
@@ -93,7 +101,7 @@ def _journal(journal: Path) -> BaseStorage:
 
 def _grpc(url: str) -> BaseStorage:
     if not (match := re.fullmatch(r"grpc://([^:/]+):(\d+)/?", url)):
-        raise StudyError([f"storage.url: must look like grpc://host:port, got {url!r}"])
+        raise StudyError([f"storage.url: must look like grpc://host:port, got {shown(url)}"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
@@ -106,16 +114,20 @@ def _grpc(url: str) -> BaseStorage:
 
 
 def _database(url: str) -> BaseStorage:
-    try:
-        backend = make_url(url).get_backend_name()
-    except ArgumentError:
-        raise StudyError([f"storage.url: must be a URL, such as {FORMS}"]) from None
+    backend = make_url(url).get_backend_name()
     # a connection that has died is noticed by its first call, which is made again: asking before each costs as much again
     options: dict[str, Any] = {} if backend == "sqlite" else {"pool_pre_ping": False, "pool_recycle": 1800}
     if backend == "postgresql":
         # a wire that is cut says nothing: the kernel alone would wait for a quarter of an hour
         alive = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
-        options["connect_args"] = {"connect_timeout": 10} | {k: v for k, v in alive.items() if k not in make_url(url).query}
+        given = make_url(url).query
+        options["connect_args"] = {"connect_timeout": 10} | {k: v for k, v in alive.items() if k not in given}
+        if "options" not in given:  # and of a worker whose machine has lost power, the server would keep its locks for hours
+            theirs = "tcp_keepalives_idle=30 tcp_keepalives_interval=10 tcp_keepalives_count=3".split()
+            theirs += ["idle_in_transaction_session_timeout=60s", "lock_timeout=30s"]
+            options["connect_args"]["options"] = " ".join(f"-c {setting}" for setting in theirs)
+    if backend == "mysql":
+        options["connect_args"] = {"connect_timeout": 10, "read_timeout": 60, "write_timeout": 60}
     for attempt in range(CREATE_ATTEMPTS):
         try:
             return _CachedStorage(RDBStorage(url, engine_kwargs=options))
@@ -151,7 +163,7 @@ def _is_there(url: str, options: dict[str, Any]) -> bool:
 
 def upgrade_storage(url: str) -> str:
     """Bring the tables of a database to what the installed Optuna needs; returns the schema's version. Raises StudyError."""
-    url = os.path.expandvars(url)
+    url = filled_in(url)
     try:
         storage = RDBStorage(url, skip_compatibility_check=True, skip_table_creation=True)
         storage.upgrade()
@@ -160,12 +172,43 @@ def upgrade_storage(url: str) -> str:
     return storage.get_current_version()
 
 
+def filled_in(url: str) -> str:
+    """The URL with its ${VARIABLES}: a password may hold any character. Raises StudyError for what is no URL."""
+    try:
+        if "://" not in url:
+            raise ArgumentError
+        parsed = make_url(url)
+        expand = os.path.expandvars
+        port = parsed.port
+        return parsed.set(
+            username=parsed.username and expand(parsed.username),
+            password=parsed.password and expand(str(parsed.password)),
+            host=parsed.host and expand(parsed.host),
+            port=port,
+            database=parsed.database and expand(parsed.database),
+        ).render_as_string(hide_password=False)
+    except (ArgumentError, ValueError):
+        raise StudyError([f"storage.url: must be a URL, such as {FORMS}, got {shown(url)}"]) from None
+
+
+def holds_secret(url: str) -> bool:
+    """Whether a password is written in the URL itself, not as a ${VARIABLE} of the environment."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return "@" in url
+    written = [str(v) for v in (parsed.password, *parsed.query.values()) if v]
+    names = {k.lower() for k in parsed.query}
+    secret = parsed.password is not None and not re.fullmatch(r"\$\{?\w+\}?", str(parsed.password))
+    return bool(written) and (secret or bool(names & {"password", "passwd", "pass"}))
+
+
 def shown(url: str) -> str:
     """The URL as it may be printed: without password and options."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
-        return url.split("://")[0] + "://…"
+    except (ArgumentError, ValueError):
+        return url.split("://")[0] + "://…" if "@" in url or "://" in url else repr(url)
     return parsed.set(query={}).render_as_string(hide_password=True)
 
 
@@ -174,11 +217,23 @@ def _reason(error: Exception, url: str) -> str:
     cause = error.__cause__ or error
     first = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
     first = first.replace(url, shown(url))
-    with suppress(ArgumentError):
+    with suppress(ArgumentError, ValueError):
         parsed = make_url(url)
         for secret in (parsed.password, *(v for v in parsed.query.values() if isinstance(v, str))):
             first = first.replace(str(secret), "***") if secret else first
     return f"{type(cause).__name__}: {first}".removesuffix(": ")
+
+
+@contextmanager
+def _for_a_while(path: Path) -> Iterator[None]:
+    """A lock on a file; who holds it for long has stalled, and is not waited for."""
+    lock = FileLock(path)
+    with suppress(Timeout):
+        lock.acquire(timeout=TURN_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -192,18 +247,18 @@ def turn(storage: BaseStorage, study_name: str, run_folder: Path) -> Iterator[No
     if isinstance(inner, JournalStorage):
         backend = inner._backend
         assert isinstance(backend, JournalFileBackend)
-        with FileLock(f"{backend._file_path}.turn"):
+        with _for_a_while(Path(f"{backend._file_path}.turn")):
             yield
         return
     engine = inner._backend.engine if isinstance(inner, _CachedStorage) and isinstance(inner._backend, RDBStorage) else None
     dialect = engine.dialect.name if engine is not None else ""
     if dialect == "sqlite":
-        with FileLock(run_folder / "claim.lock"):
+        with _for_a_while(run_folder / "claim.lock"):
             yield
         return
     locks = {
         "postgresql": ("SELECT pg_advisory_lock(hashtext(:n))", "SELECT pg_advisory_unlock(hashtext(:n))"),
-        "mysql": ("SELECT GET_LOCK(:n, 60)", "SELECT RELEASE_LOCK(:n)"),
+        "mysql": ("SELECT GET_LOCK(:n, 30)", "SELECT RELEASE_LOCK(:n)"),
     }
     if engine is None or dialect not in locks:
         yield

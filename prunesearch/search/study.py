@@ -84,9 +84,10 @@ def _created(name: str, storage: BaseStorage, sampler: CandidateSampler) -> optu
             return optuna.create_study(
                 study_name=name, storage=storage, sampler=sampler, directions=["minimize"] * 2, load_if_exists=True
             )
-        except (KeyError, optuna.exceptions.OptunaError):
+        except (KeyError, optuna.exceptions.OptunaError) as error:
             if attempt + 1 == CREATE_ATTEMPTS:
-                raise
+                reason = str(error.__cause__ or error).splitlines()[0]
+                raise StudyError([f"storage.url: no study can be created there ({reason})"]) from error
             time.sleep(random.uniform(0.05, 0.5))
     raise AssertionError("unreachable")
 

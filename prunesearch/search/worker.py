@@ -17,6 +17,7 @@ from prunesearch.record import RunRecord, WordErrors
 from prunesearch.search.claims import Claim, claim, settled, sleep
 from prunesearch.search.leases import Held, Watch, end_lost, give_up, kept
 from prunesearch.search.rungs import Finished, chance_of_domination
+from prunesearch.search.shelf import ShelfAway
 from prunesearch.search.space import SearchSpace
 from prunesearch.stopping import Stop, Stopped, Taken
 
@@ -84,31 +85,37 @@ def work(
         referee = Referee(study, claimed, params_of(claimed.candidate), rung_confidence)
 
         def back(why: str, reason: str | None = None, claimed: Claim = claimed) -> None:
-            with suppress(UpdateFinishedTrialError):
+            with suppress(UpdateFinishedTrialError, ValueError):
                 claimed.write_params(study._storage)
             give_up(study, study._storage.get_trial(claimed.trial._trial_id), why, reason)
 
         try:
-            with kept(claimed.held, look, partial(claimed.write_params, study._storage)):
+            with kept(claimed.held, look, partial(claimed.write_params, study._storage), note):
                 record = evaluate(claimed.candidate, claimed.name, referee)
             claimed.write_params(study._storage)  # where the trial was over sooner
             _tell(study, claimed.trial, record, objective)
         except (Taken, UpdateFinishedTrialError):
             note(f"{claimed.candidate.key} was given to another worker in the meantime")
-        except (Stopped, KeyboardInterrupt):
+        except Stopped:
             back("handed back")
             raise
         except OSError as error:
-            back("handed back" if _is_full(error) else "crashed", str(error))
-            if not _is_full(error):
+            back("handed back" if _is_passing(error) else "crashed", str(error))
+            if not _is_passing(error):
                 raise
-            note(f"the disk is full ({error.filename or error.strerror}); trying again in {FULL_DISK_SECONDS:.0f} s")
+            what = "the disk is full" if _is_full(error) else "files cannot be had"
+            note(f"{what} ({error.filename or error.strerror}); trying again in {FULL_DISK_SECONDS:.0f} s")
             sleep(FULL_DISK_SECONDS, stop)
         except Exception:
             back("crashed", traceback.format_exc(limit=-1).strip().splitlines()[-1])
             raise
         else:
             on_record(record, settled(study.get_trials(deepcopy=False)))
+
+
+def _is_passing(error: OSError) -> bool:
+    """Whether it has nothing to do with the candidate."""
+    return _is_full(error) or isinstance(error, ShelfAway)
 
 
 def _is_full(error: OSError) -> bool:

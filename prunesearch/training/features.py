@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -27,6 +26,7 @@ from prunesearch.model.llm import sent_to
 from prunesearch.record import write_atomically
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, version_of
 from prunesearch.speech.corpus import Progress, Utterance
+from prunesearch.stopping import locked
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import autocast
 from prunesearch.training.team import Team
@@ -173,7 +173,7 @@ def prefix_states(
     name = f"{split}-{_identity(encoder, depth, dtype, config, [utterances[i] for i in order])}"
     index_file, values_file = folder / f"{name}.json", folder / f"{name}.states"
     width = encoder.config.d_model
-    with FileLock(folder / f"{name}.lock"):
+    with locked(folder / f"{name}.lock", lambda: progress(f"waiting for the states of {split}", 0, 1)):
         if not index_file.exists():
             batches = [[order[j] for j in b] for b in by_length([utterances[i].seconds for i in order], ENCODING_BATCH)]
 

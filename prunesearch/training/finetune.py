@@ -2,6 +2,7 @@
 
 import io
 import math
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 from prunesearch.config import TrainingConfig
 from prunesearch.model.llm import lora_parameters, recompute_activations, recomputes_activations
 from prunesearch.model.slam import SpeechLlm
+from prunesearch.record import write_atomically
 from prunesearch.stopping import Stopped
 from prunesearch.training.device import attention_for_training, autocast, peak_memory_bytes, seed_everything
 from prunesearch.training.features import Fetched, Prefetched, StateStore
@@ -139,12 +141,12 @@ def finetune(
                 train(False)
                 rungs[step + 1](progressed)
                 train(True)
+            check()  # before anything is written: another worker may have the trial by now
             now = time.perf_counter()
             if checkpoint and now - saved > config.checkpoint_seconds:
                 if team.leads:
                     _save(checkpoint, weights, optimizer, progressed)
                 saved = now
-            check()
     except Stopped:
         if checkpoint and team.leads:
             _save(checkpoint, weights, optimizer, progressed)
@@ -217,14 +219,16 @@ def _save(path: Path, weights: dict[str, torch.nn.Parameter], optimizer: torch.o
     }
     buffer = io.BytesIO()  # torch would call a full disk a RuntimeError
     torch.save(whole, buffer)
-    path.with_suffix(".partial").write_bytes(buffer.getbuffer())
-    path.with_suffix(".partial").replace(path)
+    write_atomically(path, buffer.getbuffer())
 
 
 def _resume(path: Path | None, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Progressed | None:
     if path is None or not path.exists():
         return None
-    whole = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        whole = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):  # spoilt, by a loss of power perhaps: begin anew
+        return None
     restore(weights, whole["weights"])
     optimizer.load_state_dict(whole["optimizer"])
     return Progressed(**whole["progressed"])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,6 +34,7 @@ from prunesearch.scan import (
     write_scan,
 )
 from prunesearch.speech.audio import version_of
+from prunesearch.stopping import locked
 from prunesearch.training.batches import by_length
 from prunesearch.training.decode import transcribe
 from prunesearch.training.device import autocast
@@ -82,7 +82,7 @@ def scan(
     folder = workshop.config.run_folder / "scan"
     folder.mkdir(parents=True, exist_ok=True)
     weights = workshop.anchor_weights if workshop.anchor_weights.exists() else workshop.anchor()
-    with FileLock(folder / "lock"):  # the other workers of the study wait, and find it finished
+    with locked(folder / "lock", workshop.check):  # the other workers of the study wait, and find it finished
         return _scan(workshop, folder, weights, most, utterances, loss_sets, with_wer, check)
 
 

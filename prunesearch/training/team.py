@@ -5,7 +5,7 @@ what only one may do (decide, decode, write) the leader does.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock
+
+from prunesearch.stopping import locked
 
 T = TypeVar("T")
 
@@ -51,9 +52,9 @@ class Team:
             return value
         return broadcast_object_list([value])[0]
 
-    def lock(self, path: Path) -> AbstractContextManager[object]:
-        """A lock on a file against other teams, held by the leader while the others do as it does."""
-        return FileLock(path) if self.leads else nullcontext()
+    def lock(self, path: Path, check: Callable[[], None]) -> AbstractContextManager[object]:
+        """A lock on a file against other teams, held by the leader while the others do as it does; `check` may end the wait."""
+        return locked(path, check) if self.leads else nullcontext()
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Each gradient becomes the sum over the members; one that is missing counts as zero."""

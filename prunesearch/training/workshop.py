@@ -200,7 +200,7 @@ class Workshop:
         weights = self.anchor_weights
         folder = weights.parent
         folder.mkdir(parents=True, exist_ok=True)
-        with self.team.lock(folder / "lock"):
+        with self.team.lock(folder / "lock", self.check):
             if self.team.agree(weights.exists()):
                 return weights
             slam = SpeechLlm(self.fresh_projector(), self.llm, self.llm.model)
@@ -236,12 +236,9 @@ class Workshop:
 
 def save_weights(path: Path, slam: SpeechLlm) -> None:
     """Projector and LoRA, as safetensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     _write_tensors(path, trainable(slam))
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Whole or not at all. Raises OSError, as any file does, where the disk is full."""
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
-    partial.replace(path)
+    write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
