@@ -21,7 +21,7 @@ from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_records
 from prunesearch.scan import Scan, read_scan
-from prunesearch.search.leases import BEAT_SECONDS, Held, tell_of_worker
+from prunesearch.search.leases import BEAT_SECONDS, Held, forget_worker, tell_of_worker
 from prunesearch.search.sampler import is_settled
 from prunesearch.search.shelf import CHECKPOINT, Shelf, once, open_shelf
 from prunesearch.search.space import SearchSpace
@@ -147,13 +147,13 @@ def scan(
     watcher = watcher or Nobody()
     stop = Stop()
     with stop.on_signals(watcher.note):
-        workshop = _Worker.open(config, storage, watcher, stop).workshop
+        workshop = _Worker.open(config, storage, watcher, stop, scans=True).workshop
         found = run_scan(workshop, most, utterances, loss_sets, with_wer, check)
     write_scan_report(config.run_folder / "scan", found)
     return found
 
 
-def create(config: StudyConfig, storage: BaseStorage, trials: int | None = None) -> optuna.Study:
+def create(config: StudyConfig, storage: BaseStorage, trials: int | None = None, scans: bool = False) -> optuna.Study:
     """The study, with a budget that is its own, whoever works on it: `trials`, else the study file's where it has none yet.
 
     Where nothing is said, it never shrinks. One that was aborted goes on.
@@ -165,6 +165,8 @@ def create(config: StudyConfig, storage: BaseStorage, trials: int | None = None)
     study = open_study(config, storage, SearchSpace.of(config, encoder_layers(config)))
     if "trials" not in study.user_attrs:
         annotate(study, config, SearchSpace.of(config, encoder_layers(config)).named)
+    if scans and "trials" in study.user_attrs:  # it says nothing of how far the study is to go
+        return study
     budget = max(config.search.trials, study.user_attrs.get("trials", 0)) if trials is None else trials
     study.set_user_attr("trials", budget)
     if study.user_attrs.get("aborted"):
@@ -204,6 +206,7 @@ class _Worker:
         adopt: bool = False,
         creates: bool = True,
         trials: int | None = None,
+        scans: bool = False,
     ) -> "_Worker":
         """`creates`: the study, where there is none, with a budget of so many `trials`."""
         worker = cls(config, watcher, stop)
@@ -218,7 +221,7 @@ class _Worker:
             if worker.shelf and workshop.team.size > 1:
                 raise StudyError(["storage.artifacts: not for processes that train together; share the run folder"])
             if creates:
-                create(config, worker.storage, trials)
+                create(config, worker.storage, trials, scans)
             worker.study = open_study(config, worker.storage, worker.space, create=False)
             check_writable(worker.study)
             pin(worker.study, "code", code_identity(), adopt)
@@ -294,6 +297,8 @@ class _Worker:
 
         self.study.sampler = sampler_of(config, self.space, params_of, self._scan())
         trials = self.study.user_attrs.get("trials", config.search.trials)
+        if self._told:
+            forget_worker(self.study)
         work(
             self.study, self.space, evaluated, params_of, config.search.params_objective, trials, config.run_folder,
             config.training.rung_confidence, self.stop, self.watcher.note, keep_checkpoint,
@@ -372,7 +377,7 @@ def _work_in_own_process(source: Path, relay: _Relay, workers: int, storage: str
     stop = Stop(flag)
     try:
         with stop.on_signals():
-            _Worker.open(load_study(source), storage, relay, stop, adopt).run()
+            _Worker.open(load_study(source), storage, relay, stop, adopt, creates=False).run()
     except StudyError as error:
         print(*error.lines, sep="\n", file=sys.stderr)
         sys.exit(2)

@@ -20,11 +20,12 @@ import optuna
 import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
+from sqlalchemy.engine import make_url
 
 from prunesearch import control
 from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig, load_study
-from prunesearch.launch import launch
+from prunesearch.launch import create, launch
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_records
 from prunesearch.search import claims, leases, patience, worker
@@ -32,7 +33,7 @@ from prunesearch.search.leases import LEASE_SECONDS, MOST_TIMES, Lease, Watch, e
 from prunesearch.search.patience import is_away, patient
 from prunesearch.search.sampler import CandidateSampler
 from prunesearch.search.shelf import Shelf, once
-from prunesearch.search.storage import open_storage, shown
+from prunesearch.search.storage import filled_in, holds_secret, open_storage, shown
 from prunesearch.search.study import check_writable, open_study, pin
 from prunesearch.search.worker import Referee, work
 from prunesearch.stopping import Stop, Stopped
@@ -589,3 +590,118 @@ def test_a_storage_that_may_only_be_read_is_told_before_anything_is_trained(conf
     storage = open_storage(postgres.url.replace(f"study:{Postgres.PASSWORD}", "reader:x"), config.run_folder)
     with pytest.raises(StudyError, match="can be read, but not written"):
         check_writable(optuna.load_study(study_name=config.name, storage=storage))
+
+
+def test_a_fixed_candidate_of_another_rank_may_be_added_to_a_study(config: StudyConfig) -> None:
+    study = opened(config, None)
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        return landscape(candidate)
+
+    work(study, space(), evaluate, params_of, "speech_params", 6, config.run_folder, 0.95)
+    extra = Candidate((1, 3), 64)
+    wider = space(named={**space().named, extra.key: extra})
+    study = open_study(config, open_storage(None, config.run_folder), wider, CandidateSampler(wider, 0))
+    work(study, wider, evaluate, params_of, "speech_params", 8, config.run_folder, 0.95)
+    assert extra.key in complete(study)
+    assert settled(study) == 8
+
+
+def test_a_retry_that_is_interrupted_is_still_due(config: StudyConfig) -> None:
+    study, state = opened(config, None), ["fail"]
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        if candidate.key == "full" and state[0] == "stop":
+            state[0] = "good"
+            raise Stopped
+        bad = candidate.key == "full" and state[0] == "fail"
+        return landscape(candidate).model_copy(update={"state": "failed" if bad else "complete", "reason": "because"})
+
+    def go() -> None:
+        work(study, space(), evaluate, params_of, "speech_params", 5, config.run_folder, 0.95)
+
+    go()
+    control.retry(config.source)
+    state[0] = "stop"
+    with pytest.raises(Stopped):
+        go()
+    go()
+    assert complete(study).count("full") == 1
+    assert settled(study) == 5
+
+
+def test_a_budget_that_is_widened_meanwhile_is_seen_and_never_shrinks_unasked(config: StudyConfig) -> None:
+    study = opened(config, None)
+    create(config, study._storage, 5)
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        if candidate.key == "full":
+            study.set_user_attr("trials", 9)
+        return landscape(candidate)
+
+    work(study, space(), evaluate, params_of, "speech_params", 5, config.run_folder, 0.95)
+    assert settled(study) == 9
+    create(config, study._storage)  # launched again, with nothing said
+    assert study.user_attrs["trials"] == 9
+    create(config, study._storage, 4)
+    assert study.user_attrs["trials"] == 4
+
+
+def test_something_that_goes_wrong_beside_a_trial_does_not_cost_it(
+    config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.02)
+    study, notes = opened(config, None), []
+
+    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+        before = referee.held._mark.beat
+        until(lambda: notes and referee.held._mark.beat > before + 2, "some beats")
+        return landscape(candidate)
+
+    def upload() -> None:
+        raise ConnectionError("no bucket")
+
+    work(
+        study, space(), evaluate, params_of, "speech_params", 1, config.run_folder, 0.95, note=notes.append, on_beat=upload
+    )  # fmt: skip
+    assert settled(study) == 1
+    assert "ConnectionError: no bucket" in notes[0]
+
+
+@pytest.mark.parametrize("password", ["p@ss:w/o?r#d", "plain", "%41${X}"])
+def test_a_password_may_hold_any_character(password: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SECRET", password)
+    url = "postgresql+psycopg://me:${SECRET}@127.0.0.1:1/db"
+    assert make_url(filled_in(url)).password == password
+    assert not holds_secret(url)
+    assert holds_secret(url.replace("${SECRET}", "x")) or password == "plain"
+    with pytest.raises(StudyError) as caught:
+        open_storage(url, tmp_path)
+    assert len(caught.value.lines) == 1
+    assert password not in str(caught.value)
+
+
+def test_a_secret_is_known_for_one_however_it_is_written() -> None:
+    for url in (
+        "postgresql://u:s@h/d",
+        "postgresql://u:s@${HOST}/d",
+        "mysql+pymysql://u@h/d?password=s",
+        "mysql://h/d?passwd=s",
+    ):
+        assert holds_secret(url), url
+    for url in ("postgresql://u:${P}@h/d", "postgresql://u@h/d", "journal:///x/y", "grpc://h:1", "sqlite:///x.db?timeout=3"):
+        assert not holds_secret(url), url
+
+
+def test_a_second_ctrl_c_stops_at_once(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "s", toy, training={"steps": 4000}, search={"trials": 5})
+    process = subprocess.Popen([sys.executable, "cli.py", "launch", str(file)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until(lambda: list((file.parent / "run" / "records").glob("*/curve.jsonl")), "a training")
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode in (130, 128 + signal.SIGUSR1), told
+    assert "Traceback" not in told
+    assert time.monotonic() - begin < 20
+    assert control.status(file)["running"] == [] or not control.status(file)["running"][0]["alive"]

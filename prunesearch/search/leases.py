@@ -89,6 +89,13 @@ def tell_of_worker(study: optuna.Study, doing: str, done: int, of: int) -> None:
     study.set_user_attr(f"{WORKER}{mark.host}:{mark.pid}", asdict(mark))
 
 
+def forget_worker(study: optuna.Study) -> None:
+    """This process does nothing for the study any more."""
+    mark = Lease.mine()
+    if (name := f"{WORKER}{mark.host}:{mark.pid}") in study.user_attrs:
+        study.set_user_attr(name, None)
+
+
 class Watch:
     """What one process has seen of the others' marks."""
 

@@ -28,6 +28,7 @@ logging.getLogger("filelock").setLevel(logging.WARNING)
 FORMS = (
     "postgresql+psycopg://user@host/db, mysql+pymysql://…, grpc://host:port, journal:///path/journal.log or sqlite:///study.db"
 )
+VARIABLE = re.compile(r"\$\{?\w+\}?")
 TURN_SECONDS = 30.0
 CREATE_ATTEMPTS = 8  # of workers that make the tables of a new database at once, all but one fail
 
@@ -174,6 +175,7 @@ def upgrade_storage(url: str) -> str:
 
 def filled_in(url: str) -> str:
     """The URL with its ${VARIABLES}: a password may hold any character. Raises StudyError for what is no URL."""
+    url = os.path.expandvars(url) if VARIABLE.fullmatch(url) else url
     try:
         if "://" not in url:
             raise ArgumentError
@@ -199,7 +201,7 @@ def holds_secret(url: str) -> bool:
         return "@" in url
     written = [str(v) for v in (parsed.password, *parsed.query.values()) if v]
     names = {k.lower() for k in parsed.query}
-    secret = parsed.password is not None and not re.fullmatch(r"\$\{?\w+\}?", str(parsed.password))
+    secret = parsed.password is not None and not VARIABLE.fullmatch(str(parsed.password))
     return bool(written) and (secret or bool(names & {"password", "passwd", "pass"}))
 
 

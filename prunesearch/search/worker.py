@@ -96,7 +96,7 @@ def work(
             _tell(study, claimed.trial, record, objective)
         except (Taken, UpdateFinishedTrialError):
             note(f"{claimed.candidate.key} was given to another worker in the meantime")
-        except Stopped:
+        except (Stopped, KeyboardInterrupt):
             back("handed back")
             raise
         except OSError as error:
