@@ -275,8 +275,7 @@ def storage_proxy(
     """Serve the study's database to many workers through Optuna's gRPC proxy, until Ctrl-C. There is no encryption."""
     from prunesearch.control import serve
 
-    typer.echo(f"workers may use --storage grpc://{host}:{port}", err=True)
-    serve(study, storage, host, port)
+    serve(study, storage, host, port, lambda: typer.echo(f"workers may use --storage grpc://{host}:{port}", err=True))
 
 
 class Start(StrEnum):

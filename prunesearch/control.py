@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,16 @@ def upgrade(source: str | Path, storage: str | None = None) -> str:
     return f"{shown(url)}: schema {upgrade_storage(url)}"
 
 
-def serve(source: str | Path, storage: str | None, host: str, port: int) -> None:
-    """Run Optuna's gRPC proxy in front of the study's storage."""
+def serve(source: str | Path, storage: str | None, host: str, port: int, ready: Callable[[], None]) -> None:
+    """Run Optuna's gRPC proxy in front of the study's database. Raises StudyError for a journal, which it does not serve."""
     config = load_study(source, data_must_exist=False)
-    opened = open_storage(storage or config.storage.url, config.run_folder)
+    url = storage or config.storage.url
+    if url is None or url.startswith(("journal://", "grpc://")):
+        raise StudyError(["storage.url: a proxy serves a database, such as postgresql+psycopg://user@host/db"])
+    opened = open_storage(url, config.run_folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        ready()
         optuna.storages.run_grpc_proxy_server(opened, host=host, port=port)
 
 

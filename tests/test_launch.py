@@ -75,7 +75,16 @@ def test_a_study_ends_with_its_baselines_its_front_and_test_decoded_for_these_al
     counted = {r.candidate for r in (*comparison.front, *comparison.baselines.values())}
     assert {r.candidate for r in records if r.test is not None} == counted
     written = {p.name for p in (config.run_folder / "report").iterdir()}
-    assert written == {"front.png", "front.svg", "front.pdf", "report.html", "report.csv", "report.json"}
+    assert written == {
+        "front.png",
+        "front.svg",
+        "front.pdf",
+        "report.html",
+        "report.csv",
+        "report.json",
+        "report.md",
+        "report.tex",
+    }
 
 
 def test_optuna_and_the_records_agree(calm: Path) -> None:

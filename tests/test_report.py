@@ -39,9 +39,10 @@ from prunesearch.report import (
 )
 from prunesearch.report.front import additive_epsilon, hypervolume, knee
 from prunesearch.report.page import render_page
+from prunesearch.report.papers import to_latex, to_markdown
 from prunesearch.report.plots import draw_front
 from prunesearch.report.statistics import relative_bootstrap
-from prunesearch.report.tables import RECORD_KEYS
+from prunesearch.report.tables import RECORD_KEYS, layers_table, tables
 
 LAYERS, UTTERANCES = 6, 60
 WHOLE = Parameters(encoder=12_000_000, projector=2_000_000, lora=0, llm=50_000_000)
@@ -337,7 +338,7 @@ def test_the_written_report_is_whole_and_needs_no_network(tmp_path: Path) -> Non
     add_study(config.run_folder / "records")
     comparison = write_report(config)
     report = config.run_folder / "report"
-    names = {"front.png", "front.svg", "front.pdf", "report.html", "report.csv", "report.json"}
+    names = {"front.png", "front.svg", "front.pdf", "report.html", "report.csv", "report.json", "report.md", "report.tex"}
     assert {f.name for f in report.iterdir()} == names
     assert {f.name for f in config.run_folder.iterdir()} == {"records", "report"}
     assert (report / "front.png").read_bytes().startswith(b"\x89PNG")
@@ -455,3 +456,25 @@ def test_the_knee_is_where_a_front_bends_and_the_hypervolume_is_an_area(tmp_path
     area = sum((end - p) * (reference[1] - w) for (p, w), end in zip(points, ends, strict=True))
     assert hypervolume(front, "speech_params", reference) == pytest.approx(area)
     assert additive_epsilon(front, front[-1], "speech_params") == 0
+
+
+def test_tables_can_be_pasted_into_a_readme_and_a_paper(records: Path) -> None:
+    made = tables(compare(records, "speech_params", "s"))
+    markdown, latex = to_markdown(made), to_latex(made)
+    assert markdown.count("### ") == latex.count(r"\begin{tabular}") == len(made)
+    for line in markdown.splitlines():
+        assert not line or line.startswith(("|", "#")) or not line.startswith(" ")
+    rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == sum(1 + len(t.rows) for t in made)
+    assert not re.search(r"(?<!\\)%", latex.split("\n", 1)[1])
+    for table in made:
+        widths = {row.count(" & ") for row in rows if row.count(" & ") == len(table.columns) - 1}
+        assert widths == {len(table.columns) - 1}
+
+
+def test_how_often_a_layer_is_gone(tmp_path: Path) -> None:
+    for layers, errors in (((), 1), ((1,), 1), ((2,), 4), ((1, 2), 2), ((0, 1), 9)):
+        add(tmp_path, Candidate(layers), errors)
+    found = {row[0]: row[1:] for row in layers_table(compare(tmp_path, "speech_params", "s")).rows}
+    assert found["1"] == ("2 of 2", "2 of 2", "3 of 4")
+    assert found["5"] == ("0 of 2", "0 of 2", "0 of 4")

@@ -36,6 +36,7 @@ from prunesearch.search.shelf import Shelf, once
 from prunesearch.search.storage import filled_in, holds_secret, open_storage, shown
 from prunesearch.search.study import check_writable, open_study, pin
 from prunesearch.search.worker import Referee, work
+from prunesearch.slurm import submit
 from prunesearch.stopping import Stop, Stopped
 from tests.conftest import write_study
 from tests.servers import GrpcProxy, Postgres, until
@@ -705,3 +706,20 @@ def test_a_second_ctrl_c_stops_at_once(toy: Path, tmp_path: Path) -> None:
     assert "Traceback" not in told
     assert time.monotonic() - begin < 20
     assert control.status(file)["running"] == [] or not control.status(file)["running"][0]["alive"]
+
+
+def test_an_arrays_jobs_work_on_the_study_and_hold_no_password(toy: Path, tmp_path: Path) -> None:
+    """As SLURM would run them: submitit's local executor starts the same jobs here."""
+    file = write_study(tmp_path / "s", toy)
+    with pytest.raises(StudyError, match="would hold the password"):
+        submit(file, 2, storage="postgresql://me:secret@host/db", cluster="local")
+    jobs = submit(file, 2, trials=5, cluster="local")
+    assert len(jobs) == 2
+    until(lambda: control.status(file)["settled"] == 5, "five candidates", 120)
+    assert {r.state for r in read_records(file.parent / "run" / "records")} == {"complete"}
+
+
+def test_a_proxy_serves_databases_alone(toy: Path, tmp_path: Path) -> None:
+    done = cli("storage", "proxy", write_study(tmp_path / "s", toy))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "a proxy serves a database" in done.stderr

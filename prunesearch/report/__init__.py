@@ -10,7 +10,7 @@ from prunesearch.mistakes import StudyError
 from prunesearch.report.comparison import Best, Comparison, Contrast, Reductions, compare
 from prunesearch.report.front import non_dominated, pareto_front
 from prunesearch.report.statistics import Difference, paired_bootstrap
-from prunesearch.report.tables import render, to_csv, to_json, verdict
+from prunesearch.report.tables import render, tables, to_csv, to_json, verdict
 
 __all__ = [
     "Best",
@@ -31,12 +31,13 @@ __all__ = [
 
 
 def write_report(config: StudyConfig) -> Comparison:
-    """Compare the study's records and write `run/report/`: front.{png,svg,pdf} and report.{html,csv,json}.
+    """Compare the study's records and write `run/report/`: front.{png,svg,pdf} and report.{html,md,tex,csv,json}.
 
     All files are made beside the folder first and then moved in, so that a reader never meets half a file. Raises StudyError
     when nothing was launched yet.
     """
     from prunesearch.report.page import render_page
+    from prunesearch.report.papers import to_latex, to_markdown
     from prunesearch.report.plots import write_figures
 
     if not (config.run_folder / "records").is_dir():
@@ -48,6 +49,8 @@ def write_report(config: StudyConfig) -> Comparison:
         made = Path(name)
         write_figures(comparison, made)
         (made / "report.html").write_text(render_page(comparison), encoding="utf-8")
+        (made / "report.md").write_text(to_markdown(tables(comparison)), encoding="utf-8")
+        (made / "report.tex").write_text(to_latex(tables(comparison)), encoding="utf-8")
         (made / "report.csv").write_text(to_csv(comparison), encoding="utf-8")
         (made / "report.json").write_text(
             json.dumps(to_json(comparison), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"

@@ -46,6 +46,7 @@ def tables(comparison: Comparison) -> list[Table]:
         removed_table(comparison),
         contrasts_table(comparison),
         claims_table(comparison),
+        layers_table(comparison),
         languages_table(comparison),
     )
     return [table for table in made if table.rows]
@@ -131,6 +132,31 @@ def claims_table(comparison: Comparison) -> Table:
         tuple(rows),
         "arXiv 2603.27981. Intervals: paired bootstrap over utterances, one seed. A claim of a size holds where the interval "
         "lies on its side of zero and meets the published range; a claim of a direction, where it lies on that side of zero.",
+    )
+
+
+def layers_table(comparison: Comparison) -> Table:
+    """How often each layer is gone on the front and near it: of the complete candidates that removed as many layers, the better
+    half counts as near."""
+    complete = [r for r in comparison.complete if r.removed_layers]
+    if not complete:
+        return Table("How often a layer is gone", ("layer",), ())
+    near: list[RunRecord] = []
+    for count in sorted({len(r.removed_layers) for r in complete}):
+        same = sorted((r for r in complete if len(r.removed_layers) == count), key=dev_wer)
+        near += same[: -(-len(same) // 2)]
+    front = [r for r in comparison.front if r.removed_layers]
+
+    def share(layer: int, records: list[RunRecord]) -> str:
+        return f"{sum(layer in r.removed_layers for r in records)} of {len(records)}" if records else "–"
+
+    depth = complete[0].encoder_layers
+    rows = tuple((str(i), *(share(i, some) for some in (front, near, complete))) for i in range(depth))
+    return Table(
+        "How often a layer is gone",
+        ("layer", "on the front", "in the better half of its size", "in all that were tried"),
+        rows,
+        "Candidates that lost at least one layer.",
     )
 
 
