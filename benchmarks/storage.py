@@ -177,6 +177,7 @@ def compare(workers: int, counts: list[int], seconds: float, only: list[str], ki
                     proxy.stop()
                 times = (at(asks, 0.5), at(asks, 0.99), at(tells, 0.5), at(tells, 0.99))
                 table.add_row(name, f"{count:,}", f"{pace:.1f}", f"{100 * pace / workers:.0f} %", *times)
+                print(name, count, f"{pace:.1f} trials a second", *times, file=sys.stderr, flush=True)
     finally:
         if server:
             server.remove()
