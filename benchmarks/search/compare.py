@@ -244,7 +244,8 @@ def main(seeds: int, trials: int, only: str, synthetic_count: int, noise: bool) 
     groups = (
         {f"{synthetic_count} synthetic landscapes": [synthetic(s) for s in range(synthetic_count)]} if synthetic_count else {}
     )
-    groups |= {path.stem: [table(path)] for path in sorted(TABLES.glob("*.json"))}
+    whole = {path.stem: table(path) for path in sorted(TABLES.glob("*.json"))}
+    groups |= {name: [landscape] for name, landscape in whole.items() if len(landscape.wer) == landscape.space.size}
     names = only.split(",") if only else [name for name in METHODS if name != SLOW]
     for title, landscapes in groups.items():
         console.print(*methods_tables(title, landscapes, names, seeds, trials))
