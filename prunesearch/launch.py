@@ -103,6 +103,7 @@ def launch(
             worker.run()
             if worker.workshop.team.leads:
                 _test_those_that_count(config, worker.workshop, watcher, stop, storage)
+            worker.leave()
         else:
             _run_workers(config, workers, trials, storage, watcher, stop, adopt)
             _test_those_that_count(config, None, watcher, stop, storage)
@@ -122,6 +123,7 @@ def join(source: str | Path, storage: str | None = None, watcher: Watcher | None
         worker.run()
         if worker.workshop.team.leads:
             _test_those_that_count(config, worker.workshop, watcher, stop, storage)
+        worker.leave()
     return config
 
 
@@ -231,6 +233,11 @@ class _Worker:
     adopt: bool = False
     space: SearchSpace
 
+    def leave(self) -> None:
+        """Nothing is done for the study any more."""
+        if self._told:
+            forget_worker(self.study)
+
     def check(self) -> None:
         """Raises Stopped or Taken: called at every step of whatever the workshop does."""
         self.stop.check()
@@ -297,8 +304,6 @@ class _Worker:
 
         self.study.sampler = sampler_of(config, self.space, params_of, self._scan())
         trials = self.study.user_attrs.get("trials", config.search.trials)
-        if self._told:
-            forget_worker(self.study)
         work(
             self.study, self.space, evaluated, params_of, config.search.params_objective, trials, config.run_folder,
             config.training.rung_confidence, self.stop, self.watcher.note, keep_checkpoint,
@@ -377,7 +382,9 @@ def _work_in_own_process(source: Path, relay: _Relay, workers: int, storage: str
     stop = Stop(flag)
     try:
         with stop.on_signals():
-            _Worker.open(load_study(source), storage, relay, stop, adopt, creates=False).run()
+            worker = _Worker.open(load_study(source), storage, relay, stop, adopt, creates=False)
+            worker.run()
+            worker.leave()
     except StudyError as error:
         print(*error.lines, sep="\n", file=sys.stderr)
         sys.exit(2)

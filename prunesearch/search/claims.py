@@ -46,7 +46,11 @@ class Claim:
         with self._writing:
             while self.unwritten:
                 name, (value, distribution) = next(iter(self.unwritten.items()))
-                storage.set_trial_param(self.trial._trial_id, name, value, distribution)
+                try:
+                    storage.set_trial_param(self.trial._trial_id, name, value, distribution)
+                except KeyError:  # a proxy that was restarted knows a trial once it has read the study's
+                    storage.get_all_trials(self.trial.study._study_id, deepcopy=False)
+                    storage.set_trial_param(self.trial._trial_id, name, value, distribution)
                 del self.unwritten[name]
 
 
