@@ -12,8 +12,6 @@ from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_record, read_records, record_folder, write_atomically
 from prunesearch.report.front import knee, pareto_front, pooled_by_system
 
-Choice = dict[str, Any]
-
 
 def chosen(config: StudyConfig, candidate: str | None = None, best_under_params: float | None = None) -> RunRecord:
     """The record to export: a candidate's by key; the best on dev of at most so many parameters; else the front's knee.

@@ -164,10 +164,11 @@ def create(config: StudyConfig, storage: BaseStorage, trials: int | None = None,
 
     for split in SPLITS:
         load_corpus(config, split)  # a mistake in a manifest is told before anything is created
-    study = open_study(config, storage, SearchSpace.of(config, encoder_layers(config)))
+    space = SearchSpace.of(config, encoder_layers(config))
+    study = open_study(config, storage, space)
     if "trials" not in study.user_attrs:
-        annotate(study, config, SearchSpace.of(config, encoder_layers(config)).named)
-    if scans and "trials" in study.user_attrs:  # it says nothing of how far the study is to go
+        annotate(study, config, space.named)
+    elif scans:  # it says nothing of how far the study is to go
         return study
     budget = max(config.search.trials, study.user_attrs.get("trials", 0)) if trials is None else trials
     study.set_user_attr("trials", budget)
@@ -189,8 +190,10 @@ def _open_workshop(config: StudyConfig, watcher: Watcher, check: Callable[[], No
 class _Worker:
     """A workshop at work on a study; of a team of processes, the leader alone talks to the storage."""
 
-    def __init__(self, config: StudyConfig, watcher: Watcher, stop: Stop):
-        self.config, self.watcher, self.stop = config, watcher, stop
+    space: SearchSpace
+
+    def __init__(self, config: StudyConfig, watcher: Watcher, stop: Stop, adopt: bool):
+        self.config, self.watcher, self.stop, self.adopt = config, watcher, stop, adopt
         self.held: Held | None = None  # the trial under way
         self.workshop: Any = None  # training.workshop.Workshop: torch is imported only when a worker starts
         self.storage: Any = None  # optuna's; None for those who follow
@@ -211,8 +214,7 @@ class _Worker:
         scans: bool = False,
     ) -> "_Worker":
         """`creates`: the study, where there is none, with a budget of so many `trials`."""
-        worker = cls(config, watcher, stop)
-        worker.adopt = adopt
+        worker = cls(config, watcher, stop, adopt)
         if os.environ.get("RANK", "0") == "0":  # a storage that cannot be had is told before models are loaded
             worker.storage = open_storage(url or config.storage.url, config.run_folder, watcher.note, lambda: stop.requested)
             worker.shelf = open_shelf(config)
@@ -229,9 +231,6 @@ class _Worker:
             pin(worker.study, "code", code_identity(), adopt)
             pin(worker.study, "data", {split: fingerprint(corpora[split]) for split in SPLITS}, adopt)
         return worker
-
-    adopt: bool = False
-    space: SearchSpace
 
     def leave(self) -> None:
         """Nothing is done for the study any more."""

@@ -75,13 +75,6 @@ def hypervolume(front: Sequence[RunRecord], objective: str, reference: tuple[flo
     return float(compute_hypervolume(inside, np.array(reference))) if len(inside) else 0.0
 
 
-def additive_epsilon(front: Sequence[RunRecord], record: RunRecord, objective: str) -> float | None:
-    """By how much (in WER) the front beats a record at no more parameters than it has: negative where it does; None where
-    the front has nothing so small."""
-    small = [dev_wer(r) for r in front if r.parameters.of(objective) <= record.parameters.of(objective)]
-    return min(small) - dev_wer(record) if small else None
-
-
 def pareto_front(records: Iterable[RunRecord], objective: str) -> list[RunRecord]:
     """The complete records that are non-dominated in (`objective`, dev WER), fewest parameters first."""
     complete = [r for r in records if r.state == "complete"]

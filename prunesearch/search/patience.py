@@ -47,8 +47,7 @@ def _is_refusal(error: OperationalError) -> bool:
         return True
     if str(getattr(error.orig, "sqlstate", None) or "").startswith("28"):  # PostgreSQL, of a password
         return True
-    said = list(getattr(error.orig, "args", ()))
-    return said[:1] != [] and said[0] in REFUSED
+    return next(iter(getattr(error.orig, "args", ())), None) in REFUSED
 
 
 def _patience(error: BaseException, leaving: bool) -> float:

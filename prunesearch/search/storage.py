@@ -181,12 +181,10 @@ def filled_in(url: str) -> str:
             raise ArgumentError
         parsed = make_url(url)
         expand = os.path.expandvars
-        port = parsed.port
         return parsed.set(
             username=parsed.username and expand(parsed.username),
             password=parsed.password and expand(str(parsed.password)),
             host=parsed.host and expand(parsed.host),
-            port=port,
             database=parsed.database and expand(parsed.database),
         ).render_as_string(hide_password=False)
     except (ArgumentError, ValueError):
