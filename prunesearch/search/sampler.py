@@ -46,7 +46,10 @@ def latest(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
 
 def next_due(space: SearchSpace, trials: Sequence[FrozenTrial]) -> Candidate | None:
     """What has to be evaluated before anything is proposed: candidates whose workers were lost, then the named ones."""
-    stands = latest(trials)
+    return _due(space, latest(trials))
+
+
+def _due(space: SearchSpace, stands: Mapping[str, FrozenTrial]) -> Candidate | None:
     left = [k for k, t in stands.items() if t.state == TrialState.FAIL and t.user_attrs.get("ended") in GIVEN_BACK]
     taken = {key for key, trial in stands.items() if is_taken(trial)}
     return next((c for c in (*map(Candidate.from_key, left), *space.named.values()) if c.key not in taken), None)
@@ -81,13 +84,13 @@ class CandidateSampler(BaseSampler):
 
     def choose(self, study: Study, trial: FrozenTrial | None, others: Sequence[FrozenTrial]) -> Candidate:
         """The next candidate, `others` being all trials but the one that it is for. Raises SpaceExhausted."""
-        stands = latest(others).values()
-        settled = sum(map(is_settled, stands))
+        stands = latest(others)
+        settled = sum(map(is_settled, stands.values()))
         running = sum(t.state == TrialState.RUNNING for t in others)
-        if due := next_due(self._space, others):
+        if due := _due(self._space, stands):
             return due
         rng = random.Random(f"{self._seed} {settled} {running}")
-        seen = {t.user_attrs["candidate"] for t in stands if is_taken(t)}
+        seen = {t.user_attrs["candidate"] for t in stands.values() if is_taken(t)}
         proposed = self.propose(study, trial, seen, settled + running, rng)
         if proposed is not None:
             return proposed
