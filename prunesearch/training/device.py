@@ -39,8 +39,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """What was held at most is counted anew from here. Of a process, the system keeps one count that cannot be set back."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that the process (CPU) or its allocator (GPU) has held so far."""
+    """The most that a GPU's allocator has held since the peak was last forgotten, or, on a CPU, the process ever."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -31,7 +31,7 @@ from prunesearch.record import (
 from prunesearch.stopping import Taken
 from prunesearch.training.curve import LearningCurve
 from prunesearch.training.decode import transcribe
-from prunesearch.training.device import peak_memory_bytes
+from prunesearch.training.device import forget_peak_memory, peak_memory_bytes
 from prunesearch.training.finetune import CurvePoint, Diverged, Progressed, Pruned, finetune, restore, trainable
 from prunesearch.training.workshop import Workshop, save_weights
 
@@ -77,6 +77,7 @@ def evaluate(
 
     dtype, dev = workshop.dtype, workshop.corpora["dev"]
     begin = time.perf_counter()
+    forget_peak_memory(team.device)
 
     encoder = workshop.pruned_encoder(candidate)
     projector = workshop.start(workshop.fresh_projector(candidate.repeat))
