@@ -250,6 +250,13 @@ def test_divergence_is_recorded_with_its_step(open_workshop: Callable[..., Works
     assert read_record(workshop.config.run_folder / "records", Candidate((), 2)) == record
 
 
+def test_an_anchor_that_diverges_is_one_line_and_leaves_nothing(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop(anchor={"learning_rate": 1e30}, training={"clip": 1e30})
+    with pytest.raises(StudyError, match=r"anchor\.learning_rate: with 1e\+30, the loss left all reason at step \d+ .*smaller"):
+        workshop.anchor()
+    assert not workshop.anchor_weights.exists()
+
+
 def test_a_rung_can_end_a_trial_and_its_partial_record_is_kept(open_workshop: Callable[..., Workshop]) -> None:
     workshop = open_workshop(training={"rungs": [0.25, 0.5]})
     seen: list[tuple[int, WordErrors]] = []

@@ -29,7 +29,7 @@ from prunesearch.training.curve import tracker_for
 from prunesearch.training.decode import transcribe
 from prunesearch.training.device import pick_dtype
 from prunesearch.training.features import StateStore, finish_encoding, prefix_states
-from prunesearch.training.finetune import Budget, Progressed, finetune, trainable
+from prunesearch.training.finetune import Budget, Diverged, Progressed, finetune, trainable
 from prunesearch.training.team import Team
 
 
@@ -195,7 +195,7 @@ class Workshop:
     def anchor(self) -> Path:
         """The anchor's weights: the unpruned encoder's projector, trained once without LoRA, whoever comes first.
 
-        All members of a team call this.
+        All members of a team call this. Raises StudyError when its training diverges.
         """
         weights = self.anchor_weights
         folder = weights.parent
@@ -207,11 +207,15 @@ class Workshop:
             encoder = self.pruned_encoder(Candidate())
             train = self.encoded(encoder, "train", self.drawn(self.anchor_budget))
             steps = self.anchor_budget.steps
-            done = finetune(
-                slam, train, self.targets, self.anchor_budget, self.config.training, self.team, self.dtype,
-                folder / "checkpoint.pt", check=self.check,
-                on_step=lambda p: self.progress(f"anchor, loss {p.loss:.2f}", p.step, steps),
-            )  # fmt: skip
+            try:
+                done = finetune(
+                    slam, train, self.targets, self.anchor_budget, self.config.training, self.team, self.dtype,
+                    folder / "checkpoint.pt", check=self.check,
+                    on_step=lambda p: self.progress(f"anchor, loss {p.loss:.2f}", p.step, steps),
+                )  # fmt: skip
+            except Diverged as error:  # without an anchor there is no study
+                rate = self.config.anchor.learning_rate
+                raise StudyError([f"anchor.learning_rate: with {rate:g}, {error.args[0]}; a smaller one may do"]) from error
             if self.team.leads:
                 dev = self.encoded(encoder, "dev", self.used("dev"))
                 results = transcribe(
