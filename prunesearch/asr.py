@@ -26,7 +26,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.config import DecodingConfig, LlmConfig, ProjectorConfig, TextConfig
 from prunesearch.mistakes import StudyError
-from prunesearch.model.encoder import encode, load_encoder
+from prunesearch.model.encoder import embed, load_encoder, run_layers
 from prunesearch.model.llm import load_llm
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
@@ -35,6 +35,7 @@ from prunesearch.speech.audio import SAMPLE_RATE, padded, read_audio
 from prunesearch.training.batches import by_length
 from prunesearch.training.decode import generate, token_limit
 from prunesearch.training.device import autocast
+from prunesearch.training.features import ENCODING_BATCH
 
 SETTINGS = "slam.json"
 QUIET_SECONDS = 5.0  # a long recording is cut where it is quietest, within so many seconds of a window's end
@@ -52,6 +53,7 @@ class Settings(BaseModel):
     dtype: Literal["float32", "bfloat16"]  # what was computed in
     removed_layers: tuple[int, ...]
     encoder_layers: int  # of the unpruned encoder
+    shared_layers: int = 0  # the first so many, which a study's candidates share
     lora_rank: int
     merged: bool = False  # the LoRA is in the LLM's weights
     projector: ProjectorConfig
@@ -149,18 +151,29 @@ class SlamAsr:
         """The longest recording that the encoder takes whole."""
         return self.encoder.max_source_positions * 2 * self.extractor.hop_length / SAMPLE_RATE
 
-    def transcribe(self, recordings: Iterable[str | Path | Samples], batch_size: int | None = None) -> list[str]:
+    def transcribe(
+        self, recordings: Iterable[str | Path | Samples], batch_size: int | None = None, beams: int | None = None
+    ) -> list[str]:
         """What is said in each recording (a file, or samples at 16 kHz), in their order.
 
-        Raises AudioError for one that cannot be used.
+        `batch_size` and `beams`: by default those that the study decoded its test split with. What a study decoded is
+        repeated bit for bit on a CPU where the recordings are the same, in the same order: in bf16 or fp32 arithmetic, who
+        shares a batch with whom can change the last bit. Raises AudioError for a recording that cannot be used.
         """
-        return [" ".join(s.text for s in segments if s.text) for segments in self.segments(recordings, batch_size)]
+        return [" ".join(s.text for s in segments if s.text) for segments in self.segments(recordings, batch_size, beams)]
 
-    def segments(self, recordings: Iterable[str | Path | Samples], batch_size: int | None = None) -> list[list[Segment]]:
+    def segments(
+        self, recordings: Iterable[str | Path | Samples], batch_size: int | None = None, beams: int | None = None
+    ) -> list[list[Segment]]:
         """The same in parts: a long recording is cut into windows where it is quietest. Raises AudioError."""
         samples = [r if isinstance(r, np.ndarray) else read_audio(Path(r)) for r in recordings]
         parts = [(n, start, end) for n, s in enumerate(samples) for start, end in windows(s, self._longest())]
-        texts = self._texts([samples[n][start:end] for n, start, end in parts], batch_size or self.settings.decoding.batch_size)
+        decoding = self.settings.decoding
+        texts = self._texts(
+            [samples[n][start:end] for n, start, end in parts],
+            batch_size or decoding.batch_size,
+            beams or decoding.test_beams or decoding.beams,
+        )
         found: list[list[Segment]] = [[] for _ in samples]
         for (n, start, end), text in zip(parts, texts, strict=True):
             found[n].append(Segment(start / SAMPLE_RATE, end / SAMPLE_RATE, text))
@@ -173,21 +186,46 @@ class SlamAsr:
         return int(seconds * SAMPLE_RATE)
 
     @torch.inference_mode()
-    def _texts(self, parts: Sequence[Samples], batch_size: int) -> list[str]:
-        texts: dict[int, str] = {}
+    def _texts(self, parts: Sequence[Samples], batch_size: int, beams: int) -> list[str]:
+        """In the batches that a study's trial makes of the same recordings: see `training.features` and `training.decode`."""
         dtype = getattr(torch, self.settings.dtype)
-        for batch in by_length([len(p) for p in parts], batch_size):
+        states = self._states(parts, dtype)
+        texts: dict[int, str] = {}
+        for batch in by_length([len(s) for s in states], batch_size):
+            limits = [token_limit(len(parts[i]) / SAMPLE_RATE, self.settings.decoding) for i in batch]
+            hidden, lengths = self._together([states[i] for i in batch])
+            written = generate(self.slam, hidden, lengths, limits, self.settings.decoding, dtype, beams)
+            texts |= zip(batch, (" ".join(t.split()) for t in written), strict=True)
+        return [texts[i] for i in range(len(parts))]
+
+    def _states(self, parts: Sequence[Samples], dtype: torch.dtype) -> list[torch.Tensor]:
+        """The encoder's output for each part, (T, D) each, on the CPU: first the layers that a study's candidates share, then
+        the others, in batches of their own."""
+        shared, states = self.settings.shared_layers, [torch.empty(0)] * len(parts)
+
+        def keep(batch: list[int], hidden: torch.Tensor, lengths: torch.Tensor) -> None:
+            for row, i, length in zip(hidden.to("cpu", dtype), batch, lengths.tolist(), strict=True):
+                states[i] = row[:length].clone()
+
+        for batch in by_length([len(p) for p in parts], ENCODING_BATCH):
             mels = [self._log_mel(parts[i]) for i in batch]
             frames = torch.tensor([m.shape[1] for m in mels], device=self.device)
             features = torch.zeros(len(mels), mels[0].shape[0], int(frames.max()))
             for row, mel in zip(features, mels, strict=True):
                 row[:, : mel.shape[1]] = mel
             with autocast(self.device, dtype):
-                states, lengths = encode(self.encoder, features.to(self.device), frames)
-            limits = [token_limit(len(parts[i]) / SAMPLE_RATE, self.settings.decoding) for i in batch]
-            written = generate(self.slam, states.to(dtype), lengths, limits, self.settings.decoding, dtype)
-            texts |= zip(batch, (" ".join(t.split()) for t in written), strict=True)
-        return [texts[i] for i in range(len(parts))]
+                hidden, lengths = embed(self.encoder, features.to(self.device), frames)
+                keep(batch, run_layers(self.encoder, hidden, lengths, 0, shared), lengths)
+        for batch in by_length([len(s) for s in states], ENCODING_BATCH):
+            hidden, lengths = self._together([states[i] for i in batch])
+            with autocast(self.device, dtype):
+                keep(batch, self.encoder.layer_norm(run_layers(self.encoder, hidden, lengths, shared)), lengths)
+        return states
+
+    def _together(self, states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, D) padded with zeros, lengths (B,)."""
+        lengths = torch.tensor([len(s) for s in states], device=self.device)
+        return torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True).to(self.device), lengths
 
     def _log_mel(self, samples: Samples) -> torch.Tensor:
         samples = padded(samples, self.settings.pad_to_seconds)

@@ -313,19 +313,28 @@ def export(
     study: Study,
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
     candidate: Annotated[str | None, typer.Option(metavar="KEY", help="Which one, such as minus-3+lora8.")] = None,
+    trial: Annotated[int | None, typer.Option(min=0, metavar="N", help="Which one, by the number of its Optuna trial.")] = None,
     best_under_params: Annotated[
         float | None, typer.Option(min=0, help="The best on dev of at most so many parameters (the study's objective).")
     ] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="The front's knee; what is exported without a choice, too.")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Add the LoRA to the LLM's weights.")] = False,
     with_llm: Annotated[
         bool | None, typer.Option("--llm/--no-llm", help="Write the LLM, too; default: where it comes from a folder.")
     ] = None,
+    storage: StorageUrl = None,
 ) -> None:
     """Write a candidate as a folder that stands by itself; without a choice, the front's knee."""
     from prunesearch.export import export as write
+    from prunesearch.mistakes import StudyError
 
-    record = write(study, out, candidate, best_under_params, merge, with_llm)
+    if knee and (candidate, trial, best_under_params) != (None, None, None):
+        raise StudyError(["--knee: it is a choice of its own; give it alone"])
+    record = write(study, out, candidate, trial, best_under_params, merge, with_llm, storage)
     typer.echo(f"{record.name or record.candidate.key}: {out}; prunesearch transcribe {out} AUDIO…")
+
+
+Beams = Annotated[int | None, typer.Option("--beams", min=1, help="Of the search; default: as the study decoded test.")]
 
 
 class Form(StrEnum):
@@ -341,6 +350,7 @@ def transcribe(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="An exported system, or a hub repository of one.")],
     audio: Annotated[list[str], typer.Argument(metavar="AUDIO…", help="Recordings, folders of them, or - for stdin.")],
     form: Annotated[Form, typer.Option("--format", help="How to write it.")] = Form.text,
+    beams: Beams = None,
 ) -> None:
     """Say what is said in recordings of any length, one after the other."""
     from transformers.utils import logging
@@ -353,7 +363,7 @@ def transcribe(
     with recordings(audio) as files:
         asr = SlamAsr.from_pretrained(folder)
         problems = []
-        for name, segments, problem in say(asr, files):
+        for name, segments, problem in say(asr, files, beams):
             if segments is None:
                 problems.append(problem)
                 typer.echo(problem, err=True)
@@ -367,6 +377,7 @@ def transcribe(
 def evaluate(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="An exported system, or a hub repository of one.")],
     data: Annotated[Path, typer.Option("--data", help="A manifest: JSONL with audio, text and, if any, language.")],
+    beams: Beams = None,
     as_json: Json = False,
 ) -> None:
     """Count an exported system's word errors on a manifest."""
@@ -376,7 +387,7 @@ def evaluate(
     from prunesearch.transcripts import evaluate as count
 
     logging.disable_progress_bar()
-    found = count(SlamAsr.from_pretrained(folder), data)
+    found = count(SlamAsr.from_pretrained(folder), data, beams=beams)
     if as_json:
         _print_json(found)
         return

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from prunesearch.candidate import Candidate
+from prunesearch.candidate import Candidate, baselines
 from prunesearch.mistakes import StudyError, explained
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -375,6 +375,11 @@ class StudyConfig(_Section):
         removable = len(self.removable(encoder_layers))
         most = self.search.max_removed if self.search.max_removed is not None else max(1, removable // 2)
         return min(most, removable, encoder_layers - 1)
+
+    def shared_layers(self, encoder_layers: int) -> int:
+        """How many layers come before the first one that any candidate may lose: their states are the same for all."""
+        fixed = [*baselines(encoder_layers, 0).values(), *self.fixed_candidates()]
+        return min([*self.removable(encoder_layers), *(i for c in fixed for i in c.removed_layers)])
 
     def fixed_candidates(self) -> list[Candidate]:
         return [Candidate(f.removed_layers, f.lora_rank, f.repeat) for f in self.search.fixed]

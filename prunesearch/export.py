@@ -11,13 +11,27 @@ from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_record, read_records, record_folder, write_atomically
 from prunesearch.report.front import knee, pareto_front, pooled_by_system
+from prunesearch.search.storage import open_storage
+from prunesearch.search.study import join_study
 
 
-def chosen(config: StudyConfig, candidate: str | None = None, best_under_params: float | None = None) -> RunRecord:
-    """The record to export: a candidate's by key; the best on dev of at most so many parameters; else the front's knee.
+def chosen(
+    config: StudyConfig,
+    candidate: str | None = None,
+    trial: int | None = None,
+    best_under_params: float | None = None,
+    storage: str | None = None,
+) -> RunRecord:
+    """The record to export: a candidate's by key, or by the number of its Optuna trial (looked up in the study's storage);
+    the best on dev of at most so many parameters; else the front's knee.
 
-    Raises StudyError where there is none.
+    Raises StudyError where there is none, or where more than one choice is made.
     """
+    choices = {"--candidate": candidate, "--trial": trial, "--best-under-params": best_under_params}
+    if len(made := [name for name, value in choices.items() if value is not None]) > 1:
+        raise StudyError([f"{' and '.join(made)}: choose by one of them"])
+    if trial is not None:
+        candidate = key_of_trial(config, trial, storage)
     folder = config.run_folder / "records"
     objective = config.search.params_objective
     complete = [r for r in read_records(folder) if r.state == "complete"] if folder.is_dir() else []
@@ -46,13 +60,24 @@ def chosen(config: StudyConfig, candidate: str | None = None, best_under_params:
     return next(r for r in complete if r.candidate.system == found.candidate)
 
 
+def key_of_trial(config: StudyConfig, number: int, storage: str | None = None) -> str:
+    """The key of the candidate that a trial of the study evaluated. Raises StudyError where there is no such trial."""
+    study = join_study(config, open_storage(storage or config.storage.url, config.run_folder))
+    keys = {t.number: t.user_attrs["candidate"] for t in study.get_trials(deepcopy=False) if "candidate" in t.user_attrs}
+    if number not in keys:
+        raise StudyError([f"--trial: {config.name} has trials 0 to {max(keys, default=-1)}, got {number}"])
+    return str(keys[number])
+
+
 def export(
     source: str | Path,
     out: str | Path,
     candidate: str | None = None,
+    trial: int | None = None,
     best_under_params: float | None = None,
     merge: bool = False,
     with_llm: bool | None = None,
+    storage: str | None = None,
 ) -> RunRecord:
     """Write a candidate of the study to the folder `out`, for `SlamAsr.from_pretrained`; returns its record.
 
@@ -64,7 +89,7 @@ def export(
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise StudyError([f"--out: {out} exists already and is not empty"])
-    record = chosen(config, candidate, best_under_params)
+    record = chosen(config, candidate, trial, best_under_params, storage)
     asr = assembled(config, record, merge)
     local = Path(config.locate(config.llm.model)).is_dir()
     asr.save_pretrained(out, with_llm=local if with_llm is None else with_llm)
@@ -112,6 +137,7 @@ def assembled(config: StudyConfig, record: RunRecord, merge: bool = False) -> An
         dtype=name,
         removed_layers=record.removed_layers,
         encoder_layers=record.encoder_layers,
+        shared_layers=config.shared_layers(record.encoder_layers),
         lora_rank=record.lora_rank,
         merged=merged,
         projector=own,

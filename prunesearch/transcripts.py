@@ -40,7 +40,9 @@ def recordings(arguments: Sequence[str]) -> Iterator[dict[str, Path]]:
         yield found
 
 
-def transcribe(asr: Any, files: dict[str, Path]) -> Iterator[tuple[str, list[Any] | None, str | None]]:
+def transcribe(
+    asr: Any, files: dict[str, Path], beams: int | None = None
+) -> Iterator[tuple[str, list[Any] | None, str | None]]:
     """(name, segments, None) of each recording, or (name, None, what is wrong with it), which spoils nothing else."""
     from prunesearch.speech.audio import AudioError, read_audio
 
@@ -50,7 +52,7 @@ def transcribe(asr: Any, files: dict[str, Path]) -> Iterator[tuple[str, list[Any
         except AudioError as error:
             yield name, None, str(error)
         else:
-            yield name, asr.segments([samples])[0], None
+            yield name, asr.segments([samples], beams=beams)[0], None
 
 
 def written(name: str, segments: Sequence[Any], form: Form, alone: bool) -> str:
@@ -70,7 +72,7 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d},{rest % 1000:03d}"
 
 
-def evaluate(asr: Any, manifest: Path, batch_size: int | None = None) -> dict[str, Any]:
+def evaluate(asr: Any, manifest: Path, batch_size: int | None = None, beams: int | None = None) -> dict[str, Any]:
     """Corpus WER of a manifest (JSONL with `audio`, `text` and, where there is one, `language`), in all and by language.
 
     Raises StudyError for a manifest or a recording that cannot be used.
@@ -96,7 +98,7 @@ def evaluate(asr: Any, manifest: Path, batch_size: int | None = None) -> dict[st
     if problems or not rows:
         raise StudyError(problems[:20] or [f"--data: {manifest} holds no line"])
     results = []
-    for (audio, text, language), hypothesis in zip(rows, asr.transcribe(samples, batch_size), strict=True):
+    for (audio, text, language), hypothesis in zip(rows, asr.transcribe(samples, batch_size, beams), strict=True):
         normalise = normalizer_for(asr.settings.text.normalizer_of(language), language)
         reference, said = normalise(text), normalise(hypothesis)
         errors = count_errors(reference, said)

@@ -62,6 +62,16 @@ def test_an_exported_system_says_what_the_trial_said(study: Path, heard: Heard, 
     assert [normalizer_for("paper")(t) for t in transcripts] == list(said)
 
 
+def test_in_the_processors_own_precision_too_every_word_is_the_trials(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "s", toy, training={"steps": 40, "precision": "auto"}, decoding={"batch_size": 3})
+    config = launch(file, trials=4)
+    said = [r.hypothesis for r in read_utterances(config.run_folder / "records", Candidate.from_key(LORA), "test") or []]
+    export(file, tmp_path / "out", trial=3)
+    files = [toy / json.loads(line)["audio"] for line in (toy / "test.jsonl").read_text().splitlines()]
+    transcripts = SlamAsr.from_pretrained(tmp_path / "out").transcribe(files)
+    assert [normalizer_for("paper")(t) for t in transcripts] == said
+
+
 def test_it_can_be_saved_and_loaded_again(exported: Path, heard: Heard, tmp_path: Path) -> None:
     files, _ = heard(LORA)
     asr = SlamAsr.from_pretrained(exported)
@@ -94,7 +104,9 @@ def test_what_is_exported_is_chosen_by_key_by_size_or_at_the_knee(study: Path) -
     small = min(r.parameters.speech for r in read_records(config.run_folder / "records"))
     assert chosen(config, best_under_params=small).parameters.speech == small
     assert chosen(config).state == "complete"
-    for wrong in ({"candidate": "minus-0"}, {"candidate": "top"}, {"best_under_params": 1.0}):
+    assert chosen(config, trial=3).candidate.key == LORA
+    two = {"trial": 1, "candidate": LORA}
+    for wrong in ({"candidate": "minus-0"}, {"candidate": "top"}, {"best_under_params": 1.0}, {"trial": 99}, two):
         with pytest.raises(StudyError) as caught:
             chosen(config, **wrong)  # type: ignore[arg-type]
         assert len(caught.value.lines) == 1

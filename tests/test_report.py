@@ -189,6 +189,29 @@ def test_bootstrap_agrees_with_a_slow_reference() -> None:
     assert fast.high == pytest.approx(slow[3900], abs=0.015)
 
 
+@pytest.mark.parametrize(("trainings", "alike"), [((3, 3), True), ((3, 3), False), ((2, 3), False)])
+def test_bootstrap_over_trainings_agrees_with_a_slow_reference(trainings: tuple[int, int], alike: bool) -> None:
+    rng = np.random.default_rng(2)
+    words = rng.integers(1, 12, 40)
+    first, second = (np.array([np.minimum(words, rng.integers(0, 5, 40) + 2 * s) for s in range(n)]) for n in trainings)
+    slow = {"paired": [], "relative": []}
+    for _ in range(4000):
+        rows, ours = rng.integers(0, 40, 40), rng.integers(0, trainings[0], trainings[0])
+        theirs = ours if alike else rng.integers(0, trainings[1], trainings[1])
+        a, b = first[ours][:, rows].sum() / trainings[0], second[theirs][:, rows].sum() / trainings[1]
+        slow["paired"].append((a - b) / words[rows].sum())
+        slow["relative"].append(a / b - 1)
+    found = {
+        "paired": paired_bootstrap(first, second, words, 4000, by_training=alike),
+        "relative": relative_bootstrap(first, second, 4000, by_training=alike),
+    }
+    for name, difference in found.items():
+        low, high = np.quantile(slow[name], [0.025, 0.975])
+        assert difference.low == pytest.approx(low, abs=0.1 * (high - low)), name
+        assert difference.high == pytest.approx(high, abs=0.1 * (high - low)), name
+    assert found["paired"].estimate == pytest.approx((first.mean(0).sum() - second.mean(0).sum()) / words.sum())
+
+
 def test_bootstrap_of_equals_is_zero_and_of_the_clearly_better_is_lower() -> None:
     words = np.full(50, 10)
     errors = np.arange(50) % 4

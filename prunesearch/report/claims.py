@@ -39,31 +39,36 @@ class Finding:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Two systems on the same utterances of a split."""
+    """Two systems on the same utterances of a split, in the same order: the results of each training of each of them."""
 
-    system: Sequence[UtteranceResult]
-    reference: Sequence[UtteranceResult]
+    system: Sequence[Sequence[UtteranceResult]]
+    reference: Sequence[Sequence[UtteranceResult]]
+    alike: bool = True  # whether the trainings are the same repeats, and so had the same seeds and batches
 
     def of(self, language: str | None) -> "Decoded":
         if language is None:
             return self
-        kept = [(s, r) for s, r in zip(self.system, self.reference, strict=True) if s.language == language]
-        return Decoded([s for s, _ in kept], [r for _, r in kept])
+
+        def only(trainings: Sequence[Sequence[UtteranceResult]]) -> list[list[UtteranceResult]]:
+            return [[u for u in results if u.language == language] for results in trainings]
+
+        return Decoded(only(self.system), only(self.reference), self.alike)
 
     def counts(self, kind: str) -> tuple[Counts, Counts]:
-        """Errors of a kind (`errors`: all) per utterance, of both; (utterances,) each."""
+        """Errors of a kind (`errors`: all) per training and utterance, of both: (trainings, utterances) each."""
         first, second = (
-            np.array([getattr(u.errors, kind) for u in us], dtype=np.int64) for us in (self.system, self.reference)
+            np.array([[getattr(u.errors, kind) for u in results] for results in trainings], dtype=np.int64)
+            for trainings in (self.system, self.reference)
         )
         return first, second
 
     @property
     def words(self) -> Counts:
-        return np.array([u.errors.reference_words for u in self.system], dtype=np.int64)
+        return np.array([u.errors.reference_words for u in self.system[0]], dtype=np.int64)
 
     @property
     def languages(self) -> list[str]:
-        return sorted({u.language for u in self.system if u.language})
+        return sorted({u.language for u in self.system[0] if u.language})
 
 
 def sized(change: Difference, published: tuple[float, float]) -> Word:
@@ -93,7 +98,7 @@ def findings(pairs: dict[tuple[str, str], Decoded], saved: float | None) -> Iter
         for language in _languages(repaired):
             part = repaired.of(language)
             first, second = part.counts("errors")
-            change = paired_bootstrap(first, second, part.words)
+            change = paired_bootstrap(first, second, part.words, by_training=part.alike)
             name = "two layers less, with LoRA, beat the whole encoder without"
             yield Finding(name, language, "points", None, *_percent(change), directed(change, falls=True))
     if saved is not None:
@@ -119,7 +124,7 @@ def findings(pairs: dict[tuple[str, str], Decoded], saved: float | None) -> Iter
 
 def relative(decoded: Decoded, kind: str) -> Difference:
     """How much more (or fewer) errors of a kind the system makes than the reference, as a fraction of the reference's."""
-    return relative_bootstrap(*decoded.counts(kind))
+    return relative_bootstrap(*decoded.counts(kind), by_training=decoded.alike)
 
 
 def _languages(decoded: Decoded) -> list[str | None]:

@@ -1,7 +1,6 @@
 """Everything a report says, computed from a study's records: the front, the baselines, and what lies between them."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
-from prunesearch.record import Parameters, RunRecord, read_records, read_utterances
+from prunesearch.record import Parameters, RunRecord, UtteranceResult, read_records, read_utterances
 from prunesearch.report.claims import Decoded, Finding, findings
 from prunesearch.report.front import dev_wer, hypervolume, knee, pareto_front, pooled_by_system
 from prunesearch.report.statistics import Counts, Difference, paired_bootstrap
@@ -97,7 +96,7 @@ def compare(records_folder: Path, objective: str, study_name: str) -> Comparison
     front = pareto_front(records, objective)
     on_front = {r.candidate for r in front}
     trainings: dict[Candidate, list[Candidate]] = {}
-    for record in trained:
+    for record in sorted(trained, key=lambda r: r.repeat):
         if record.state == "complete":
             trainings.setdefault(record.candidate.system, []).append(record.candidate)
     complete, pruned, failed = (_in_state(state, records, objective) for state in ("complete", "pruned", "failed"))
@@ -122,23 +121,32 @@ def compare(records_folder: Path, objective: str, study_name: str) -> Comparison
             for system, reference in CLAIMS
             if system in baselines and reference in baselines
         ),
-        claims=_claims(records_folder, baselines),
+        claims=_claims(records_folder, baselines, trainings),
         knee=knee(front, objective) if front else None,
         **_volumes(front, tuple(baselines.values()), objective),
     )
 
 
-def _claims(records_folder: Path, baselines: dict[str, RunRecord]) -> tuple[Finding, ...]:
-    """On test where both were decoded there, else on dev; of a system that was trained several times, the first time."""
+def _claims(
+    records_folder: Path, baselines: dict[str, RunRecord], trainings: dict[Candidate, list[Candidate]]
+) -> tuple[Finding, ...]:
+    """On test where all trainings of both were decoded there, else on dev."""
+
+    def decoded(name: str, split: str) -> list[list[UtteranceResult]] | None:
+        read = [read_utterances(records_folder, c, split) for c in trainings[baselines[name].candidate]]
+        return [sorted(results, key=lambda r: r.id) for results in read if results] if all(read) else None
+
+    def repeats(name: str) -> list[int]:
+        return [c.repeat for c in trainings[baselines[name].candidate]]
+
     pairs = {}
     for system, reference in (*CLAIMS, ("unpruned+lora", "unpruned"), ("top2+lora", "top2")):
         if system not in baselines or reference not in baselines:
             continue
         for split in ("test", "dev"):
-            both = [read_utterances(records_folder, baselines[name].candidate, split) for name in (system, reference)]
-            if both[0] and both[1]:
-                ordered = [sorted(results, key=lambda r: r.id) for results in both if results]
-                pairs[system, reference] = Decoded(*ordered)
+            ours, theirs = decoded(system, split), decoded(reference, split)
+            if ours and theirs:
+                pairs[system, reference] = Decoded(ours, theirs, repeats(system) == repeats(reference))
                 break
     saved = None
     if "top2+lora" in baselines and "unpruned" in baselines:
@@ -180,13 +188,12 @@ def _best_by_removed(complete: tuple[RunRecord, ...], pruned: tuple[RunRecord, .
 
 
 class _Utterances(NamedTuple):
-    """Counts of a decoded split, sorted by utterance id; both arrays: (utterances,). Errors of all of the `trainings` of a
-    system are added up; reference words count once."""
+    """Counts of a decoded split, sorted by utterance id: errors (trainings, utterances), reference words (utterances,)."""
 
     ids: tuple[str, ...]
+    repeats: tuple[int, ...]
     errors: Counts
     reference_words: Counts
-    trainings: int
 
 
 _Reader = Callable[[Candidate, Split], _Utterances | None]
@@ -198,9 +205,9 @@ def _read_utterances(records_folder: Path, trainings: list[Candidate], split: Sp
     ids = tuple(r.id for r in decoded[0])
     if not ids or any(tuple(r.id for r in each) != ids for each in decoded):
         return None
-    errors = np.array([[r.errors.errors for r in each] for each in decoded], dtype=np.int64)  # (trainings, utterances)
+    errors = np.array([[r.errors.errors for r in each] for each in decoded], dtype=np.int64)
     words = np.array([r.errors.reference_words for r in decoded[0]], dtype=np.int64)
-    return _Utterances(ids, errors.sum(0), words, len(trainings))
+    return _Utterances(ids, tuple(c.repeat for c in trainings), errors, words)
 
 
 def _contrast(system: RunRecord, reference: RunRecord, read: _Reader) -> Contrast:
@@ -213,7 +220,7 @@ def _contrast(system: RunRecord, reference: RunRecord, read: _Reader) -> Contras
         if ours.ids != theirs.ids or not np.array_equal(ours.reference_words, theirs.reference_words):
             keys = f"{system.candidate.key} and {reference.candidate.key}"
             raise ValueError(f"{keys} were not decoded on the same {split} utterances: evaluate both with one study file")
-        both = math.lcm(ours.trainings, theirs.trainings)  # means over trainings, in whole numbers
-        first, second = (u.errors * (both // u.trainings) for u in (ours, theirs))
-        return Contrast(system, reference, split, paired_bootstrap(first, second, both * ours.reference_words))
+        alike = ours.repeats == theirs.repeats
+        found = paired_bootstrap(ours.errors, theirs.errors, ours.reference_words, by_training=alike)
+        return Contrast(system, reference, split, found)
     return Contrast(system, reference, None, None)

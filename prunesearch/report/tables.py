@@ -114,8 +114,8 @@ def contrasts_table(comparison: Comparison) -> Table:
             for c, d in rows
             if d is not None
         ),
-        "Corpus WER of the system less that of the other. The interval is a paired bootstrap over utterances: it covers the "
-        "choice of utterances, not that of the seed.",
+        "Corpus WER of the system less that of the other. The interval is a paired bootstrap over utterances, and over "
+        "trainings where a system has several: of one training, it covers the choice of utterances, not that of the seed.",
     )
 
 
@@ -130,8 +130,8 @@ def claims_table(comparison: Comparison) -> Table:
         "The paper's claims",
         ("claim", "language", "published, %", "measured", "95 % interval", "here it"),
         tuple(rows),
-        "arXiv 2603.27981. Intervals: paired bootstrap over utterances, one seed. A claim of a size holds where the interval "
-        "lies on its side of zero and meets the published range; a claim of a direction, where it lies on that side of zero.",
+        "arXiv 2603.27981. Intervals: paired bootstrap over utterances, and over trainings where there are several. A claim of a "
+        "size holds where the interval lies on its side of zero and meets the published range; a claim of a direction, where it lies on that side of zero.",
     )
 
 

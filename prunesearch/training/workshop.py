@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.candidate import Candidate, baselines
+from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import load_encoder, remove_layers
@@ -104,11 +104,10 @@ class Workshop:
     def depth(self) -> int:
         return len(self.encoder.layers)
 
-    @cached_property
+    @property
     def shared_depth(self) -> int:
         """The layers before the first one that any candidate may lose: the same for all."""
-        fixed = [*baselines(self.depth, 0).values(), *self.config.fixed_candidates()]
-        return min([*self.config.removable(self.depth), *(i for c in fixed for i in c.removed_layers)])
+        return self.config.shared_layers(self.depth)
 
     @cached_property
     def corpora(self) -> dict[Split, list[Utterance]]:
