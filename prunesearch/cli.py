@@ -253,7 +253,8 @@ def report(study: Study, storage: StorageUrl = None, as_json: Json = False) -> N
     from prunesearch.config import load_study
     from prunesearch.launch import collect
     from prunesearch.report import write_report
-    from prunesearch.report.tables import render, to_json
+    from prunesearch.report.data import to_json
+    from prunesearch.report.tables import render
 
     config = load_study(study, data_must_exist=False)
     collect(config, storage)

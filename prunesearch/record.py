@@ -51,25 +51,24 @@ class UtteranceResult(_Frozen):
 
 
 class SplitResult(_Frozen):
-    """A decoded split: the counts, by language too, and how often the LLM looped or said nothing (fractions)."""
+    """A decoded split: the counts, by language and by group of speakers too, and how often the LLM looped or said nothing
+    (fractions)."""
 
     errors: WordErrors
     utterances: int
     by_language: dict[str, WordErrors] = {}
+    by_group: dict[str, WordErrors] = {}
     loop_rate: float = 0.0
     empty_rate: float = 0.0
 
     @classmethod
     def of(cls, results: Sequence[UtteranceResult]) -> "SplitResult":
-        by_language: dict[str, WordErrors] = {}
-        for result in results:
-            if result.language:
-                by_language[result.language] = by_language.get(result.language, WordErrors()) + result.errors
         count = max(1, len(results))
         return cls(
             errors=sum((r.errors for r in results), WordErrors()),
             utterances=len(results),
-            by_language=dict(sorted(by_language.items())),
+            by_language=_summed((r.language, r.errors) for r in results),
+            by_group=_summed((r.group, r.errors) for r in results),
             loop_rate=sum(r.looped for r in results) / count,
             empty_rate=sum(not r.hypothesis for r in results) / count,
         )
@@ -77,14 +76,38 @@ class SplitResult(_Frozen):
     @classmethod
     def pooled(cls, results: Sequence["SplitResult"]) -> "SplitResult":
         """Several decodings of one split as one: counts added up, rates averaged."""
-        languages = sorted({language for r in results for language in r.by_language})
         return cls(
             errors=sum((r.errors for r in results), WordErrors()),
             utterances=sum(r.utterances for r in results),
-            by_language={lang: sum((r.by_language[lang] for r in results), WordErrors()) for lang in languages},
+            by_language=_summed(pair for r in results for pair in r.by_language.items()),
+            by_group=_summed(pair for r in results for pair in r.by_group.items()),
             loop_rate=sum(r.loop_rate for r in results) / len(results),
             empty_rate=sum(r.empty_rate for r in results) / len(results),
         )
+
+    @property
+    def worst_group(self) -> str | None:
+        """The group of highest WER; None where there are no groups."""
+        return max(self.by_group, key=lambda group: self.by_group[group].wer, default=None)
+
+    @property
+    def worst_group_wer(self) -> float | None:
+        return self.by_group[self.worst_group].wer if self.worst_group is not None else None
+
+    @property
+    def group_gap(self) -> float | None:
+        """WER of the worst group less that of the best."""
+        wers = [errors.wer for errors in self.by_group.values()]
+        return max(wers) - min(wers) if wers else None
+
+
+def _summed(parts: Iterable[tuple[str | None, WordErrors]]) -> dict[str, WordErrors]:
+    """Counts by name, in order; what has no name is left out."""
+    sums: dict[str, WordErrors] = {}
+    for name, errors in parts:
+        if name:
+            sums[name] = sums.get(name, WordErrors()) + errors
+    return dict(sorted(sums.items()))
 
 
 class Parameters(_Frozen):

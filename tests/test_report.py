@@ -22,6 +22,7 @@ from prunesearch.record import (
     SplitResult,
     UtteranceResult,
     WordErrors,
+    read_records,
     write_record,
     write_utterances,
 )
@@ -37,12 +38,15 @@ from prunesearch.report import (
     verdict,
     write_report,
 )
+from prunesearch.report.data import RECORD_KEYS
+from prunesearch.report.errors import anatomy, changes, confused, counterpart, without_lora
 from prunesearch.report.front import hypervolume, knee
 from prunesearch.report.page import render_page
 from prunesearch.report.papers import to_latex, to_markdown
 from prunesearch.report.plots import draw_front
 from prunesearch.report.statistics import relative_bootstrap
-from prunesearch.report.tables import RECORD_KEYS, layers_table, tables
+from prunesearch.report.tables import layers_table, tables
+from prunesearch.speech.wer import count_errors
 
 LAYERS, UTTERANCES = 6, 60
 WHOLE = Parameters(encoder=12_000_000, projector=2_000_000, lora=0, llm=50_000_000)
@@ -332,6 +336,9 @@ def test_json_keys_are_stable(records: Path) -> None:
         "dominating",
         "best_by_removed",
         "claims",
+        "lora_changes",
+        "layer_changes",
+        "anatomy",
         "knee",
         "hypervolume",
         "differences",
@@ -500,3 +507,69 @@ def test_how_often_a_layer_is_gone(tmp_path: Path) -> None:
     found = {row[0]: row[1:] for row in layers_table(compare(tmp_path, "speech_params", "s")).rows}
     assert found["1"] == ("2 of 2", "2 of 2", "3 of 4")
     assert found["5"] == ("0 of 2", "0 of 2", "0 of 4")
+
+
+# --- what went wrong, and for whom ---
+
+
+def heard(id: str, reference: str, hypothesis: str, group: str | None = None) -> UtteranceResult:
+    return UtteranceResult(
+        id=id, reference=reference, hypothesis=hypothesis, errors=count_errors(reference, hypothesis), group=group
+    )
+
+
+def test_every_word_error_is_a_confusion_and_nothing_else_is() -> None:
+    rng = random.Random(4)
+    results = [heard(str(i), *(" ".join(rng.choices("abcd", k=rng.randint(0, 6))) for _ in range(2))) for i in range(200)]
+    pairs = list(confused(results))
+    total = sum((r.errors for r in results), WordErrors())
+    assert sum(said is None for said, _ in pairs) == total.insertions > 0
+    assert sum(word is None for _, word in pairs) == total.deletions > 0
+    assert sum(said is not None and word is not None and said != word for said, word in pairs) == total.substitutions
+    assert len(pairs) == total.errors
+
+
+def test_two_systems_are_compared_word_by_word(records: Path) -> None:
+    whole, small = (add(records, c, 1) for c in (Candidate(), Candidate((1,))))
+    ours = [heard("a", "one two", "one too"), heard("b", "three", "three"), heard("c", "four", "")]
+    theirs = [heard("a", "one two", "one two"), heard("b", "three", "free"), heard("c", "four", "")]
+    found = anatomy(small, whole, "test", ours, theirs)
+    assert [(c.said, c.heard, c.ours, c.theirs) for c in found.confusions] == [("two", "too", 1, 0), ("three", "free", 0, 1)]
+    assert [(c.id, c.errors, c.ours, c.theirs) for c in found.worse] == [("a", 1, "one too", "one two")]
+    assert [(c.id, c.errors) for c in found.better] == [("b", -1)]
+
+
+def test_changes_are_of_rates_by_kind_and_language(records: Path) -> None:
+    comparison = compare(records, "speech_params", "s")
+    plain, repaired = comparison.baselines["top2"], comparison.baselines["top2+lora"]
+    assert without_lora(repaired, comparison.complete) == plain
+    assert without_lora(plain, comparison.complete) is None
+    found = changes(repaired, plain)
+    assert [c.language for c in found] == [None, "da", "nl"]
+    assert found[0].of("errors") == pytest.approx((3 + 1 / 3) / (5 + 1 / 3) - 1)
+    assert found[0].of("insertions") is None  # there were none to begin with
+    assert counterpart(repaired, comparison.complete) == comparison.baselines["unpruned+lora"]
+    assert counterpart(plain, comparison.complete) == comparison.baselines["unpruned"]
+    assert counterpart(comparison.baselines["unpruned"], comparison.complete) is None
+
+
+def test_the_worst_group_and_the_gap_between_groups_are_told() -> None:
+    results = [heard("a", "one two", "one two", "x"), heard("b", "one two", "one", "y"), heard("c", "one", "two", None)]
+    split = SplitResult.of(results)
+    assert (split.worst_group, split.worst_group_wer, split.group_gap) == ("y", 0.5, 0.5)
+    again = SplitResult.pooled([split, SplitResult.of([heard("a", "one two", "a b c", "x")])])
+    assert again.by_group["x"].reference_words == 4
+    assert again.worst_group == "x"
+    assert SplitResult.of([heard("c", "one", "two")]).worst_group_wer is None
+
+
+def test_the_report_shows_groups_where_a_study_has_them(tmp_path: Path) -> None:
+    add_study(tmp_path / "records")
+    for key in ("full", "minus-4-5"):
+        candidate = Candidate.from_key(key)
+        record = next(r for r in read_records(tmp_path / "records") if r.candidate == candidate)
+        results = [heard("a", "one two", "one two", "x"), heard("b", "one two", "one", "y")]
+        write_record(tmp_path / "records", record.model_copy(update={"test": SplitResult.of(results)}))
+    shown = {table.title: table for table in tables(compare(tmp_path / "records", "speech_params", "s"))}
+    rows = shown["WER in % by group"].rows
+    assert {row[:5] for row in rows} == {(name, "test", "y", "50.00", "50.00") for name in ("unpruned", "top2")}

@@ -8,9 +8,10 @@ from pathlib import Path
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.report.comparison import Best, Comparison, Contrast, Reductions, compare
+from prunesearch.report.data import to_csv, to_json
 from prunesearch.report.front import non_dominated, pareto_front
 from prunesearch.report.statistics import Difference, paired_bootstrap
-from prunesearch.report.tables import render, tables, to_csv, to_json, verdict
+from prunesearch.report.tables import render, tables, verdict
 
 __all__ = [
     "Best",

@@ -11,6 +11,7 @@ import numpy as np
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.record import Parameters, RunRecord, UtteranceResult, read_records, read_utterances
 from prunesearch.report.claims import Decoded, Finding, findings
+from prunesearch.report.errors import Anatomy, Change, anatomy, changes, counterpart, without_lora
 from prunesearch.report.front import dev_wer, hypervolume, knee, pareto_front, pooled_by_system
 from prunesearch.report.statistics import Counts, Difference, paired_bootstrap
 
@@ -65,6 +66,9 @@ class Comparison:
     best_by_removed: dict[int, Best]
     differences: tuple[Contrast, ...]
     claims: tuple[Finding, ...]
+    repairs: tuple[Change, ...]  # what LoRA changes, at the same layers: front and baselines
+    losses: tuple[Change, ...]  # front and baselines against their unpruned counterparts
+    anatomy: Anatomy | None  # of the candidate that dev chooses
     knee: RunRecord | None
     reference: tuple[float, float] | None  # parameters and WER, up to which hypervolumes are counted
     hypervolumes: dict[str, float]  # of the front, and of the baselines alone
@@ -103,6 +107,10 @@ def compare(records_folder: Path, objective: str, study_name: str) -> Comparison
     named = {r.name: r for r in complete}
     baselines = {name: named[name] for name in BASELINE_NAMES if name in named}
     to_beat = baselines.get(TO_BEAT)
+    shown = _by_params({r.candidate: r for r in (*front, *baselines.values())}.values(), objective)
+    best_value = knee(front, objective) if front else None
+    beating = [r for r in complete if to_beat and _beats(r, to_beat, objective)]
+    chosen = min(beating, key=lambda r: (dev_wer(r), r.parameters.speech), default=best_value)
     read: _Reader = functools.cache(lambda system, split: _read_utterances(records_folder, trainings[system], split))
     return Comparison(
         study=study_name,
@@ -114,7 +122,7 @@ def compare(records_folder: Path, objective: str, study_name: str) -> Comparison
         others=tuple(r for r in complete if r.candidate not in on_front),
         pruned=pruned,
         failed=failed,
-        dominating=tuple(_contrast(r, to_beat, read) for r in complete if to_beat and _beats(r, to_beat, objective)),
+        dominating=tuple(_contrast(r, to_beat, read) for r in beating if to_beat),
         best_by_removed=_best_by_removed(complete, pruned),
         differences=tuple(
             _contrast(baselines[system], baselines[reference], read)
@@ -122,7 +130,10 @@ def compare(records_folder: Path, objective: str, study_name: str) -> Comparison
             if system in baselines and reference in baselines
         ),
         claims=_claims(records_folder, baselines, trainings),
-        knee=knee(front, objective) if front else None,
+        repairs=tuple(c for r in shown if (bare := without_lora(r, complete)) for c in changes(r, bare)),
+        losses=tuple(c for r in shown if (whole := counterpart(r, complete)) for c in changes(r, whole)),
+        anatomy=_anatomy(records_folder, chosen, complete, trainings) if chosen else None,
+        knee=best_value,
         **_volumes(front, tuple(baselines.values()), objective),
     )
 
@@ -152,6 +163,20 @@ def _claims(
     if "top2+lora" in baselines and "unpruned" in baselines:
         saved = 1 - baselines["top2+lora"].parameters.speech / baselines["unpruned"].parameters.speech
     return tuple(findings(pairs, saved))
+
+
+def _anatomy(
+    records_folder: Path, record: RunRecord, complete: Sequence[RunRecord], trainings: dict[Candidate, list[Candidate]]
+) -> Anatomy | None:
+    """Against its unpruned counterpart, the first training of each, on test where both were decoded there, else on dev."""
+    if (whole := counterpart(record, complete)) is None:
+        return None
+    splits: tuple[Split, ...] = ("test", "dev")
+    for split in splits:
+        ours, theirs = (read_utterances(records_folder, trainings[r.candidate][0], split) for r in (record, whole))
+        if ours and theirs:
+            return anatomy(record, whole, split, *(sorted(results, key=lambda u: u.id) for results in (ours, theirs)))
+    return None
 
 
 def _volumes(front: Sequence[RunRecord], baselines: tuple[RunRecord, ...], objective: str) -> dict[str, Any]:

@@ -1,10 +1,7 @@
-"""A comparison in words and numbers: sentences, tables for the terminal, JSON and CSV for other programs."""
+"""A comparison in words and numbers: sentences, and tables that the terminal, the page and a paper show."""
 
-import csv
-import io
-import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -13,6 +10,7 @@ from rich.text import Text
 
 from prunesearch.record import RunRecord, SplitResult
 from prunesearch.report.comparison import CLAIMS, TO_BEAT, Comparison, Contrast
+from prunesearch.report.errors import KINDS, Change, length_ratio
 from prunesearch.report.front import dev_wer
 
 OBJECTIVES = {
@@ -20,6 +18,9 @@ OBJECTIVES = {
     "encoder_params": "encoder parameters",
     "total_params": "total parameters (speech and LLM)",
 }
+
+
+MOST_GROUPS = 12  # that have a column each
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ def tables(comparison: Comparison) -> list[Table]:
         claims_table(comparison),
         layers_table(comparison),
         languages_table(comparison),
+        changes_table("What LoRA changes, errors per word in %", comparison.repairs, LORA_NOTE),
+        changes_table("What removing layers changes, errors per word in %", comparison.losses, LAYERS_NOTE),
+        failures_table(comparison),
+        groups_table(comparison),
+        *anatomy_tables(comparison),
     )
     return [table for table in made if table.rows]
 
@@ -130,8 +136,9 @@ def claims_table(comparison: Comparison) -> Table:
         "The paper's claims",
         ("claim", "language", "published, %", "measured", "95 % interval", "here it"),
         tuple(rows),
-        "arXiv 2603.27981. Intervals: paired bootstrap over utterances, and over trainings where there are several. A claim of a "
-        "size holds where the interval lies on its side of zero and meets the published range; a claim of a direction, where it lies on that side of zero.",
+        "arXiv 2603.27981. Intervals: paired bootstrap over utterances, and over trainings where there are several. A claim of "
+        "a size holds where the interval lies on its side of zero and meets the published range; a claim of a direction, "
+        "where it lies on that side of zero.",
     )
 
 
@@ -173,6 +180,89 @@ def languages_table(comparison: Comparison) -> Table:
             if len(languages) > 1
         ),
     )
+
+
+LORA_NOTE = "Each system against the same layers without LoRA. Change of errors per reference word, and of each kind of them."
+LAYERS_NOTE = "Each system against the whole encoder, with LoRA (of the nearest rank) where it has one, else without."
+
+
+def changes_table(name: str, changes: Sequence[Change], note: str) -> Table:
+    """Change in all errors, substitutions, deletions and insertions, in all and by language."""
+
+    def cell(change: Change, kind: str) -> str:
+        found = change.of(kind)
+        return f"0 → {getattr(change.ours, kind)}" if found is None else f"{signed(100 * found)} %"
+
+    return Table(
+        name,
+        ("system", "against", "split", "language", *KINDS),
+        tuple(
+            (title(c.system), title(c.reference), c.split, c.language or "all", *(cell(c, kind) for kind in KINDS))
+            for c in changes
+        ),
+        note,
+    )
+
+
+def failures_table(comparison: Comparison) -> Table:
+    """Texts that loop, that are empty, or of the wrong length."""
+    shown = [(r, s) for r in _shown(comparison) if (s := r.test or r.dev)]
+    return Table(
+        "Loops, silence and length",
+        ("system", "split", "loops, %", "empty, %", "words written per word said"),
+        tuple(
+            (title(r), "test" if r.test else "dev", f"{100 * s.loop_rate:.1f}", f"{100 * s.empty_rate:.1f}", f"{ratio:.3f}")
+            for r, s in shown
+            if (ratio := length_ratio(s))
+        ),
+        "A loop is a phrase said four times in a row or more, and oftener than in the reference.",
+    )
+
+
+def groups_table(comparison: Comparison) -> Table:
+    """Front and baselines by group of speakers: the worst of them, and how far the groups lie apart."""
+    shown = [(r, s) for r in _shown(comparison) if (s := r.test or r.dev) and len(s.by_group) > 1]
+    groups = sorted({group for _, s in shown for group in s.by_group})
+    listed = groups if len(groups) <= MOST_GROUPS else []
+    rows = []
+    for r, s in shown:
+        assert s.worst_group_wer is not None
+        assert s.group_gap is not None
+        each = (f"{100 * s.by_group[g].wer:.2f}" if g in s.by_group else "–" for g in listed)
+        split = "test" if r.test else "dev"
+        rows.append((title(r), split, str(s.worst_group), f"{100 * s.worst_group_wer:.2f}", f"{100 * s.group_gap:.2f}", *each))
+    return Table(
+        "WER in % by group",
+        ("system", "split", "worst group", "its WER", "worst less best", *listed),
+        tuple(rows),
+        "The groups are the study's `data.group`." + ("" if listed else f" There are {len(groups)}; report.json has all."),
+    )
+
+
+def anatomy_tables(comparison: Comparison) -> list[Table]:
+    """The candidate that dev chooses beside its unpruned counterpart, word by word."""
+    found = comparison.anatomy
+    if found is None:
+        return []
+    ours, theirs = title(found.system), title(found.reference)
+    rows = tuple((c.said or "(nothing)", c.heard or "(nothing)", str(c.ours), str(c.theirs)) for c in found.confusions)
+    note = f"On {found.split}: the confusions whose counts differ most."
+    confusions = Table("Words taken for others", ("said", "heard", ours, theirs), rows, note)
+    changed = [("More errors than before", found.worse), ("Fewer errors than before", found.better)]
+    return [
+        confusions,
+        *(
+            Table(
+                f"{name}: {ours} against {theirs}",
+                ("utterance", "errors", "reference", ours, theirs),
+                tuple(
+                    (c.id, signed_count(c.errors), c.reference, c.ours or "(nothing)", c.theirs or "(nothing)") for c in some
+                ),
+                f"On {found.split}, the utterances that changed most.",
+            )
+            for name, some in changed
+        ),
+    ]
 
 
 def verdict(comparison: Comparison) -> tuple[str, ...]:
@@ -219,98 +309,6 @@ def _sentence(contrast: Contrast) -> str:
     if found.verdict in ("lower", "higher"):
         return f"On {contrast.split}, {system} has a {found.verdict} WER than {reference}: {size}."
     return f"On {contrast.split}, {found.verdict} between {system} and {reference}: {size}."
-
-
-def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain data. WERs and reductions are fractions; null is unknown or not decoded."""
-
-    def record(r: RunRecord) -> dict[str, Any]:
-        return record_data(comparison, r)
-
-    return {
-        "study": comparison.study,
-        "objective": comparison.objective,
-        "candidates": {
-            "complete": len(comparison.complete),
-            "pruned": len(comparison.pruned),
-            "failed": len(comparison.failed),
-        },
-        "verdict": list(verdict(comparison)),
-        "baselines": {name: record(r) for name, r in comparison.baselines.items()},
-        "front": [record(r) for r in comparison.front],
-        "dominating": [{**record(c.system), "difference_to_top2_lora": difference_data(c)} for c in comparison.dominating],
-        "best_by_removed": {str(n): {**record(b.record), "tried": b.tried} for n, b in comparison.best_by_removed.items()},
-        "claims": [asdict(f) for f in comparison.claims],
-        "knee": comparison.knee and comparison.knee.candidate.key,
-        "hypervolume": {"reference": comparison.reference, **comparison.hypervolumes},
-        "differences": {f"{c.system.name} - {c.reference.name}": difference_data(c) for c in comparison.differences},
-    }
-
-
-def to_csv(comparison: Comparison) -> str:
-    """All complete records, one a line; layers are separated by spaces, results by language are JSON objects."""
-    rows = [record_data(comparison, r) for r in comparison.complete]
-    for row in rows:
-        row["removed_layers"] = " ".join(map(str, row["removed_layers"]))
-        for split in ("dev", "test"):
-            row[f"{split}_wer_by_language"] = json.dumps(row[f"{split}_wer_by_language"])
-    text = io.StringIO()
-    writer = csv.DictWriter(text, RECORD_KEYS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-RECORD_KEYS = (
-    *("name", "key", "removed_layers", "lora_rank", "dev_wer", "test_wer"),
-    *("encoder_params", "projector_params", "lora_params", "llm_params", "speech_params", "total_params"),
-    *("errors_split", "substitutions", "deletions", "insertions", "reference_words"),
-    *("dev_wer_by_language", "test_wer_by_language"),
-    *("encoder_reduction", "speech_reduction", "total_reduction", "train_seconds", "trainings", "state"),
-)
-
-
-def record_data(comparison: Comparison, record: RunRecord) -> dict[str, Any]:
-    """A complete record under the keys of RECORD_KEYS."""
-    split, errors = ("test", record.test.errors) if record.test else ("dev", record.dev and record.dev.errors)
-    reductions = comparison.reductions(record)
-    parameters = record.parameters
-    groups = ("encoder", "projector", "lora", "llm", "speech", "total")
-    data: dict[str, Any] = {
-        "name": record.name,
-        "key": record.candidate.key,
-        "removed_layers": list(record.removed_layers),
-        "lora_rank": record.lora_rank,
-        "dev_wer": dev_wer(record),
-        "test_wer": record.test.errors.wer if record.test else None,
-        **{f"{group}_params": getattr(parameters, group) for group in groups},
-        "errors_split": split,
-        **(errors.model_dump() if errors else {}),
-        "dev_wer_by_language": _by_language(record.dev),
-        "test_wer_by_language": _by_language(record.test),
-        **{f"{g}_reduction": getattr(reductions, g) if reductions else None for g in ("encoder", "speech", "total")},
-        "train_seconds": record.cost.train_seconds,
-        "trainings": comparison.trainings.get(record.candidate, 0),
-        "state": record.state,
-    }
-    return {key: data[key] for key in RECORD_KEYS}
-
-
-def difference_data(contrast: Contrast) -> dict[str, Any] | None:
-    found = contrast.difference
-    if found is None:
-        return None
-    return {
-        "split": contrast.split,
-        "estimate": found.estimate,
-        "low": found.low,
-        "high": found.high,
-        "verdict": found.verdict,
-    }
-
-
-def _by_language(split: SplitResult | None) -> dict[str, float] | None:
-    return None if split is None else {language: errors.wer for language, errors in split.by_language.items()}
 
 
 def _what(record: RunRecord) -> tuple[str, ...]:
@@ -370,6 +368,10 @@ def signed(value: float) -> str:
     """Two decimals, a true minus sign, and no sign on zero."""
     text = f"{value:+.2f}"
     return "0.00" if float(text) == 0 else text.replace("-", "−")
+
+
+def signed_count(count: int) -> str:
+    return f"{count:+d}".replace("-", "−")
 
 
 def millions(params: int) -> str:
