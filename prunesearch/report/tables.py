@@ -1,6 +1,5 @@
 """A comparison in words and numbers: sentences, and tables that the terminal, the page and a paper show."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -31,6 +30,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    prose: bool = False  # whether its cells hold sentences
 
 
 def render(comparison: Comparison) -> RenderableType:
@@ -49,8 +49,8 @@ def tables(comparison: Comparison) -> list[Table]:
         claims_table(comparison),
         layers_table(comparison),
         languages_table(comparison),
-        changes_table("What LoRA changes, errors per word in %", comparison.repairs, LORA_NOTE),
-        changes_table("What removing layers changes, errors per word in %", comparison.losses, LAYERS_NOTE),
+        repairs_table(comparison),
+        losses_table(comparison),
         failures_table(comparison),
         groups_table(comparison),
         *anatomy_tables(comparison),
@@ -182,26 +182,43 @@ def languages_table(comparison: Comparison) -> Table:
     )
 
 
-LORA_NOTE = "Each system against the same layers without LoRA. Change of errors per reference word, and of each kind of them."
-LAYERS_NOTE = "Each system against the whole encoder, with LoRA (of the nearest rank) where it has one, else without."
-
-
-def changes_table(name: str, changes: Sequence[Change], note: str) -> Table:
-    """Change in all errors, substitutions, deletions and insertions, in all and by language."""
-
-    def cell(change: Change, kind: str) -> str:
-        found = change.of(kind)
-        return f"0 → {getattr(change.ours, kind)}" if found is None else f"{signed(100 * found)} %"
-
+def repairs_table(comparison: Comparison) -> Table:
+    """What LoRA changes at the same layers: all errors, substitutions, deletions and insertions, in all and by language."""
     return Table(
-        name,
+        "What LoRA changes, errors per word in %",
         ("system", "against", "split", "language", *KINDS),
         tuple(
-            (title(c.system), title(c.reference), c.split, c.language or "all", *(cell(c, kind) for kind in KINDS))
-            for c in changes
+            (title(c.system), title(c.reference), c.split, c.language or "all", *(_changed(c, kind) for kind in KINDS))
+            for c in comparison.repairs
         ),
-        note,
+        "Each system against the same layers without LoRA. Change of errors per reference word, and of each kind of them.",
     )
+
+
+def losses_table(comparison: Comparison) -> Table:
+    """What removing layers changes: all errors by kind, then all kinds by language."""
+    languages = sorted({c.language for c in comparison.losses if c.language})
+    by_system = {(c.system.candidate, c.language): c for c in comparison.losses}
+
+    def elsewhere(change: Change) -> list[str]:
+        found = (by_system.get((change.system.candidate, language)) for language in languages)
+        return [_changed(c, "errors") if c else "–" for c in found]
+
+    return Table(
+        "What removing layers changes, errors per word in %",
+        ("system", "against", "split", *KINDS, *languages),
+        tuple(
+            (title(c.system), title(c.reference), c.split, *(_changed(c, kind) for kind in KINDS), *elsewhere(c))
+            for c in comparison.losses
+            if c.language is None
+        ),
+        "Each system against the whole encoder, with LoRA (of the nearest rank) where it has one, else without.",
+    )
+
+
+def _changed(change: Change, kind: str) -> str:
+    found = change.of(kind)
+    return f"0 → {getattr(change.ours, kind)}" if found is None else f"{signed(100 * found)} %"
 
 
 def failures_table(comparison: Comparison) -> Table:
@@ -259,6 +276,7 @@ def anatomy_tables(comparison: Comparison) -> list[Table]:
                     (c.id, signed_count(c.errors), c.reference, c.ours or "(nothing)", c.theirs or "(nothing)") for c in some
                 ),
                 f"On {found.split}, the utterances that changed most.",
+                prose=True,
             )
             for name, some in changed
         ),
@@ -388,8 +406,11 @@ def _rich(table: Table) -> RichTable:
         pad_edge=False,
     )
     for i, column in enumerate(table.columns):
-        wraps = column == "removed" or (i == 0 and "removed" not in table.columns)
-        shown.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold", no_wrap=not wraps)
+        wraps = (
+            column == "removed" or (table.prose and i > 1) or (i == 0 and not table.prose and "removed" not in table.columns)
+        )
+        left = i == 0 or (table.prose and i > 1)
+        shown.add_column(Text(column), justify="left" if left else "right", overflow="fold", no_wrap=not wraps)
     for row in table.rows:
         shown.add_row(*map(Text, row))
     return shown
