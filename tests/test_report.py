@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ from prunesearch.report.page import render_page
 from prunesearch.report.papers import to_latex, to_markdown
 from prunesearch.report.plots import draw_front
 from prunesearch.report.statistics import relative_bootstrap
-from prunesearch.report.tables import layers_table, tables
+from prunesearch.report.tables import layers_table, sizes_table, tables
 from prunesearch.speech.wer import count_errors
 
 LAYERS, UTTERANCES = 6, 60
@@ -504,9 +505,38 @@ def test_tables_can_be_pasted_into_a_readme_and_a_paper(records: Path) -> None:
 def test_how_often_a_layer_is_gone(tmp_path: Path) -> None:
     for layers, errors in (((), 1), ((1,), 1), ((2,), 4), ((1, 2), 2), ((0, 1), 9)):
         add(tmp_path, Candidate(layers), errors)
-    found = {row[0]: row[1:] for row in layers_table(compare(tmp_path, "speech_params", "s")).rows}
-    assert found["1"] == ("2 of 2", "2 of 2", "3 of 4")
-    assert found["5"] == ("0 of 2", "0 of 2", "0 of 4")
+    comparison = compare(tmp_path, "speech_params", "s")
+    made = layers_table(comparison)
+    front, shares = ("on the front", "front of da", "front of nl"), ("better half of its size", "all tried")
+    assert made.columns == ("layer", *front, *shares)
+    found = {row[0]: row[1:] for row in made.rows}
+    assert found["1"] == ("2 of 2", "2 of 2", "2 of 2", "2 of 2", "3 of 4")
+    assert found["5"] == ("0 of 2", "0 of 2", "0 of 2", "0 of 2", "0 of 4")
+    by_size = sizes_table(comparison)
+    assert by_size.columns == ("layer", "1 removed", "2 removed")
+    assert by_size.rows[1] == ("1", "1 of 1", "1 of 1")
+    beside = layers_table(replace(comparison, importance={1: 0.25}))
+    assert (beside.columns[-1], beside.rows[1][-1], beside.rows[2][-1]) == ("alone costs, nats", "0.250", "–")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "language", "expected"),
+    [("openai/whisper-large-v2", "en", [0.1518, 0.1668]), ("openai/whisper-large-v2", "da", []), ("encoder", "en", [])],
+)
+def test_published_numbers_stand_beside_a_study_of_their_encoder_and_language(
+    tmp_path: Path, encoder: str, language: str, expected: list[float]
+) -> None:
+    for candidate in (Candidate(), Candidate((1, 2))):
+        record = add(tmp_path, candidate, 1)
+        spoken = SplitResult.of([r.model_copy(update={"language": language}) for r in utterances(1)])
+        known = {"config": {"encoder": {"model": encoder}}}
+        write_record(tmp_path, record.model_copy(update={"dev": spoken, "provenance": known}))
+    comparison = compare(tmp_path, "speech_params", "s")
+    assert [m.wer for m in comparison.published] == expected
+    if expected:
+        assert comparison.published[1].params == parameters(Candidate((4, 5))).speech
+        labels = [text.get_text() for text in draw_front(comparison).legends[0].get_texts()]
+        assert "published" in labels
 
 
 # --- what went wrong, and for whom ---

@@ -12,6 +12,7 @@ from prunesearch.report.data import to_csv, to_json
 from prunesearch.report.front import non_dominated, pareto_front
 from prunesearch.report.statistics import Difference, paired_bootstrap
 from prunesearch.report.tables import render, tables, verdict
+from prunesearch.scan import read_scan
 
 __all__ = [
     "Best",
@@ -43,7 +44,8 @@ def write_report(config: StudyConfig) -> Comparison:
 
     if not (config.run_folder / "records").is_dir():
         raise StudyError([f"{config.name} has no records yet: `prunesearch launch {config.source}`"])
-    comparison = compare(config.run_folder / "records", config.search.params_objective, config.name)
+    scan = read_scan(config.run_folder / "scan" / "scan.json")
+    comparison = compare(config.run_folder / "records", config.search.params_objective, config.name, scan)
     report = config.run_folder / "report"
     report.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.run_folder, prefix=".report.") as name:

@@ -13,7 +13,9 @@ from prunesearch.record import Parameters, RunRecord, UtteranceResult, read_reco
 from prunesearch.report.claims import Decoded, Finding, findings
 from prunesearch.report.errors import Anatomy, Change, anatomy, changes, counterpart, without_lora
 from prunesearch.report.front import dev_wer, hypervolume, knee, pareto_front, pooled_by_system
+from prunesearch.report.published import Mark, marks
 from prunesearch.report.statistics import Counts, Difference, paired_bootstrap
+from prunesearch.scan import Scan
 
 Split = Literal["test", "dev"]
 
@@ -69,6 +71,8 @@ class Comparison:
     repairs: tuple[Change, ...]  # what LoRA changes, at the same layers: front and baselines
     losses: tuple[Change, ...]  # front and baselines against their unpruned counterparts
     anatomy: Anatomy | None  # of the candidate that dev chooses
+    published: tuple[Mark, ...]
+    importance: dict[int, float]  # layer -> what it costs alone, before any training: nats per token; empty without a scan
     knee: RunRecord | None
     reference: tuple[float, float] | None  # parameters and WER, up to which hypervolumes are counted
     hypervolumes: dict[str, float]  # of the front, and of the baselines alone
@@ -90,8 +94,10 @@ class Comparison:
         return Reductions(*(1 - getattr(record.parameters, g) / max(1, getattr(self.unpruned, g)) for g in groups))
 
 
-def compare(records_folder: Path, objective: str, study_name: str) -> Comparison:
+def compare(records_folder: Path, objective: str, study_name: str, scan: Scan | None = None) -> Comparison:
     """Compare a study's records, as many as there are. Selection looks at dev; differences at test where it is decoded.
+
+    A `scan` tells what each layer is worth before any training.
 
     Raises ValueError when two records to be compared were decoded on different utterances.
     """
@@ -133,6 +139,8 @@ def compare(records_folder: Path, objective: str, study_name: str) -> Comparison
         repairs=tuple(c for r in shown if (bare := without_lora(r, complete)) for c in changes(r, bare)),
         losses=tuple(c for r in shown if (whole := counterpart(r, complete)) for c in changes(r, whole)),
         anatomy=_anatomy(records_folder, chosen, complete, trainings) if chosen else None,
+        published=marks(records, objective),
+        importance=scan.table().get("delta_loss", {}) if scan else {},
         knee=best_value,
         **_volumes(front, tuple(baselines.values()), objective),
     )

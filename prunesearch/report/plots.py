@@ -54,7 +54,8 @@ def draw_front(comparison: Comparison) -> Figure:
     front, others = ([place(r, comparison.objective) for r in rs] for rs in (comparison.front, comparison.others))
     stopped = [p for r in comparison.pruned if (p := place_stopped(r, comparison.objective))]
     anchors = {name: place(r, comparison.objective) for name, r in comparison.baselines.items()}
-    _limit(axes, [*front, *anchors.values()], [*front, *others, *stopped])
+    marks = [(m.params / 1e6, 100 * m.wer) for m in comparison.published]
+    _limit(axes, [*front, *anchors.values(), *marks], [*front, *others, *stopped, *marks])
 
     high, right = axes.get_ylim()[1], axes.get_xlim()[1]
     steps = [(front[0][0], high), *front, (right, front[-1][1])]
@@ -68,6 +69,7 @@ def draw_front(comparison: Comparison) -> Figure:
         _scatter(
             axes, [point], marker=BASELINE_MARKERS[name], s=110, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=6
         )
+    _scatter(axes, [p for p in marks if p[1] <= high], marker="+", s=60, c=FAINT, linewidths=1.2, zorder=2)
     outside = [p for p in [*others, *stopped] if p[1] > high]
     if outside:
         edge = axes.get_xaxis_transform()
@@ -75,7 +77,7 @@ def draw_front(comparison: Comparison) -> Figure:
         said = f"▴ {len(outside)} above {high:.3g} %, up to {max(y for _, y in outside):.0f} %"
         axes.text(0.995, 0.955, said, transform=axes.transAxes, ha="right", va="top", fontsize=7, color=FAINT)
 
-    _legend(figure, others=bool(inside), stopped=bool(stopped))
+    _legend(figure, others=bool(inside), stopped=bool(stopped), published=any(y <= high for _, y in marks))
     _colour_bar(figure, axes, comparison)
     labels = {p: name for name, p in anchors.items()}
     if comparison.winner and comparison.winner.system.name is None:
@@ -141,11 +143,12 @@ def _colour_bar(figure: Figure, axes: Axes, comparison: Comparison) -> None:
     bar.ax.tick_params(length=0, which="both")
 
 
-def _legend(figure: Figure, others: bool, stopped: bool) -> None:
+def _legend(figure: Figure, others: bool, stopped: bool, published: bool) -> None:
     kinds = [
         (True, "front", {"marker": "o", "color": INK, "markerfacecolor": "#cccccc", "markersize": 6, "linewidth": 1.1}),
         (others, "dominated", {"marker": "o", "color": FAINT, "alpha": 0.6, "linestyle": "", "markersize": 4.5}),
         (stopped, "ended at a rung", {"marker": "x", "color": FAINT, "alpha": 0.7, "linestyle": "", "markersize": 4}),
+        (published, "published", {"marker": "+", "color": FAINT, "linestyle": "", "markersize": 8}),
         (True, "baseline", {"marker": "s", "color": INK, "markerfacecolor": "none", "linestyle": "", "markersize": 8}),
     ]
     handles = [Line2D([], [], label=label, **style) for shown, label, style in kinds if shown]  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """A comparison in words and numbers: sentences, and tables that the terminal, the page and a paper show."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.text import Text
 from prunesearch.record import RunRecord, SplitResult
 from prunesearch.report.comparison import CLAIMS, TO_BEAT, Comparison, Contrast
 from prunesearch.report.errors import KINDS, Change, length_ratio
-from prunesearch.report.front import dev_wer
+from prunesearch.report.front import dev_wer, non_dominated
 
 OBJECTIVES = {
     "speech_params": "speech parameters (encoder + projector + LoRA)",
@@ -48,6 +49,7 @@ def tables(comparison: Comparison) -> list[Table]:
         contrasts_table(comparison),
         claims_table(comparison),
         layers_table(comparison),
+        sizes_table(comparison),
         languages_table(comparison),
         repairs_table(comparison),
         losses_table(comparison),
@@ -143,28 +145,67 @@ def claims_table(comparison: Comparison) -> Table:
 
 
 def layers_table(comparison: Comparison) -> Table:
-    """How often each layer is gone on the front and near it: of the complete candidates that removed as many layers, the better
-    half counts as near."""
+    """A map of the layers: how often each is gone on the front, on each language's own front, and near the front; beside it
+    what it costs alone."""
     complete = [r for r in comparison.complete if r.removed_layers]
     if not complete:
         return Table("How often a layer is gone", ("layer",), ())
-    near: list[RunRecord] = []
-    for count in sorted({len(r.removed_layers) for r in complete}):
-        same = sorted((r for r in complete if len(r.removed_layers) == count), key=dev_wer)
-        near += same[: -(-len(same) // 2)]
-    front = [r for r in comparison.front if r.removed_layers]
+    objective = comparison.objective
+    languages = sorted({language for r in complete if r.dev for language in r.dev.by_language})
+    columns = {"on the front": [r for r in comparison.front if r.removed_layers]}
+    for language in languages if len(languages) > 1 else ():
+        columns[f"front of {language}"] = [r for r in _front_of(language, comparison.complete, objective) if r.removed_layers]
+    near = better_half_by_size(complete)
+    columns["better half of its size"] = [r for some in near.values() for r in some]
+    columns["all tried"] = complete
 
     def share(layer: int, records: list[RunRecord]) -> str:
         return f"{sum(layer in r.removed_layers for r in records)} of {len(records)}" if records else "–"
 
-    depth = complete[0].encoder_layers
-    rows = tuple((str(i), *(share(i, some) for some in (front, near, complete))) for i in range(depth))
+    alone = comparison.importance
+    rows = tuple(
+        (str(i), *(share(i, some) for some in columns.values()), *([f"{alone[i]:.3f}" if i in alone else "–"] if alone else []))
+        for i in range(complete[0].encoder_layers)
+    )
     return Table(
         "How often a layer is gone",
-        ("layer", "on the front", "in the better half of its size", "in all that were tried"),
+        ("layer", *columns, *(["alone costs, nats"] if alone else [])),
         rows,
-        "Candidates that lost at least one layer.",
+        "Candidates that lost at least one layer; of those that lost as many, the better half on dev is near the front."
+        + (" Alone: the anchor's loss without this layer, before any training." if alone else ""),
     )
+
+
+def sizes_table(comparison: Comparison) -> Table:
+    """The same by size: of the better half of the candidates that lost as many layers, how many lost which."""
+    near = better_half_by_size([r for r in comparison.complete if r.removed_layers])
+    depth = comparison.complete[0].encoder_layers if near else 0
+    rows = (
+        (str(i), *(f"{sum(i in r.removed_layers for r in some)} of {len(some)}" for some in near.values()))
+        for i in range(depth)
+    )
+    return Table(
+        "How often a layer is gone, by number of layers removed",
+        ("layer", *(f"{count} removed" for count in near)),
+        tuple(rows) if len(near) > 1 else (),
+        "Of the better half on dev of the candidates that lost as many.",
+    )
+
+
+def better_half_by_size(records: Sequence[RunRecord]) -> dict[int, list[RunRecord]]:
+    """By number of removed layers, the better half of the records on dev."""
+    found = {}
+    for count in sorted({len(r.removed_layers) for r in records}):
+        same = sorted((r for r in records if len(r.removed_layers) == count), key=dev_wer)
+        found[count] = same[: -(-len(same) // 2)]
+    return found
+
+
+def _front_of(language: str, records: Sequence[RunRecord], objective: str) -> list[RunRecord]:
+    """The front in one language's dev WER."""
+    spoken = [r for r in records if r.dev and language in r.dev.by_language]
+    points = [(float(r.parameters.of(objective)), r.dev.by_language[language].wer) for r in spoken if r.dev]
+    return [spoken[i] for i in non_dominated(points)]
 
 
 def languages_table(comparison: Comparison) -> Table:

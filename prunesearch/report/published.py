@@ -1,0 +1,63 @@
+"""Published word error rates to stand beside a study's own: of the same encoder, in the same language.
+
+On Common Voice 22, in front of Qwen2.5-3B, after thousands of steps from scratch, without LoRA where nothing else is said:
+a mark for orientation, not a competitor at equal budget.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prunesearch.record import RunRecord
+
+PAPER = "arXiv 2603.27981"
+FOLLOW_UP = "Pruning for Efficiency, Paying in Fairness"
+
+
+@dataclass(frozen=True)
+class Published:
+    """WER (a fraction) of an encoder that lost its top layers."""
+
+    encoder: str
+    language: str
+    top_layers_removed: int
+    wer: float
+    source: str
+
+
+NUMBERS = (
+    *(Published("whisper-large-v2", "en", top, wer, FOLLOW_UP) for top, wer in ((0, 0.1518), (2, 0.1668))),
+    *(
+        Published("whisper-small", "da", top, wer, f"{PAPER}, preliminary")
+        for top, wer in ((0, 0.4218), (2, 0.4846), (4, 0.5283), (6, 0.5674))
+    ),
+    Published("whisper-base", "da", 0, 0.6472, f"{PAPER}, preliminary"),
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A published system's place in a study's plot."""
+
+    params: int  # of the study's objective, with the study's own projector
+    wer: float
+    label: str
+
+
+def marks(records: Iterable[RunRecord], objective: str) -> tuple[Mark, ...]:
+    """The published systems of the study's encoder and (only) language, where its records tell how large a layer is."""
+    records = list(records)
+    whole = next((r for r in records if not r.removed_layers and not r.lora_rank), None)
+    part = next((r for r in records if r.removed_layers), None)
+    if whole is None or part is None or whole.dev is None:
+        return ()
+    encoder = str(whole.provenance.get("config", {}).get("encoder", {}).get("model", "")).rsplit("/", 1)[-1]
+    layer = (whole.parameters.encoder - part.parameters.encoder) // len(part.removed_layers)
+    return tuple(
+        Mark(
+            whole.parameters.of(objective) - p.top_layers_removed * layer,
+            p.wer,
+            f"published{f', top {p.top_layers_removed} removed' if p.top_layers_removed else ''} ({p.source})",
+        )
+        for p in NUMBERS
+        if p.encoder == encoder and set(whole.dev.by_language) == {p.language}
+    )
