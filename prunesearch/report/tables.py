@@ -24,12 +24,14 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table that the terminal and the page both show. The first column names its row."""
+    """A table that the terminal and the page both show. The first column names its row; `records` are those that the rows
+    stand for, where a reader of the page may pin them."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    records: tuple[RunRecord, ...] = ()
 
 
 def render(comparison: Comparison) -> RenderableType:
@@ -56,6 +58,7 @@ def systems_table(comparison: Comparison) -> Table:
     """Front and baselines, fewest parameters first."""
     beating = {c.system.candidate for c in comparison.dominating}
     on_front = {r.candidate for r in comparison.front}
+    shown = _shown(comparison)
     return Table(
         "Front and baselines, WER in %",
         ("system", "removed", "rank", "dev WER", "test WER", "S/D/I", "train s"),
@@ -67,11 +70,12 @@ def systems_table(comparison: Comparison) -> Table:
                 error_kinds(r),
                 f"{r.cost.train_seconds:.0f}",
             )
-            for r in _shown(comparison)
+            for r in shown
         ),
         "● on the front, chosen on dev. ★ no more parameters than top2+lora and a lower dev WER. S/D/I: substitutions, "
         "deletions and insertions per 100 reference words on test, or on dev (*) where test is not decoded. ×2: the mean of "
         "two trainings.",
+        tuple(shown),
     )
 
 
