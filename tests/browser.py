@@ -25,7 +25,7 @@ def find_chromium() -> str | None:
 class Browser:
     """One page in a browser of its own, which finds no host. `events` holds what it reported, oldest first."""
 
-    def __init__(self, program: str, seconds: float = 120.0) -> None:
+    def __init__(self, program: str, seconds: float = 60.0) -> None:
         self.seconds, self.events, self._session, self._sent, self._unread = seconds, list[dict[str, Any]](), "", 0, b""
         self._profile = tempfile.mkdtemp(prefix="chromium.")
         reads, self._write = map(_above_ten, os.pipe())
@@ -112,9 +112,12 @@ class Browser:
                 raise TimeoutError(f"not true within {self.seconds:g} s: {condition}")
             time.sleep(0.02)
 
-    def click(self, x: float, y: float) -> None:
-        """The mouse goes there, in CSS pixels of the window, and its left button is pressed and released."""
+    def move(self, x: float, y: float) -> None:
+        """The mouse goes there, in CSS pixels of the window."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def click(self, x: float, y: float) -> None:
+        """Its left button is pressed and released there."""
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

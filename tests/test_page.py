@@ -13,11 +13,12 @@ from prunesearch.candidate import Candidate
 from prunesearch.report import compare
 from prunesearch.report.page import render_page
 from tests.browser import Browser, find_chromium
-from tests.test_report import add, add_study
+from tests.test_report import LAYERS, add, add_study
 
 FOUND, TOP2 = Candidate((1, 2), 4), Candidate((4, 5))
 PANEL = "[...document.querySelectorAll('#pins tr')].map(r => [...r.cells].map(c => c.textContent))"
 RINGS = "[...document.querySelectorAll('#front .tracepinned .point')].filter(p => getComputedStyle(p).opacity > 0).length"
+LABELS = "[...document.querySelectorAll('#front .tracepinned text')].map(t => t.textContent.trim()).filter(Boolean).sort()"
 PRESSED = "[...document.querySelectorAll('button[aria-pressed=true]')].map(b => b.getAttribute('aria-label'))"
 
 
@@ -53,8 +54,9 @@ def browser(chromium: Browser, page: Path) -> Iterator[Browser]:
 
 
 def click_point(browser: Browser, candidate: Candidate) -> None:
-    """On the middle of the candidate's mark. Two clicks at once would be a double click, which resets the axes."""
-    time.sleep(0.4)
+    """On the middle of the candidate's mark, once the plot shows what lies there: a click is on what was last pointed at.
+    Two clicks within 0.3 s would be a double click, which resets the axes."""
+    time.sleep(0.35)
     x, y = browser.evaluate(
         f"""(() => {{
           const plot = document.getElementById("front");
@@ -66,7 +68,14 @@ def click_point(browser: Browser, candidate: Candidate) -> None:
           return [box.x + box.width / 2, box.y + box.height / 2];
         }})()"""
     )
+    browser.move(1, 1)
+    browser.move(x, y)
+    browser.until(f"document.querySelector('#front .hoverlayer').textContent.includes('{strip(candidate)}')")
     browser.click(x, y)
+
+
+def strip(candidate: Candidate) -> str:
+    return "".join("□" if i in candidate.removed_layers else "■" for i in range(LAYERS))
 
 
 def panel(browser: Browser, candidates: int) -> dict[str, list[str]]:
@@ -99,6 +108,7 @@ def test_a_clicked_point_is_pinned_and_a_second_one_compared(browser: Browser) -
     assert two["speech, M"] == ["11.040", "11.000", "−0.040"]
     assert two["total, M"] == ["61.040", "61.000", "−0.040"]
     assert browser.evaluate(RINGS) == 2
+    assert browser.evaluate(LABELS) == ["1", "2"]
 
     click_point(browser, FOUND)
     assert panel(browser, 1)[""] == ["1: top2"]
@@ -118,6 +128,7 @@ def test_a_third_replaces_the_older_and_the_axes_stay(browser: Browser) -> None:
     assert panel(browser, 2)[""] == ["1: top2", "2: minus-0+lora4", "2 less 1"]
     assert panel(browser, 2)["test WER, %"] == ["53.33", "–", "–"]
     assert browser.evaluate(RINGS) == 2
+    assert browser.evaluate(LABELS) == ["1", "2"]
     assert browser.evaluate(axes) == before
 
 

@@ -53,6 +53,10 @@ td.wrap { white-space: normal; min-width: 8rem; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 tbody th { font-weight: 500; }
+#pins thead th, #pins td span { white-space: normal; overflow-wrap: anywhere; }
+#pins td span { display: inline-block; text-align: left; }
+@media (max-width: 30rem) { #pins table { font-size: .75rem; } #pins th, #pins td { padding: .3rem; }
+  #pins th:first-child, #pins td:first-child { padding-left: 0; } }
 small, figcaption { display: block; color: var(--soft); font-size: .8rem; max-width: 46rem; }
 """
 
@@ -80,7 +84,8 @@ def _plot(comparison: Comparison) -> str:
         include_plotlyjs=True,
         default_height="100%",
         div_id="front",
-        config={"displayModeBar": False, "responsive": True},
+        # a second click within the delay resets the axes and pins nothing, so it is short
+        config={"displayModeBar": False, "responsive": True, "doubleClickDelay": 300},
     )
     note = (
         "Bottom left is better. Point at a candidate for its layers, first to last: ■ kept, □ removed. "
@@ -153,7 +158,7 @@ def _add_rings(figure: go.Figure, comparison: Comparison) -> None:
         customdata=[r.candidate.key for r in records],
         mode="markers+text",
         marker={"symbol": "circle-open", "size": 24, "line": {"width": 2.5}, "opacity": [0] * len(records)},
-        text=[""] * len(records),
+        text=["\u00a0"] * len(records),  # plotly would take an empty label away for good
         textposition="top center",
         textfont={"size": 14, "weight": 700},
         hoverinfo="skip",

@@ -57,7 +57,7 @@
     const rank = (key) => pinned.indexOf(key) + 1;
     Plotly.restyle(
       plot,
-      { "marker.opacity": [keys.map((key) => (rank(key) ? 1 : 0))], text: [keys.map((key) => String(rank(key) || ""))] },
+      { "marker.opacity": [keys.map((key) => (rank(key) ? 1 : 0))], text: [keys.map((key) => String(rank(key) || "\u00a0"))] },
       [rings],
     );
     for (const button of buttons) button.setAttribute("aria-pressed", String(rank(button.dataset.pin) > 0));
