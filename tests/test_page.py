@@ -81,7 +81,7 @@ def strip(candidate: Candidate) -> str:
 def panel(browser: Browser, candidates: int) -> dict[str, list[str]]:
     """The panel's rows by their first cell, once it shows so many candidates."""
     columns = candidates + (candidates == 2)
-    browser.until(f"(document.querySelector('#pins thead tr')?.cells.length ?? 1) === {1 + columns} || {columns} === 0")
+    browser.until(f"document.querySelector('#pins thead tr')?.cells.length === {1 + columns}")
     rows: list[list[str]] = browser.evaluate(PANEL)
     return {first: rest for first, *rest in rows}
 

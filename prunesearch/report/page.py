@@ -43,6 +43,7 @@ figure { margin: 0 0 1.5rem; }
 #pins .scroll { margin-top: 0; }
 button { font: inherit; font-size: .8rem; color: var(--ink); background: none; border: 1px solid var(--soft);
   border-radius: .3rem; padding: .1rem .6rem; min-height: 1.5rem; cursor: pointer; }
+td button { margin: -.1rem 0; }
 button[aria-pressed="true"] { background: var(--ink); border-color: var(--ink); color: var(--paper); }
 .scroll { overflow-x: auto; margin: 1.5rem 0 .3rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
@@ -53,6 +54,7 @@ td.wrap { white-space: normal; min-width: 8rem; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 tbody th { font-weight: 500; }
+caption small { font-weight: 400; }
 #pins thead th, #pins td span { white-space: normal; overflow-wrap: anywhere; }
 #pins td span { display: inline-block; text-align: left; }
 @media (max-width: 30rem) { #pins table { font-size: .75rem; } #pins th, #pins td { padding: .3rem; }

@@ -11,7 +11,8 @@ PANEL = (
     '<section id="pins" aria-live="polite" aria-label="Pinned candidates" tabindex="-1">'
     "<p>Nothing is pinned. Click a point, or a pin button in the first table, to compare two candidates.</p>"
     '<div class="scroll" tabindex="0" role="region" aria-label="Pinned candidates, table" hidden>'
-    "<table><caption>Pinned candidates</caption><thead></thead><tbody></tbody></table></div>"
+    "<table><caption>Pinned candidates<small>S/D/I: substitutions, deletions and insertions per 100 reference words. "
+    "M: millions of parameters.</small></caption><thead></thead><tbody></tbody></table></div>"
     '<button type="button" hidden>clear</button></section>'
 )
 
