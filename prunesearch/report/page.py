@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from prunesearch.record import RunRecord
 from prunesearch.report.comparison import Comparison
+from prunesearch.report.pins import PANEL, full_title, pin_script, strip
 from prunesearch.report.plots import BASELINE_MARKERS, place, place_stopped
 from prunesearch.report.tables import (
     OBJECTIVES,
@@ -23,17 +24,27 @@ SYMBOLS = {"s": "square-open", "D": "diamond-open", "^": "triangle-up-open", "v"
 
 # The figure's text and hover boxes take the page's colours, so that one figure serves light and dark.
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --soft: #5d5d5d; --paper: #ffffff; --line: #dddddd; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --soft: #a6a6a6; --paper: #161618; --line: #3a3a3e; } }
+:root { color-scheme: light dark; --ink: #1c1c1c; --soft: #5d5d5d; --paper: #ffffff; --line: #dddddd; --focus: #1a5fb4; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --soft: #a6a6a6; --paper: #161618; --line: #3a3a3e;
+  --focus: #8ab4f8; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.2rem; max-width: 72rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-ul { padding-left: 1.2rem; margin: 0 0 1rem; }
+ul { padding-left: 1.2rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
+:focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; }
 figure { margin: 0 0 1.5rem; }
 .plot { height: min(32rem, 80vh); overflow: hidden; }
 .plot text { fill: var(--ink) !important; }
 .plot .hoverlayer path { fill: var(--paper) !important; stroke: var(--soft) !important; }
+.plot .tracepinned path { stroke: var(--ink) !important; }
+#pins { min-height: 3rem; margin: 0 0 1.5rem; }
+#pins p { margin: 0; color: var(--soft); }
+#pins .scroll { margin-top: 0; }
+button { font: inherit; font-size: .8rem; color: var(--ink); background: none; border: 1px solid var(--soft);
+  border-radius: .3rem; padding: .1rem .6rem; min-height: 1.5rem; cursor: pointer; }
+td button { margin: -.1rem 0; }
+button[aria-pressed="true"] { background: var(--ink); border-color: var(--ink); color: var(--paper); }
 .scroll { overflow-x: auto; margin: 1.5rem 0 .3rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; font-size: 1rem; padding-bottom: .3rem; }
@@ -43,6 +54,11 @@ td.wrap { white-space: normal; min-width: 8rem; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 tbody th { font-weight: 500; }
+caption small { font-weight: 400; }
+#pins thead th, #pins td span { white-space: normal; overflow-wrap: anywhere; }
+#pins td span { display: inline-block; text-align: left; }
+@media (max-width: 30rem) { #pins table { font-size: .75rem; } #pins th, #pins td { padding: .3rem; }
+  #pins th:first-child, #pins td:first-child { padding-left: 0; } }
 small, figcaption { display: block; color: var(--soft); font-size: .8rem; max-width: 46rem; }
 """
 
@@ -57,6 +73,7 @@ def render_page(comparison: Comparison) -> str:
         f"<title>{name} – prunesearch</title><style>{STYLE}</style></head>\n"
         f"<body><main><h1>{name}</h1>\n<ul>{said}</ul>\n{_plot(comparison)}\n"
         + "\n".join(_html(table) for table in tables(comparison))
+        + (f"\n{pin_script(_plotted(comparison))}" if comparison.complete else "")
         + "\n</main></body></html>\n"
     )
 
@@ -69,13 +86,26 @@ def _plot(comparison: Comparison) -> str:
         include_plotlyjs=True,
         default_height="100%",
         div_id="front",
-        config={"displayModeBar": False, "responsive": True},
+        # a second click within the delay resets the axes and pins nothing, so it is short
+        config={"displayModeBar": False, "responsive": True, "doubleClickDelay": 300},
     )
     note = (
         "Bottom left is better. Point at a candidate for its layers, first to last: ■ kept, □ removed. "
-        "Drag to zoom, double-click to see everything."
+        "Click it to compare it with another. Drag to zoom, double-click to see everything."
     )
-    return f'<figure><div class="plot">{plot}</div><figcaption>{note}</figcaption></figure>'
+    said = f"Dev WER against {_noun(comparison)} of every candidate; the tables below hold front and baselines."
+    return (
+        f'<figure><div class="plot" role="img" aria-label="{escape(said)}">{plot}</div><figcaption>{note}</figcaption></figure>'
+        f"\n{PANEL}"
+    )
+
+
+def _plotted(comparison: Comparison) -> list[RunRecord]:
+    return [r for r in (*comparison.complete, *comparison.pruned) if place_stopped(r, comparison.objective)]
+
+
+def _noun(comparison: Comparison) -> str:
+    return OBJECTIVES[comparison.objective].split(" (")[0]
 
 
 def _figure(comparison: Comparison) -> go.Figure:
@@ -86,8 +116,9 @@ def _figure(comparison: Comparison) -> go.Figure:
         placed = [(r, p) for r in records if (p := place_stopped(r, objective))]
         if placed:
             xs, ys = zip(*(p for _, p in placed), strict=True)
-            hover = [_hover(comparison, r) for r in (r for r, _ in placed)]
-            figure.add_scatter(x=xs, y=ys, name=name, hovertext=hover, hoverinfo="text", **style)
+            hover = [_hover(comparison, r) for r, _ in placed]
+            keys = [r.candidate.key for r, _ in placed]
+            figure.add_scatter(x=xs, y=ys, name=name, hovertext=hover, hoverinfo="text", customdata=keys, **style)
 
     grey, ink = "#8a8a8a", "#3b6fb6"
     add("ended at a rung", list(comparison.pruned), mode="markers", marker={"symbol": "x-thin-open", "color": grey, "size": 6})
@@ -102,12 +133,12 @@ def _figure(comparison: Comparison) -> go.Figure:
     for name, record in comparison.baselines.items():
         marker = {"symbol": SYMBOLS[BASELINE_MARKERS[name]], "size": 15, "color": "#d55e00", "line": {"width": 2}}
         add(name, [record], mode="markers", marker=marker)
+    _add_rings(figure, comparison)
     axis = {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "automargin": True}
     focus = [place(r, objective)[1] for r in (*comparison.front, *comparison.baselines.values())]
     span = max(focus) - min(focus) or 0.1 * max(focus) or 1.0
-    noun = OBJECTIVES[objective].split(" (")[0]
     figure.update_layout(
-        xaxis={**axis, "title": f"{noun.capitalize()}, millions"},
+        xaxis={**axis, "title": f"{_noun(comparison).capitalize()}, millions"},
         yaxis={**axis, "title": "Dev WER, %", "range": [min(focus) - 0.15 * span, max(focus) + 0.6 * span]},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -118,10 +149,29 @@ def _figure(comparison: Comparison) -> go.Figure:
     return figure
 
 
+def _add_rings(figure: go.Figure, comparison: Comparison) -> None:
+    """A ring around every point, to be seen once it is pinned: rings that came and went would move the axes."""
+    records = _plotted(comparison)
+    xs, ys = zip(*(place_stopped(r, comparison.objective) for r in records), strict=True)
+    figure.add_scatter(
+        x=xs,
+        y=ys,
+        uid="pinned",
+        customdata=[r.candidate.key for r in records],
+        mode="markers+text",
+        marker={"symbol": "circle-open", "size": 24, "line": {"width": 2.5}, "opacity": [0] * len(records)},
+        text=["\u00a0"] * len(records),  # plotly would take an empty label away for good
+        textposition="top center",
+        textfont={"size": 14, "weight": 700},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
 def _hover(comparison: Comparison, record: RunRecord) -> str:
     groups = zip(("encoder", "speech", "total"), sizes(comparison, record), strict=True)
     lines = [
-        f"<b>{escape(title(record))}</b>" + (" (ended at a rung)" if record.state == "pruned" else ""),
+        f"<b>{escape(full_title(record))}</b>",
         strip(record),
         f"LoRA rank {record.lora_rank}" if record.lora_rank else "no LoRA",
         *_measured(record),
@@ -138,22 +188,29 @@ def _measured(record: RunRecord) -> list[str]:
     return [wers, f"{kinds} per 100 reference words on {'test' if record.test else 'dev'}"]
 
 
-def strip(record: RunRecord) -> str:
-    """The encoder's layers, first to last: ■ kept, □ removed."""
-    return "".join("□" if i in record.removed_layers else "■" for i in range(record.encoder_layers))
+def scroll_box(label: str, table: str) -> str:
+    """A table that scrolls by itself where it is wider than the page; by keyboard, too."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
 def _html(table: Table) -> str:
-    def row(cells: tuple[str, ...]) -> str:
-        first, *rest = map(escape, cells)
-        wraps = [' class="wrap"' if column == "removed" else "" for column in table.columns[1:]]
-        tail = "".join(f"<td{wrap}>{cell}</td>" for wrap, cell in zip(wraps, rest, strict=True))
-        return f'<tr><th scope="row">{first}</th>{tail}</tr>'
+    columns = table.columns[1:]
 
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
-    body = "\n".join(map(row, table.rows))
+    def row(cells: tuple[str, ...], pin: str) -> str:
+        first, *rest = map(escape, cells)
+        wraps = [' class="wrap"' if column == "removed" else "" for column in columns]
+        tail = "".join(f"<td{wrap}>{cell}</td>" for wrap, cell in zip(wraps, rest, strict=True))
+        return f'<tr><th scope="row">{first}</th>{pin}{tail}</tr>'
+
+    pins = [f"<td>{_pin_button(r)}</td>" for r in table.records] or [""] * len(table.rows)
+    names = (table.columns[0], *(["pin"] if table.records else []), *columns)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    body = "\n".join(map(row, table.rows, pins))
     note = f"<small>{escape(table.note)}</small>" if table.note else ""
-    return (
-        f'<div class="scroll" tabindex="0"><table><caption>{escape(table.title)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}"
-    )
+    whole = f"<table><caption>{escape(table.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return scroll_box(table.title, whole) + note
+
+
+def _pin_button(record: RunRecord) -> str:
+    key, name = escape(record.candidate.key), escape(title(record))
+    return f'<button type="button" data-pin="{key}" aria-pressed="false" aria-label="pin {name}">pin</button>'

@@ -16,7 +16,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from prunesearch.report.page import STYLE
+from prunesearch.report.page import STYLE, scroll_box
 from prunesearch.scan import Scan
 
 LABELS = {
@@ -228,7 +228,5 @@ def _grid(caption: str, corner: str, columns: list[str], names: list[str], cells
         + "</tr>"
         for name, row in zip(names, cells, strict=True)
     )
-    return (
-        f'<div class="scroll" tabindex="0"><table><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n"
-    )
+    table = f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return scroll_box(caption, table) + "\n"

@@ -25,13 +25,15 @@ MOST_GROUPS = 12  # that have a column each
 
 @dataclass(frozen=True)
 class Table:
-    """A table that the terminal and the page both show. The first column names its row."""
+    """A table that the terminal and the page both show. The first column names its row; `records` are those that the rows
+    stand for, where a reader of the page may pin them."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     prose: bool = False  # whether its cells hold sentences
+    records: tuple[RunRecord, ...] = ()
 
 
 def render(comparison: Comparison) -> RenderableType:
@@ -64,6 +66,7 @@ def systems_table(comparison: Comparison) -> Table:
     """Front and baselines, fewest parameters first."""
     beating = {c.system.candidate for c in comparison.dominating}
     on_front = {r.candidate for r in comparison.front}
+    shown = _shown(comparison)
     return Table(
         "Front and baselines, WER in %",
         ("system", "removed", "rank", "dev WER", "test WER", "S/D/I", "train s"),
@@ -75,11 +78,12 @@ def systems_table(comparison: Comparison) -> Table:
                 error_kinds(r),
                 f"{r.cost.train_seconds:.0f}",
             )
-            for r in _shown(comparison)
+            for r in shown
         ),
         "● on the front, chosen on dev. ★ no more parameters than top2+lora and a lower dev WER. S/D/I: substitutions, "
         "deletions and insertions per 100 reference words on test, or on dev (*) where test is not decoded. ×2: the mean of "
         "two trainings.",
+        tuple(shown),
     )
 
 

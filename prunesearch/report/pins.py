@@ -1,0 +1,83 @@
+"""What the page needs to compare two candidates that a reader pins: a panel, their numbers as JSON, and a script."""
+
+import json
+from collections.abc import Callable, Iterable
+from importlib.resources import files
+
+from prunesearch.record import RunRecord, WordErrors
+from prunesearch.report.tables import title
+
+PANEL = (
+    '<section id="pins" aria-live="polite" aria-label="Pinned candidates" tabindex="-1">'
+    "<p>Nothing is pinned. Click a point, or a pin button in the first table, to compare two candidates.</p>"
+    '<div class="scroll" tabindex="0" role="region" aria-label="Pinned candidates, table" hidden>'
+    "<table><caption>Pinned candidates<small>S/D/I: substitutions, deletions and insertions per 100 reference words. "
+    "M: millions of parameters.</small></caption><thead></thead><tbody></tbody></table></div>"
+    '<button type="button" hidden>clear</button></section>'
+)
+
+Values = tuple[float, ...] | None  # None: not measured
+
+# The comparison's rows: decimals, and what a record has there.
+ROWS: dict[str, tuple[int, Callable[[RunRecord], Values]]] = {
+    "layers removed": (0, lambda r: (len(r.removed_layers),)),
+    "LoRA rank": (0, lambda r: (r.lora_rank,)),
+    "dev WER, %": (2, lambda r: _wer(_dev(r))),
+    "test WER, %": (2, lambda r: _wer(_test(r))),
+    "dev S/D/I": (1, lambda r: _kinds(_dev(r))),
+    "test S/D/I": (1, lambda r: _kinds(_test(r))),
+    "encoder, M": (3, lambda r: (r.parameters.encoder / 1e6,)),
+    "speech, M": (3, lambda r: (r.parameters.speech / 1e6,)),
+    "total, M": (3, lambda r: (r.parameters.total / 1e6,)),
+}
+
+
+def pin_script(records: Iterable[RunRecord]) -> str:
+    """The records' numbers and the script that shows them, to follow plot, panel and tables."""
+    data = {
+        "rows": [(label, decimals) for label, (decimals, _) in ROWS.items()],
+        "candidates": {r.candidate.key: _candidate(r) for r in records},
+    }
+    # no "<" at all, so that neither </script> nor <!-- can end or change the element
+    embedded = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    script = files("prunesearch.report").joinpath("pin.js").read_text(encoding="utf-8")
+    return f'<script type="application/json" id="candidates">{embedded}</script>\n<script>\n{script}</script>'
+
+
+def full_title(record: RunRecord) -> str:
+    return title(record) + (" (ended at a rung)" if record.state == "pruned" else "")
+
+
+def strip(record: RunRecord) -> str:
+    """The encoder's layers, first to last: ■ kept, □ removed."""
+    return "".join("□" if i in record.removed_layers else "■" for i in range(record.encoder_layers))
+
+
+def _candidate(record: RunRecord) -> dict[str, object]:
+    removed = ", ".join(map(str, record.removed_layers)) or "none"
+    return {
+        "title": full_title(record),
+        "strip": strip(record),
+        "removed": f"removed of {record.encoder_layers}: {removed}",
+        "values": [of(record) for _, of in ROWS.values()],
+    }
+
+
+def _dev(record: RunRecord) -> WordErrors | None:
+    return record.dev.errors if record.dev else record.rungs[-1].errors if record.rungs else None
+
+
+def _test(record: RunRecord) -> WordErrors | None:
+    return record.test.errors if record.test else None
+
+
+def _wer(errors: WordErrors | None) -> Values:
+    return None if errors is None else (100 * errors.wer,)
+
+
+def _kinds(errors: WordErrors | None) -> Values:
+    """Substitutions, deletions and insertions per 100 reference words."""
+    if errors is None:
+        return None
+    words = max(1, errors.reference_words)
+    return tuple(100 * n / words for n in (errors.substitutions, errors.deletions, errors.insertions))
