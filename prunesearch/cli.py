@@ -248,22 +248,39 @@ def storage_upgrade(study: Study, storage: StorageUrl = None) -> None:
 
 
 @app.command()
-def report(study: Study, storage: StorageUrl = None, as_json: Json = False) -> None:
-    """Compare what was found with the baselines: tables, plots (PNG, SVG, PDF), an HTML page, CSV and JSON."""
+def report(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY…", help="Study files, or folders with a study.toml.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write; default: run/report, for several: overlay.")
+    ] = None,
+    storage: StorageUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Compare what was found with the baselines: tables, plots (PNG, SVG, PDF), an HTML page, CSV and JSON.
+
+    Several studies are laid over one another.
+    """
     from prunesearch.config import load_study
     from prunesearch.launch import collect
-    from prunesearch.report import write_report
+    from prunesearch.report import write_overlay, write_report
     from prunesearch.report.data import to_json
-    from prunesearch.report.tables import render
+    from prunesearch.report.overlay import overlay_table
+    from prunesearch.report.tables import render, rich_table
 
-    config = load_study(study, data_must_exist=False)
-    collect(config, storage)
-    comparison = write_report(config)
-    if as_json:
-        _print_json(to_json(comparison))
+    configs = [load_study(study, data_must_exist=False) for study in studies]
+    for config in configs:
+        collect(config, storage)
+    if len(configs) > 1:
+        folder = out or Path("overlay")
+        comparisons = write_overlay(configs, folder)
+        page = folder / "overlay.html"
+        _print_json([to_json(c) for c in comparisons]) if as_json else _print(rich_table(overlay_table(comparisons)))
     else:
-        _print(render(comparison))
-        typer.echo(f"report: {config.run_folder / 'report' / 'report.html'}")
+        comparison = write_report(configs[0], out)
+        page = (out or configs[0].run_folder / "report") / "report.html"
+        _print_json(to_json(comparison)) if as_json else _print(render(comparison))
+    if not as_json:
+        typer.echo(f"report: {page}")
 
 
 @storage_commands.command("proxy")

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
 from prunesearch.config import StudyConfig, load_study
+from prunesearch.mistakes import StudyError
 from prunesearch.record import (
     Parameters,
     Rung,
@@ -30,6 +31,7 @@ from prunesearch.record import (
 from prunesearch.report import (
     Comparison,
     compare,
+    comparison_of,
     non_dominated,
     paired_bootstrap,
     pareto_front,
@@ -37,11 +39,13 @@ from prunesearch.report import (
     to_csv,
     to_json,
     verdict,
+    write_overlay,
     write_report,
 )
 from prunesearch.report.data import RECORD_KEYS
 from prunesearch.report.errors import anatomy, changes, confused, counterpart, without_lora
 from prunesearch.report.front import hypervolume, knee
+from prunesearch.report.overlay import check_comparable, overlay_table
 from prunesearch.report.page import render_page
 from prunesearch.report.papers import to_latex, to_markdown
 from prunesearch.report.plots import draw_front
@@ -305,7 +309,7 @@ def test_without_baselines_or_records_the_report_is_short_but_works(tmp_path: Pa
     for comparison in (empty, found):
         Console(file=io.StringIO()).print(render(comparison))
         assert json.dumps(to_json(comparison))
-        assert to_csv(comparison).startswith("name,key,")
+        assert to_csv([comparison]).startswith("study,name,key,")
         assert "</html>" in render_page(comparison)
         assert draw_front(comparison).axes
 
@@ -358,7 +362,7 @@ def test_json_keys_are_stable(records: Path) -> None:
 
 def test_csv_holds_every_complete_record(records: Path) -> None:
     found = compare(records, "speech_params", "s")
-    rows = list(csv.DictReader(io.StringIO(to_csv(found))))
+    rows = list(csv.DictReader(io.StringIO(to_csv([found]))))
     assert [row["key"] for row in rows] == [r.candidate.key for r in found.complete]
     assert rows[1]["removed_layers"] == "1 2"
     assert float(rows[1]["dev_wer"]) == pytest.approx(14 / 60)
@@ -403,7 +407,7 @@ def test_equal_records_give_equal_figures(records: Path, tmp_path: Path) -> None
     made = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_figures(compare(records, "speech_params", "s"), tmp_path / name)
+        write_figures(draw_front(compare(records, "speech_params", "s")), tmp_path / name)
         made.append([f.read_bytes() for f in sorted((tmp_path / name).iterdir())])
     assert made[0] == made[1]
 
@@ -537,6 +541,33 @@ def test_published_numbers_stand_beside_a_study_of_their_encoder_and_language(
         assert comparison.published[1].params == parameters(Candidate((4, 5))).speech
         labels = [text.get_text() for text in draw_front(comparison).legends[0].get_texts()]
         assert "published" in labels
+
+
+def test_several_studies_are_laid_over_one_another(tmp_path: Path) -> None:
+    configs = []
+    for name in ("a", "b"):
+        add_study(tmp_path / name / "run" / "records")
+        configs.append(study(tmp_path / name, name))
+    write_overlay(configs, tmp_path / "out")
+    kinds = {"png", "svg", "pdf", "html", "md", "tex", "csv", "json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {f"overlay.{kind}" for kind in kinds}
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "overlay.csv").read_text())))
+    assert {row["study"] for row in rows} == {"a", "b"}
+    (table,) = [overlay_table([comparison_of(config) for config in configs])]
+    assert [row[0] for row in table.rows] == ["a", "b"]
+    assert table.rows[0][1:] == table.rows[1][1:]
+    assert "minus-1-2+lora4" in table.rows[0]
+    page = (tmp_path / "out" / "overlay.html").read_text()
+    assert "<caption>Studies side by side" in page
+    assert "Plotly.newPlot" in page
+
+
+def test_studies_that_cannot_share_a_plot_are_told(tmp_path: Path) -> None:
+    add_study(tmp_path / "records")
+    one = compare(tmp_path / "records", "speech_params", "a")
+    for other, said in ((one, "same name"), (compare(tmp_path / "records", "total_params", "b"), "params_objective")):
+        with pytest.raises(StudyError, match=said):
+            check_comparable([one, other])
 
 
 # --- what went wrong, and for whom ---

@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from prunesearch.config import StudyConfig
@@ -10,6 +12,7 @@ from prunesearch.mistakes import StudyError
 from prunesearch.report.comparison import Best, Comparison, Contrast, Reductions, compare
 from prunesearch.report.data import to_csv, to_json
 from prunesearch.report.front import non_dominated, pareto_front
+from prunesearch.report.overlay import check_comparable, overlay_table
 from prunesearch.report.statistics import Difference, paired_bootstrap
 from prunesearch.report.tables import render, tables, verdict
 from prunesearch.scan import read_scan
@@ -21,6 +24,7 @@ __all__ = [
     "Difference",
     "Reductions",
     "compare",
+    "comparison_of",
     "non_dominated",
     "paired_bootstrap",
     "pareto_front",
@@ -28,36 +32,76 @@ __all__ = [
     "to_csv",
     "to_json",
     "verdict",
+    "write_overlay",
     "write_report",
 ]
 
 
-def write_report(config: StudyConfig) -> Comparison:
-    """Compare the study's records and write `run/report/`: front.{png,svg,pdf} and report.{html,md,tex,csv,json}.
+def write_report(config: StudyConfig, folder: Path | None = None) -> Comparison:
+    """Compare the study's records and write front.{png,svg,pdf} and report.{html,md,tex,csv,json} to the folder (default:
+    `run/report/`).
 
-    All files are made beside the folder first and then moved in, so that a reader never meets half a file. Raises StudyError
-    when nothing was launched yet.
+    Raises StudyError when nothing was launched yet.
     """
     from prunesearch.report.page import render_page
     from prunesearch.report.papers import to_latex, to_markdown
-    from prunesearch.report.plots import write_figures
+    from prunesearch.report.plots import draw_front, write_figures
 
+    comparison = comparison_of(config)
+    with _moved_in(folder or config.run_folder / "report") as made:
+        write_figures(draw_front(comparison), made)
+        _write(made / "report.html", render_page(comparison))
+        _write(made / "report.md", to_markdown(tables(comparison)))
+        _write(made / "report.tex", to_latex(tables(comparison)))
+        _write(made / "report.csv", to_csv([comparison]))
+        _write(made / "report.json", _as_json(to_json(comparison)))
+    return comparison
+
+
+def write_overlay(configs: Sequence[StudyConfig], folder: Path) -> list[Comparison]:
+    """Several studies side by side: overlay.{png,svg,pdf,html,md,tex,csv,json} in the folder.
+
+    Raises StudyError where they cannot be compared, or nothing was launched yet.
+    """
+    from prunesearch.report.page import render_overlay
+    from prunesearch.report.papers import to_latex, to_markdown
+    from prunesearch.report.plots import draw_fronts, write_figures
+
+    comparisons = [comparison_of(config) for config in configs]
+    check_comparable(comparisons)
+    table = [overlay_table(comparisons)]
+    with _moved_in(folder) as made:
+        write_figures(draw_fronts(comparisons), made, "overlay")
+        _write(made / "overlay.html", render_overlay(comparisons))
+        _write(made / "overlay.md", to_markdown(table))
+        _write(made / "overlay.tex", to_latex(table))
+        _write(made / "overlay.csv", to_csv(comparisons))
+        _write(made / "overlay.json", _as_json([to_json(c) for c in comparisons]))
+    return comparisons
+
+
+def comparison_of(config: StudyConfig) -> Comparison:
+    """A study's records, compared. Raises StudyError when nothing was launched yet."""
     if not (config.run_folder / "records").is_dir():
         raise StudyError([f"{config.name} has no records yet: `prunesearch launch {config.source}`"])
     scan = read_scan(config.run_folder / "scan" / "scan.json")
-    comparison = compare(config.run_folder / "records", config.search.params_objective, config.name, scan)
-    report = config.run_folder / "report"
-    report.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=config.run_folder, prefix=".report.") as name:
+    return compare(config.run_folder / "records", config.search.params_objective, config.name, scan)
+
+
+@contextmanager
+def _moved_in(folder: Path) -> Iterator[Path]:
+    """A place to make files that then move into the folder, so that a reader never meets half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".report.") as name:
         made = Path(name)
-        write_figures(comparison, made)
-        (made / "report.html").write_text(render_page(comparison), encoding="utf-8")
-        (made / "report.md").write_text(to_markdown(tables(comparison)), encoding="utf-8")
-        (made / "report.tex").write_text(to_latex(tables(comparison)), encoding="utf-8")
-        (made / "report.csv").write_text(to_csv(comparison), encoding="utf-8")
-        (made / "report.json").write_text(
-            json.dumps(to_json(comparison), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        yield made
         for file in made.iterdir():
-            os.replace(file, report / file.name)
-    return comparison
+            os.replace(file, folder / file.name)
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -58,15 +59,16 @@ def _anatomy_data(found: Anatomy) -> dict[str, Any]:
     }
 
 
-def to_csv(comparison: Comparison) -> str:
-    """All complete records, one a line; layers are separated by spaces, results by language and by group are JSON objects."""
-    rows = [record_data(comparison, r) for r in comparison.complete]
+def to_csv(comparisons: Sequence[Comparison]) -> str:
+    """All complete records of the studies, one a line; layers are separated by spaces, results by language and by group are
+    JSON objects."""
+    rows = [{"study": c.study, **record_data(c, r)} for c in comparisons for r in c.complete]
     for row in rows:
         row["removed_layers"] = " ".join(map(str, row["removed_layers"]))
         for key in (key for key in row if "_wer_by_" in key):
             row[key] = json.dumps(row[key])
     text = io.StringIO()
-    writer = csv.DictWriter(text, RECORD_KEYS, lineterminator="\n")
+    writer = csv.DictWriter(text, ("study", *RECORD_KEYS), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -1,5 +1,6 @@
 """The report as one HTML file that needs no network: verdict, a front to point at, and the tables."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -7,8 +8,9 @@ import plotly.graph_objects as go
 
 from prunesearch.record import RunRecord
 from prunesearch.report.comparison import Comparison
+from prunesearch.report.overlay import overlay_table
 from prunesearch.report.pins import PANEL, full_title, pin_script, strip
-from prunesearch.report.plots import BASELINE_MARKERS, place, place_stopped
+from prunesearch.report.plots import BASELINE_MARKERS, STUDY_COLOURS, place, place_stopped
 from prunesearch.report.tables import (
     OBJECTIVES,
     Table,
@@ -50,7 +52,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 caption { text-align: left; font-weight: 600; font-size: 1rem; padding-bottom: .3rem; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { white-space: nowrap; }
-td.wrap { white-space: normal; min-width: 8rem; }
+td.wrap { white-space: normal; min-width: 8rem; text-align: left; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 tbody th { font-weight: 500; }
@@ -65,23 +67,56 @@ small, figcaption { display: block; color: var(--soft); font-size: .8rem; max-wi
 
 def render_page(comparison: Comparison) -> str:
     """The whole page. Everything that comes from data is escaped; plotly.js is inlined once."""
-    name = escape(comparison.study)
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict(comparison))
+    parts = [f"<ul>{said}</ul>", _plot(comparison), *map(_html, tables(comparison))]
+    if comparison.complete:
+        parts.append(pin_script(_plotted(comparison)))
+    return _document(comparison.study, parts)
+
+
+def render_overlay(comparisons: Sequence[Comparison]) -> str:
+    """Several studies' fronts in one plot, and a line for each study."""
+    objective = comparisons[0].objective
+    figure = go.Figure()
+    for number, comparison in enumerate(comparisons):
+        colour = STUDY_COLOURS[number % len(STUDY_COLOURS)]
+        line = {"mode": "lines+markers", "line": {"shape": "hv", "width": 1.5}, "marker": {"color": colour, "size": 9}}
+        _add(figure, comparison, comparison.study, list(comparison.front), **line)
+        for name, record in comparison.baselines.items():
+            marker = {"symbol": SYMBOLS[BASELINE_MARKERS[name]], "size": 13, "color": colour, "line": {"width": 2}}
+            _add(figure, comparison, f"{comparison.study}: {name}", [record], mode="markers", marker=marker, showlegend=False)
+    kept = [place(r, objective)[1] for c in comparisons for r in (*c.front, *c.baselines.values())]
+    if kept:
+        _lay_out(figure, comparisons[0], kept)
+    names = " · ".join(c.study for c in comparisons)
+    note = "Bottom left is better. Filled: fronts; open: baselines. Point at a candidate for its layers."
+    plot = _embedded(figure, f"Fronts of {names}", note) if kept else "<p>No candidate is complete yet.</p>"
+    return _document(names, [plot, _html(overlay_table(comparisons))])
+
+
+def _document(name: str, parts: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name} – prunesearch</title><style>{STYLE}</style></head>\n"
-        f"<body><main><h1>{name}</h1>\n<ul>{said}</ul>\n{_plot(comparison)}\n"
-        + "\n".join(_html(table) for table in tables(comparison))
-        + (f"\n{pin_script(_plotted(comparison))}" if comparison.complete else "")
-        + "\n</main></body></html>\n"
+        f"<title>{escape(name)} – prunesearch</title><style>{STYLE}</style></head>\n"
+        f"<body><main><h1>{escape(name)}</h1>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
 
 
 def _plot(comparison: Comparison) -> str:
     if not comparison.complete:
         return "<p>No candidate is complete yet.</p>"
-    plot = _figure(comparison).to_html(
+    note = (
+        "Bottom left is better. Point at a candidate for its layers, first to last: ■ kept, □ removed. "
+        "Click it to compare it with another. Drag to zoom, double-click to see everything."
+    )
+    said = f"Dev WER against {_noun(comparison)} of every candidate; the tables below hold front and baselines."
+    return f"{_embedded(_figure(comparison), said, note)}\n{PANEL}"
+
+
+def _embedded(figure: go.Figure, said: str, note: str) -> str:
+    """A figure with plotly.js; `said` is for those who cannot see it."""
+    plot = figure.to_html(
         full_html=False,
         include_plotlyjs=True,
         default_height="100%",
@@ -89,15 +124,8 @@ def _plot(comparison: Comparison) -> str:
         # a second click within the delay resets the axes and pins nothing, so it is short
         config={"displayModeBar": False, "responsive": True, "doubleClickDelay": 300},
     )
-    note = (
-        "Bottom left is better. Point at a candidate for its layers, first to last: ■ kept, □ removed. "
-        "Click it to compare it with another. Drag to zoom, double-click to see everything."
-    )
-    said = f"Dev WER against {_noun(comparison)} of every candidate; the tables below hold front and baselines."
-    return (
-        f'<figure><div class="plot" role="img" aria-label="{escape(said)}">{plot}</div><figcaption>{note}</figcaption></figure>'
-        f"\n{PANEL}"
-    )
+    label = escape(said)
+    return f'<figure><div class="plot" role="img" aria-label="{label}">{plot}</div><figcaption>{note}</figcaption></figure>'
 
 
 def _plotted(comparison: Comparison) -> list[RunRecord]:
@@ -109,33 +137,46 @@ def _noun(comparison: Comparison) -> str:
 
 
 def _figure(comparison: Comparison) -> go.Figure:
-    objective = comparison.objective
     figure = go.Figure()
-
-    def add(name: str, records: list[RunRecord], **style: Any) -> None:
-        placed = [(r, p) for r in records if (p := place_stopped(r, objective))]
-        if placed:
-            xs, ys = zip(*(p for _, p in placed), strict=True)
-            hover = [_hover(comparison, r) for r, _ in placed]
-            keys = [r.candidate.key for r, _ in placed]
-            figure.add_scatter(x=xs, y=ys, name=name, hovertext=hover, hoverinfo="text", customdata=keys, **style)
-
     grey, ink = "#8a8a8a", "#3b6fb6"
-    add("ended at a rung", list(comparison.pruned), mode="markers", marker={"symbol": "x-thin-open", "color": grey, "size": 6})
-    add("dominated", list(comparison.others), mode="markers", marker={"color": grey, "size": 7, "opacity": 0.6})
-    add(
-        "front",
-        list(comparison.front),
-        mode="lines+markers",
-        line={"shape": "hv", "color": ink, "width": 1.5},
-        marker={"color": ink, "size": 10},
-    )
+    stopped = {"symbol": "x-thin-open", "color": grey, "size": 6}
+    _add(figure, comparison, "ended at a rung", comparison.pruned, mode="markers", marker=stopped)
+    dominated = {"color": grey, "size": 7, "opacity": 0.6}
+    _add(figure, comparison, "dominated", comparison.others, mode="markers", marker=dominated)
+    line = {"shape": "hv", "color": ink, "width": 1.5}
+    _add(figure, comparison, "front", comparison.front, mode="lines+markers", line=line, marker={"color": ink, "size": 10})
     for name, record in comparison.baselines.items():
         marker = {"symbol": SYMBOLS[BASELINE_MARKERS[name]], "size": 15, "color": "#d55e00", "line": {"width": 2}}
-        add(name, [record], mode="markers", marker=marker)
+        _add(figure, comparison, name, [record], mode="markers", marker=marker)
+    if comparison.published:
+        figure.add_scatter(
+            x=[m.params / 1e6 for m in comparison.published],
+            y=[100 * m.wer for m in comparison.published],
+            name="published",
+            hovertext=[f"{escape(m.label)}<br>WER {100 * m.wer:.2f} %" for m in comparison.published],
+            hoverinfo="text",
+            mode="markers",
+            marker={"symbol": "cross-thin-open", "size": 11, "color": grey, "line": {"width": 2}},
+        )
     _add_rings(figure, comparison)
+    shown = [place(r, comparison.objective)[1] for r in (*comparison.front, *comparison.baselines.values())]
+    _lay_out(figure, comparison, [*shown, *(100 * m.wer for m in comparison.published)])
+    return figure
+
+
+def _add(figure: go.Figure, comparison: Comparison, name: str, records: Sequence[RunRecord], **style: Any) -> None:
+    """A trace of the records that have a place."""
+    placed = [(r, p) for r in records if (p := place_stopped(r, comparison.objective))]
+    if placed:
+        xs, ys = zip(*(p for _, p in placed), strict=True)
+        hover = [_hover(comparison, r) for r, _ in placed]
+        keys = [r.candidate.key for r, _ in placed]
+        figure.add_scatter(x=xs, y=ys, name=name, hovertext=hover, hoverinfo="text", customdata=keys, **style)
+
+
+def _lay_out(figure: go.Figure, comparison: Comparison, focus: Sequence[float]) -> None:
+    """Axes that show all WERs in `focus` (percent), and no colours of their own."""
     axis = {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "automargin": True}
-    focus = [place(r, objective)[1] for r in (*comparison.front, *comparison.baselines.values())]
     span = max(focus) - min(focus) or 0.1 * max(focus) or 1.0
     figure.update_layout(
         xaxis={**axis, "title": f"{_noun(comparison).capitalize()}, millions"},
@@ -146,7 +187,6 @@ def _figure(comparison: Comparison) -> go.Figure:
         hoverlabel={"align": "left"},
         margin={"l": 10, "r": 10, "t": 10, "b": 10},
     )
-    return figure
 
 
 def _add_rings(figure: go.Figure, comparison: Comparison) -> None:
@@ -185,7 +225,11 @@ def _measured(record: RunRecord) -> list[str]:
         return [f"WER dev {100 * rung.errors.wer:.2f} % at step {rung.step}" for rung in record.rungs[-1:]]
     wers = f"WER dev {wer_percent(record.dev)} %, test {wer_percent(record.test)} %"
     kinds = f"S/D/I {error_kinds(record)}".removesuffix(" *")
-    return [wers, f"{kinds} per 100 reference words on {'test' if record.test else 'dev'}"]
+    split = record.test or record.dev
+    worst = []
+    if split.worst_group_wer is not None:
+        worst.append(f"worst group {escape(str(split.worst_group))}: {100 * split.worst_group_wer:.2f} %")
+    return [wers, f"{kinds} per 100 reference words on {'test' if record.test else 'dev'}", *worst]
 
 
 def scroll_box(label: str, table: str) -> str:
@@ -198,7 +242,7 @@ def _html(table: Table) -> str:
 
     def row(cells: tuple[str, ...], pin: str) -> str:
         first, *rest = map(escape, cells)
-        wraps = [' class="wrap"' if column == "removed" else "" for column in columns]
+        wraps = [' class="wrap"' if column == "removed" or (table.prose and i > 0) else "" for i, column in enumerate(columns)]
         tail = "".join(f"<td{wrap}>{cell}</td>" for wrap, cell in zip(wraps, rest, strict=True))
         return f'<tr><th scope="row">{first}</th>{pin}{tail}</tr>'
 

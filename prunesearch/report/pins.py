@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable
 from importlib.resources import files
 
-from prunesearch.record import RunRecord, WordErrors
+from prunesearch.record import RunRecord, SplitResult, WordErrors
 from prunesearch.report.tables import title
 
 PANEL = (
@@ -26,6 +26,8 @@ ROWS: dict[str, tuple[int, Callable[[RunRecord], Values]]] = {
     "test WER, %": (2, lambda r: _wer(_test(r))),
     "dev S/D/I": (1, lambda r: _kinds(_dev(r))),
     "test S/D/I": (1, lambda r: _kinds(_test(r))),
+    "dev WER of the worst group, %": (2, lambda r: _worst(r.dev)),
+    "test WER of the worst group, %": (2, lambda r: _worst(r.test)),
     "encoder, M": (3, lambda r: (r.parameters.encoder / 1e6,)),
     "speech, M": (3, lambda r: (r.parameters.speech / 1e6,)),
     "total, M": (3, lambda r: (r.parameters.total / 1e6,)),
@@ -73,6 +75,10 @@ def _test(record: RunRecord) -> WordErrors | None:
 
 def _wer(errors: WordErrors | None) -> Values:
     return None if errors is None else (100 * errors.wer,)
+
+
+def _worst(split: SplitResult | None) -> Values:
+    return None if split is None or split.worst_group_wer is None else (100 * split.worst_group_wer,)
 
 
 def _kinds(errors: WordErrors | None) -> Values:

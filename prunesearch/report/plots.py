@@ -22,30 +22,65 @@ from prunesearch.report.tables import OBJECTIVES, title
 
 BASELINE_MARKERS = {"unpruned": "s", "unpruned+lora": "D", "top2": "^", "top2+lora": "v"}
 INK, FAINT = "#222222", "#8a8a8a"
+STUDY_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito: told apart by all eyes
 LOG_FROM = 4.0  # a front whose worst WER is this many times its best is read on a log scale
 
 Point = tuple[float, float]  # millions of parameters, WER in percent
 
 
-def write_figures(comparison: Comparison, folder: Path) -> None:
+def write_figures(figure: Figure, folder: Path, name: str = "front") -> None:
     """`front.png`, `front.svg` and `front.pdf`; text stays text in the latter two, and equal records give equal files."""
-    figure = draw_front(comparison)
     with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "front"}):
-        figure.savefig(folder / "front.png", dpi=200)
-        figure.savefig(folder / "front.svg", metadata={"Date": None})
-        figure.savefig(folder / "front.pdf", metadata={"CreationDate": None})
+        figure.savefig(folder / f"{name}.png", dpi=200)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
 
 
-def draw_front(comparison: Comparison) -> Figure:
-    """Front, dominated and rung-ended candidates and baselines; what lies far above the front is marked at the edge."""
+def _empty_plot(objective: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_xlabel(f"{OBJECTIVES[comparison.objective].capitalize()}, millions".replace("lora", "LoRA").replace("llm", "LLM"))
+    axes.set_xlabel(f"{OBJECTIVES[objective].capitalize()}, millions".replace("lora", "LoRA").replace("llm", "LLM"))
     axes.set_ylabel("Dev WER, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
+    return figure, axes
+
+
+def draw_fronts(comparisons: Sequence[Comparison]) -> Figure:
+    """The fronts of several studies, a colour each, with their baselines."""
+    figure, axes = _empty_plot(comparisons[0].objective)
+    objective = comparisons[0].objective
+    drawn = [c for c in comparisons if c.complete]
+    if drawn:
+        kept = [place(r, objective) for c in drawn for r in (*c.front, *c.baselines.values())]
+        _limit(axes, kept, kept)
+    high, right = axes.get_ylim()[1], axes.get_xlim()[1]
+    handles = []
+    for number, comparison in enumerate(comparisons):
+        colour = STUDY_COLOURS[number % len(STUDY_COLOURS)]
+        handles.append(Line2D([], [], label=comparison.study, color=colour, marker="o", markersize=5, linewidth=1.4))
+        if not comparison.complete:
+            continue
+        front = [place(r, objective) for r in comparison.front]
+        steps = [(front[0][0], high), *front, (right, front[-1][1])]
+        axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=colour, linewidth=1.4, zorder=2)
+        _scatter(axes, front, c=[colour] * len(front), s=26, zorder=4)
+        for name, record in comparison.baselines.items():
+            style = {"marker": BASELINE_MARKERS[name], "s": 90, "facecolors": "none", "edgecolors": colour, "linewidths": 1.2}
+            _scatter(axes, [place(record, objective)], zorder=5, **style)
+    kinds = [
+        Line2D([], [], label=name, marker=marker, color=FAINT, markerfacecolor="none", linestyle="", markersize=7)
+        for name, marker in BASELINE_MARKERS.items()
+    ]
+    figure.legend(handles=[*handles, *kinds], loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def draw_front(comparison: Comparison) -> Figure:
+    """Front, dominated and rung-ended candidates and baselines; what lies far above the front is marked at the edge."""
+    figure, axes = _empty_plot(comparison.objective)
     if not comparison.complete:
         axes.text(0.5, 0.5, "no candidate is complete yet", transform=axes.transAxes, ha="center", color=FAINT)
         axes.set(xticks=[], yticks=[])

@@ -39,7 +39,7 @@ class Table:
 def render(comparison: Comparison) -> RenderableType:
     """The whole comparison for a rich console."""
     parts: list[RenderableType] = [Text(comparison.study, style="bold"), Text("\n".join(verdict(comparison)) + "\n")]
-    return Group(*parts, *(_rich(table) for table in tables(comparison)))
+    return Group(*parts, *(rich_table(table) for table in tables(comparison)))
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -83,7 +83,7 @@ def systems_table(comparison: Comparison) -> Table:
         "● on the front, chosen on dev. ★ no more parameters than top2+lora and a lower dev WER. S/D/I: substitutions, "
         "deletions and insertions per 100 reference words on test, or on dev (*) where test is not decoded. ×2: the mean of "
         "two trainings.",
-        tuple(shown),
+        records=tuple(shown),
     )
 
 
@@ -441,7 +441,7 @@ def millions(params: int) -> str:
     return f"{params / 1e6:,.2f}" if params >= 1e6 else f"{params / 1e6:.3g}"
 
 
-def _rich(table: Table) -> RichTable:
+def rich_table(table: Table) -> RichTable:
     shown = RichTable(
         title=Text(table.title, style="bold"),
         caption=Text(table.note, style="dim"),
