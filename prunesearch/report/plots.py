@@ -1,6 +1,7 @@
 """The front as a figure for a paper: parameters across, dev WER upwards; bottom left is better."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def _limit(axes: Axes, focus: Sequence[Point], everything: Sequence[Point]) -> N
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axes.set_ylim(best / 1.15, min(top, worst * 1.5) * 1.15)
+        axes.set_ylim(best / 1.35, min(top, worst * 1.5) * 1.15)
     else:
         span = (worst - best) or 0.1 * worst or 1.0
         axes.set_ylim(best - 0.12 * span, min(top, worst + 0.6 * span) + 0.12 * span)
@@ -191,7 +192,8 @@ def _legend(figure: Figure, others: bool, stopped: bool, published: bool) -> Non
 
 
 def _label(figure: Figure, axes: Axes, labels: dict[Point, str], points: Sequence[Point], steps: Sequence[Point]) -> None:
-    """Write each label where it covers least: of eight directions at growing distances the first free one."""
+    """Write each label where it covers least, and nearer to its point than to another that has a label: of eight directions
+    at growing distances the first free one."""
     figure.draw_without_rendering()  # the layout decides where points lie
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -199,6 +201,7 @@ def _label(figure: Figure, axes: Axes, labels: dict[Point, str], points: Sequenc
     corners = axes.transData.transform(steps)
     taken += [Bbox.from_extents(x, y - 2, next_x, y + 2) for (x, y), (next_x, _) in itertools.pairwise(corners)]
     written: list[Bbox] = []
+    places = dict(zip(labels, axes.transData.transform(list(labels)), strict=True)) if labels else {}
     for point, text in sorted(labels.items()):
         best: tuple[int, Any] | None = None
         for distance in (9, 15, 24, 36):
@@ -218,6 +221,7 @@ def _label(figure: Figure, axes: Axes, labels: dict[Point, str], points: Sequenc
                 box = _text_box(note, renderer)
                 covered = box.count_overlaps(taken) + 4 * box.count_overlaps(written)
                 covered += 9 * (not _within(box, axes.get_window_extent(renderer)))
+                covered += 4 * any(_gap(box, at) < _gap(box, places[point]) for other, at in places.items() if other != point)
                 if best is None or covered < best[0]:
                     if best:
                         best[1].remove()
@@ -228,6 +232,11 @@ def _label(figure: Figure, axes: Axes, labels: dict[Point, str], points: Sequenc
                 break
         assert best is not None
         written.append(_text_box(best[1], renderer))
+
+
+def _gap(box: Bbox, point: Any) -> float:
+    """How far a point lies from a box, in pixels."""
+    return math.hypot(max(box.x0 - point[0], 0, point[0] - box.x1), max(box.y0 - point[1], 0, point[1] - box.y1))
 
 
 def _text_box(note: Annotation, renderer: Any) -> Bbox:
