@@ -283,6 +283,10 @@ class SearchConfig(_Section):
     repeats: Annotated[int, Field(ge=0)] = Field(
         0, description="how often layer-sets may train a system again, from other seeds, where noise hides the front"
     )
+    max_worst_group_wer: Positive | None = Field(
+        None,
+        description="a fraction; whoever has a higher dev WER in some group (of data.group) is kept off the front",
+    )
     trials: Count = 40
     fixed: tuple[FixedCandidate, ...] = ()
 
@@ -339,6 +343,12 @@ class StudyConfig(_Section):
     search: SearchConfig = SearchConfig()
     storage: StorageConfig = StorageConfig()
     _source: Path = PrivateAttr(default=Path("study.toml"))
+
+    @model_validator(mode="after")
+    def _a_limit_on_groups_has_groups(self) -> "StudyConfig":
+        if self.search.max_worst_group_wer is not None and self.data.group is None:
+            raise ValueError("search.max_worst_group_wer needs data.group, the column that says who belongs to which group")
+        return self
 
     @property
     def source(self) -> Path:

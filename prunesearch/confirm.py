@@ -38,7 +38,7 @@ def write_confirmation(config: StudyConfig, seeds: int, steps: int | None, init:
     complete = [r for r in read_records(folder) if r.state == "complete"] if folder.is_dir() else []
     if not complete:
         raise StudyError([f"{config.name} has no complete candidate yet: `prunesearch launch {config.source}`"])
-    front = pareto_front(pooled_by_system(complete), config.search.params_objective)
+    front = pareto_front(pooled_by_system(complete), config.search.params_objective, config.search.max_worst_group_wer)
     named = baselines(complete[0].encoder_layers, config.search.baseline_lora_rank)
     systems = list(dict.fromkeys([*named.values(), *(r.candidate.system for r in front)]))
     again = [Candidate(c.removed_layers, c.lora_rank, repeat) for repeat in range(seeds) for c in systems]

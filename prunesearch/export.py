@@ -46,7 +46,7 @@ def chosen(
             some = ", ".join(r.candidate.key for r in pareto_front(complete, objective))
             raise StudyError([f"--candidate: {candidate} is not complete; the front is {some}"])
         return record
-    front = pareto_front(pooled_by_system(complete), objective)
+    front = pareto_front(pooled_by_system(complete), objective, config.search.max_worst_group_wer)
     if best_under_params is None:
         found = knee(front, objective)
     else:

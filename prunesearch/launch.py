@@ -307,6 +307,7 @@ class _Worker:
             self.study, self.space, evaluated, params_of, config.search.params_objective, trials, config.run_folder,
             config.training.rung_confidence, self.stop, self.watcher.note, keep_checkpoint,
             on_record=lambda record, settled: self.watcher.finished(record, settled, trials),
+            max_worst_group_wer=config.search.max_worst_group_wer,
         )  # fmt: skip
         team.agree(None)  # the others may go home
 
@@ -464,7 +465,7 @@ def _test_those_that_count(config: StudyConfig, workshop: Any, watcher: Watcher,
         records = read_records(config.run_folder / "records")
         complete = [r for r in records if r.state == "complete"]
         systems = pooled_by_system(complete)
-        front = pareto_front(systems, config.search.params_objective)
+        front = pareto_front(systems, config.search.params_objective, config.search.max_worst_group_wer)
         wanted = {r.candidate for r in (*front, *(s for s in systems if s.name))}
         due = [r for r in complete if r.candidate.system in wanted and r.test is None]
         if not due:

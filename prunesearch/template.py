@@ -50,6 +50,7 @@ max_removed = 6
 lora_ranks = [0, 4, 8, 16]            # 0: no LoRA
 params_objective = "speech_params"    # speech_params | encoder_params | total_params
 sampler = "layer-sets"                # layer-sets | tpe | nsga2 | gp | random | grid
+# max_worst_group_wer = 0.3           # of data.group: who is worse served than that, is kept off the front
 trials = 40                           # candidates in all, the four baselines included
 """
 

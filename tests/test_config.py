@@ -23,6 +23,14 @@ def test_a_valid_study_survives_its_own_json(toy: Path, tmp_path: Path) -> None:
     assert config.name == "s"
 
 
+def test_a_limit_on_groups_needs_groups(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path, toy, search={"max_worst_group_wer": 0.3})
+    assert load_study(file).search.max_worst_group_wer == 0.3
+    file.write_text(file.read_text().replace(', group = "speaker"', ""))
+    (line,) = mistakes(file)
+    assert "search.max_worst_group_wer needs data.group" in line
+
+
 def test_every_mistake_is_reported_at_once_each_on_one_line(toy: Path, tmp_path: Path) -> None:
     file = write_study(
         tmp_path, toy, llm={"promt": "x"}, data={"dev": "nowhere.jsonl"}, training={"steps": "many", "rungs": [0.5, 1.5]},

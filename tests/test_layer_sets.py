@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import optuna
 import pytest
+from optuna._hypervolume import compute_hypervolume
 from optuna.trial import TrialState
 
 from prunesearch.candidate import Candidate
@@ -71,7 +72,7 @@ def test_the_gain_is_the_expected_growth_of_the_hypervolume() -> None:
         def predict(self, candidates: list[Candidate]) -> tuple[np.ndarray, np.ndarray]:
             return np.full(len(candidates), math.log(0.3)), np.full(len(candidates), 1e-9)
 
-    gain = sampler._gain([Candidate((0, 1, 2), 0)], Certain(), front)[0]  # type: ignore[arg-type]
+    gain = sampler._gain([Candidate((0, 1, 2), 0)], Certain(), None, front)[0]  # type: ignore[arg-type]
     assert gain == pytest.approx((900 - 850) * math.log(0.5 / 0.3), rel=1e-4)  # at 850 parameters, until the front is lower
 
 
@@ -204,3 +205,32 @@ def test_workers_that_begin_together_begin_with_sets_of_different_sizes() -> Non
         trial.set_user_attr("candidate", candidate.key)
         sizes.append(len(candidate.removed_layers))
     assert sorted(sizes) == [1, 2, 3, 4, 5]
+
+
+def test_a_limit_on_the_worst_group_keeps_the_search_where_it_holds() -> None:
+    """Without layer 5, which costs the others least, one group's WER is three times the mean."""
+    limit = 0.15
+
+    def worst(candidate: Candidate) -> float:
+        return math.exp(log_wer(candidate)) * (3.0 if 5 in candidate.removed_layers else 1.2)
+
+    def proposed(most: float | None) -> optuna.Study:
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=LayerSetSampler(SPACE, params_of, 0, 6, SCAN, most))
+        for _ in range(30):
+            trial = study.ask(SPACE.distributions)
+            candidate = SPACE.candidate(trial.params)
+            trial.set_user_attr("candidate", candidate.key)
+            trial.set_user_attr("worst_group_wer", worst(candidate))
+            trial.set_constraint("worst_group_wer", worst(candidate) - limit)
+            study.tell(trial, [math.exp(log_wer(candidate)), params_of(candidate)])
+        return study
+
+    def volume(candidates: list[Candidate]) -> float:
+        points = np.array([(params_of(c), log_wer(c)) for c in candidates if worst(c) <= limit])
+        return compute_hypervolume(points, np.array([params_of(Candidate((), 16)) + 1, 0.0]))
+
+    everything = volume(SPACE.everything())
+    free, kept = ([SPACE.candidate(t.params) for t in proposed(most).get_trials()] for most in (None, limit))
+    assert volume(kept) > 0.98 * everything
+    assert volume(free) < 0.7 * everything
+    assert all(worst(SPACE.candidate(t.params)) <= limit for t in proposed(limit).best_trials)

@@ -634,3 +634,17 @@ def test_the_report_shows_groups_where_a_study_has_them(tmp_path: Path) -> None:
     shown = {table.title: table for table in tables(compare(tmp_path / "records", "speech_params", "s"))}
     rows = shown["WER in % by group"].rows
     assert {row[:5] for row in rows} == {(name, "test", "y", "50.00", "50.00") for name in ("unpruned", "top2")}
+
+
+def test_a_candidate_whose_worst_group_is_above_the_limit_is_not_chosen(records: Path) -> None:
+    winner = compare(records, "speech_params", "s").winner
+    assert winner is not None
+    results = [heard(f"g{i}", "one two", "one two" if i % 2 else "one too", "ab"[i % 2]) for i in range(10)]
+    dev = SplitResult.of(results).model_copy(update={"errors": winner.system.dev.errors})
+    write_record(records, winner.system.model_copy(update={"dev": dev}))
+    for limit, chosen in ((0.5, True), (0.4, False)):
+        found = compare(records, "speech_params", "s", max_worst_group_wer=limit)
+        assert (found.winner is not None) == chosen
+        assert (winner.system.candidate in {r.candidate for r in found.front}) == chosen
+        assert len(found.complete) == 6
+        assert f"above {100 * limit:g} %: {1 - chosen:d} candidates are left out" in verdict(found)[0]

@@ -85,7 +85,9 @@ def comparison_of(config: StudyConfig) -> Comparison:
     if not (config.run_folder / "records").is_dir():
         raise StudyError([f"{config.name} has no records yet: `prunesearch launch {config.source}`"])
     scan = read_scan(config.run_folder / "scan" / "scan.json")
-    return compare(config.run_folder / "records", config.search.params_objective, config.name, scan)
+    return compare(
+        config.run_folder / "records", config.search.params_objective, config.name, scan, config.search.max_worst_group_wer
+    )
 
 
 @contextmanager

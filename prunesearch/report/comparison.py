@@ -12,7 +12,7 @@ from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.record import Parameters, RunRecord, UtteranceResult, read_records, read_utterances
 from prunesearch.report.claims import Decoded, Finding, findings
 from prunesearch.report.errors import Anatomy, Change, anatomy, changes, counterpart, without_lora
-from prunesearch.report.front import dev_wer, hypervolume, knee, pareto_front, pooled_by_system
+from prunesearch.report.front import dev_wer, hypervolume, knee, pareto_front, pooled_by_system, within
 from prunesearch.report.published import Mark, marks
 from prunesearch.report.statistics import Counts, Difference, paired_bootstrap
 from prunesearch.scan import Scan
@@ -72,6 +72,7 @@ class Comparison:
     losses: tuple[Change, ...]  # front and baselines against their unpruned counterparts
     anatomy: Anatomy | None  # of the candidate that dev chooses
     published: tuple[Mark, ...]
+    max_worst_group_wer: float | None
     importance: dict[int, float]  # layer -> what it costs alone, before any training: nats per token; empty without a scan
     knee: RunRecord | None
     reference: tuple[float, float] | None  # parameters and WER, up to which hypervolumes are counted
@@ -94,16 +95,23 @@ class Comparison:
         return Reductions(*(1 - getattr(record.parameters, g) / max(1, getattr(self.unpruned, g)) for g in groups))
 
 
-def compare(records_folder: Path, objective: str, study_name: str, scan: Scan | None = None) -> Comparison:
+def compare(
+    records_folder: Path,
+    objective: str,
+    study_name: str,
+    scan: Scan | None = None,
+    max_worst_group_wer: float | None = None,
+) -> Comparison:
     """Compare a study's records, as many as there are. Selection looks at dev; differences at test where it is decoded.
 
-    A `scan` tells what each layer is worth before any training.
+    A `scan` tells what each layer is worth before any training. A candidate whose worst group has a dev WER above the limit
+    is neither on the front nor chosen.
 
     Raises ValueError when two records to be compared were decoded on different utterances.
     """
     trained = read_records(records_folder)
     records = pooled_by_system(trained)
-    front = pareto_front(records, objective)
+    front = pareto_front(records, objective, max_worst_group_wer)
     on_front = {r.candidate for r in front}
     trainings: dict[Candidate, list[Candidate]] = {}
     for record in sorted(trained, key=lambda r: r.repeat):
@@ -115,7 +123,8 @@ def compare(records_folder: Path, objective: str, study_name: str, scan: Scan | 
     to_beat = baselines.get(TO_BEAT)
     shown = _by_params({r.candidate: r for r in (*front, *baselines.values())}.values(), objective)
     best_value = knee(front, objective) if front else None
-    beating = [r for r in complete if to_beat and _beats(r, to_beat, objective)]
+    allowed = [r for r in complete if within(r, max_worst_group_wer)]
+    beating = [r for r in allowed if to_beat and _beats(r, to_beat, objective)]
     chosen = min(beating, key=lambda r: (dev_wer(r), r.parameters.speech), default=best_value)
     read: _Reader = functools.cache(lambda system, split: _read_utterances(records_folder, trainings[system], split))
     return Comparison(
@@ -140,6 +149,7 @@ def compare(records_folder: Path, objective: str, study_name: str, scan: Scan | 
         losses=tuple(c for r in shown if (whole := counterpart(r, complete)) for c in changes(r, whole)),
         anatomy=_anatomy(records_folder, chosen, complete, trainings) if chosen else None,
         published=marks(records, objective),
+        max_worst_group_wer=max_worst_group_wer,
         importance=scan.table().get("delta_loss", {}) if scan else {},
         knee=best_value,
         **_volumes(front, tuple(baselines.values()), objective),

@@ -75,7 +75,14 @@ def hypervolume(front: Sequence[RunRecord], objective: str, reference: tuple[flo
     return float(compute_hypervolume(inside, np.array(reference))) if len(inside) else 0.0
 
 
-def pareto_front(records: Iterable[RunRecord], objective: str) -> list[RunRecord]:
-    """The complete records that are non-dominated in (`objective`, dev WER), fewest parameters first."""
-    complete = [r for r in records if r.state == "complete"]
+def pareto_front(records: Iterable[RunRecord], objective: str, max_worst_group_wer: float | None = None) -> list[RunRecord]:
+    """The complete records that are non-dominated in (`objective`, dev WER), fewest parameters first; only those whose worst
+    group keeps within the limit, where there is one."""
+    complete = [r for r in records if r.state == "complete" and within(r, max_worst_group_wer)]
     return [complete[i] for i in non_dominated([(r.parameters.of(objective), dev_wer(r)) for r in complete])]
+
+
+def within(record: RunRecord, max_worst_group_wer: float | None) -> bool:
+    """Whether its worst group's dev WER keeps within the limit, where there is one and groups are known."""
+    worst = record.dev.worst_group_wer if record.dev else None
+    return max_worst_group_wer is None or worst is None or worst <= max_worst_group_wer

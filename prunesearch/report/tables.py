@@ -11,7 +11,7 @@ from rich.text import Text
 from prunesearch.record import RunRecord, SplitResult
 from prunesearch.report.comparison import CLAIMS, TO_BEAT, Comparison, Contrast
 from prunesearch.report.errors import KINDS, Change, length_ratio
-from prunesearch.report.front import dev_wer, non_dominated
+from prunesearch.report.front import dev_wer, non_dominated, within
 
 OBJECTIVES = {
     "speech_params": "speech parameters (encoder + projector + LoRA)",
@@ -332,7 +332,10 @@ def verdict(comparison: Comparison) -> tuple[str, ...]:
     """What can be said, in sentences: how far the study is, whether top2+lora is beaten, and the published claims."""
     counts = f"{len(comparison.complete)} complete, {len(comparison.pruned)} ended at a rung, {len(comparison.failed)} failed"
     claims = (_claim(c) for c in comparison.differences if c.difference is not None)
-    return (f"Candidates: {counts}; {len(comparison.front)} on the front.", *_beaten(comparison), *claims)
+    limit = comparison.max_worst_group_wer
+    above = sum(not within(r, limit) for r in comparison.complete)
+    kept = f" No worst group may have a dev WER above {100 * limit:g} %: {above} candidates are left out." if limit else ""
+    return (f"Candidates: {counts}; {len(comparison.front)} on the front.{kept}", *_beaten(comparison), *claims)
 
 
 def _beaten(comparison: Comparison) -> list[str]:

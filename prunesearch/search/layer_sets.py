@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from prunesearch.candidate import Candidate
 from prunesearch.scan import LayerSet
 from prunesearch.search.guide import Guide
-from prunesearch.search.sampler import CandidateSampler
+from prunesearch.search.sampler import WORST_GROUP_WER, CandidateSampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.surrogate import Array, Posterior, Surrogate
 
@@ -52,6 +52,8 @@ class LayerSetSampler(CandidateSampler):
 
     `params_of` gives a candidate's second objective. `scan` is a criterion of single layers, and of pairs where measured
     (`Scan.score("delta_loss")`): without it, the first `startup_trials` are random sets, with it, sets that it speaks for.
+    With `max_worst_group_wer`, trials carry the attribute `worst_group_wer`: it is modelled as WER is, and a gain counts as
+    much as it is likely to keep within the limit.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class LayerSetSampler(CandidateSampler):
         seed: int = 0,
         startup_trials: int = 6,
         scan: Mapping[LayerSet, float] | None = None,
+        max_worst_group_wer: float | None = None,
     ):
         super().__init__(space, seed)
         self._params_of = params_of
+        self._limit = None if max_worst_group_wer is None else _log_wer(max_worst_group_wer)
         self._startup_trials = startup_trials
         self._scan = scan
         self._guide = Guide(space, scan)
@@ -96,8 +100,19 @@ class LayerSetSampler(CandidateSampler):
             extra = np.append(known.extra, np.zeros(len(running)))
             known = Known(known.numbers, everyone, np.append(known.values, means), extra)
             posterior = surrogate.given(known.candidates, known.values, known.extra)
-        front = self._front(known.candidates, posterior)
-        return self._best(posterior, front, seen, rng)
+        worst = self._worst_groups(trials, surrogate)
+        front = self._front(known.candidates, posterior, worst)
+        return self._best(posterior, worst, front, seen, rng)
+
+    def _worst_groups(self, trials: Sequence[FrozenTrial], surrogate: Surrogate) -> Posterior | None:
+        """What is believed of the worst group's log WER, where the study has a limit: what makes candidates alike in WER
+        makes them alike in that, too."""
+        told = [t for t in trials if t.state == TrialState.COMPLETE and WORST_GROUP_WER in t.user_attrs]
+        if self._limit is None or len(told) < 3:
+            return None
+        told = told[-BELIEVE_AT_MOST:]
+        values = np.array([_log_wer(t.user_attrs[WORST_GROUP_WER]) for t in told])
+        return surrogate.given([self._space.candidate(t.params) for t in told], values, np.zeros(len(told)))
 
     def _known(self, trials: Sequence[FrozenTrial]) -> Known:
         """Finished trials, and those that a rung ended, at what their WER at that rung would have become; by number."""
@@ -155,8 +170,14 @@ class LayerSetSampler(CandidateSampler):
             self._fitted = due, surrogate
         return self._fitted[1]
 
-    def _front(self, candidates: Sequence[Candidate], posterior: Posterior) -> list[tuple[float, float, Candidate]]:
-        """(parameters, log WER as believed, candidate) of the non-dominated ones, fewest parameters first."""
+    def _front(
+        self, candidates: Sequence[Candidate], posterior: Posterior, worst: Posterior | None
+    ) -> list[tuple[float, float, Candidate]]:
+        """(parameters, log WER as believed, candidate) of the non-dominated ones within the limit, fewest parameters first."""
+        if worst is not None:
+            candidates = [c for c, p in zip(candidates, self._within(candidates, worst), strict=True) if p >= 0.5]
+        if not candidates:
+            return []
         means, _ = posterior.predict(candidates)
         front: list[tuple[float, float, Candidate]] = []
         for params, value, candidate in sorted(
@@ -166,13 +187,25 @@ class LayerSetSampler(CandidateSampler):
                 front.append((params, value, candidate.system))
         return front
 
+    def _within(self, candidates: Sequence[Candidate], worst: Posterior) -> Array:
+        """How likely each candidate's worst group is to keep within the limit: (N,)."""
+        assert self._limit is not None
+        means, deviations = worst.predict(candidates)
+        likely: Array = ndtr((self._limit - means) / deviations)
+        return likely
+
     def _best(
-        self, posterior: Posterior, front: list[tuple[float, float, Candidate]], seen: set[str], rng: random.Random
+        self,
+        posterior: Posterior,
+        worst: Posterior | None,
+        front: list[tuple[float, float, Candidate]],
+        seen: set[str],
+        rng: random.Random,
     ) -> Candidate | None:
         pool = [c for c in self._pool(front, rng) if c.key not in seen] + self._repeats(posterior, front, seen)
         if not pool:
             return None
-        gains = self._gain(pool, posterior, front)
+        gains = self._gain(pool, posterior, worst, front)
         if self._everything is None:
             for _ in range(ROUNDS):  # climb from the best ones
                 best = np.argsort(-gains)[:REFINED]
@@ -182,7 +215,7 @@ class LayerSetSampler(CandidateSampler):
                 if not new:
                     break
                 pool += new
-                gains = np.append(gains, self._gain(new, posterior, front))
+                gains = np.append(gains, self._gain(new, posterior, worst, front))
                 if gains.argmax() < len(pool) - len(new):
                     break
         return pool[int(gains.argmax())]
@@ -208,7 +241,13 @@ class LayerSetSampler(CandidateSampler):
         again = ([replace(c, repeat=n) for n in range(1, self._space.repeats + 1)] for _, _, c in front)
         return [due[0] for each in again if (due := [c for c in each if c.key not in seen])]
 
-    def _gain(self, pool: Sequence[Candidate], posterior: Posterior, front: list[tuple[float, float, Candidate]]) -> Array:
+    def _gain(
+        self,
+        pool: Sequence[Candidate],
+        posterior: Posterior,
+        worst: Posterior | None,
+        front: list[tuple[float, float, Candidate]],
+    ) -> Array:
         """Expected gain in hypervolume of log WER, under a WER of 1 and the most parameters there can be; where none is left to
         expect, the most hopeful candidate is still ahead of the others."""
         means, deviations = posterior.predict(pool)
@@ -222,7 +261,8 @@ class LayerSetSampler(CandidateSampler):
         gains = (widths * expected_improvement(steps, means[:, None], deviations[:, None])).sum(1)
         here = steps[(begins <= params[:, None]).sum(1)]
         hope = here - means + 2 * deviations
-        return gains + 1e-9 * widest * ndtr(hope)
+        gains += 1e-9 * widest * ndtr(hope)
+        return gains if worst is None else gains * self._within(pool, worst)
 
 
 def expected_improvement(best: Array, mean: Array, deviation: Array) -> Array:

@@ -15,6 +15,7 @@ from prunesearch.search.guide import Guide
 from prunesearch.search.space import SearchSpace
 
 GIVEN_BACK = ("lost", "crashed", "handed back")  # by a worker: the candidate has no outcome yet
+WORST_GROUP_WER = "worst_group_wer"  # a trial's attribute, and its constraint where the study has a limit
 ATTEMPTS = 30  # proposals of the inner sampler, before a random candidate takes their place
 
 

@@ -34,7 +34,8 @@ def sampler_of(
     search = config.search
     scores = scan.score("delta_loss") if scan else None
     if search.sampler == "layer-sets":
-        return LayerSetSampler(space, params_of, config.seed, search.startup_trials, scores)
+        most = search.max_worst_group_wer
+        return LayerSetSampler(space, params_of, config.seed, search.startup_trials, scores, most)
     return optuna_sampler(search.sampler, space, config.seed, search.startup_trials, scores)
 
 

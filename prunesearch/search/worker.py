@@ -17,6 +17,7 @@ from prunesearch.record import RunRecord, WordErrors
 from prunesearch.search.claims import Claim, claim, settled, sleep
 from prunesearch.search.leases import Held, Watch, end_lost, give_up, kept
 from prunesearch.search.rungs import Finished, chance_of_domination
+from prunesearch.search.sampler import WORST_GROUP_WER
 from prunesearch.search.shelf import ShelfAway
 from prunesearch.search.space import SearchSpace
 from prunesearch.stopping import Stop, Stopped, Taken
@@ -66,6 +67,7 @@ def work(
     note: Callable[[str], None] = print,
     on_beat: Callable[[], None] = lambda: None,
     on_record: OnRecord = lambda record, settled: None,
+    max_worst_group_wer: float | None = None,
 ) -> None:
     """Evaluate candidates until the study has `trials` of them with an outcome, whoever evaluated them, or none is left.
 
@@ -93,7 +95,7 @@ def work(
             with kept(claimed.held, look, partial(claimed.write_params, study._storage), note):
                 record = evaluate(claimed.candidate, claimed.name, referee)
             claimed.write_params(study._storage)  # where the trial was over sooner
-            _tell(study, claimed.trial, record, objective)
+            _tell(study, claimed.trial, record, objective, max_worst_group_wer)
         except (Taken, UpdateFinishedTrialError):
             note(f"{claimed.candidate.key} was given to another worker in the meantime")
         except (Stopped, KeyboardInterrupt):
@@ -130,7 +132,9 @@ def finished_at(study: optuna.Study, step: int) -> list[Finished]:
     ]
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, record: RunRecord, objective: str) -> None:
+def _tell(
+    study: optuna.Study, trial: optuna.Trial, record: RunRecord, objective: str, max_worst_group_wer: float | None
+) -> None:
     """A pruned trial has no values in a study of two objectives; a failed one must never be complete.
 
     Rungs are told once more: a record that was there already has passed them without this trial. Raises
@@ -142,6 +146,9 @@ def _tell(study: optuna.Study, trial: optuna.Trial, record: RunRecord, objective
         storage.set_trial_user_attr(number, f"rung_{rung.step}", told)
     if record.state == "complete":
         assert record.dev is not None
+        if max_worst_group_wer is not None and (worst := record.dev.worst_group_wer) is not None:
+            trial.set_user_attr(WORST_GROUP_WER, worst)
+            trial.set_constraint(WORST_GROUP_WER, worst - max_worst_group_wer)
         values = [record.dev.errors.wer, float(record.parameters.of(objective))]
         storage.set_trial_state_values(number, TrialState.COMPLETE, values)
         return
