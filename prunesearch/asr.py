@@ -33,7 +33,7 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.record import write_atomically
 from prunesearch.speech.audio import SAMPLE_RATE, padded, read_audio
 from prunesearch.training.batches import by_length
-from prunesearch.training.decode import generate, token_limit
+from prunesearch.training.decode import Written, generate, token_limit
 from prunesearch.training.device import autocast
 
 SETTINGS = "slam.json"
@@ -172,22 +172,35 @@ class SlamAsr:
         seconds = math.floor(self.window_seconds / block) * block if block else self.window_seconds
         return int(seconds * SAMPLE_RATE)
 
-    @torch.inference_mode()
     def _texts(self, parts: Sequence[Samples], batch_size: int) -> list[str]:
         texts: dict[int, str] = {}
-        dtype = getattr(torch, self.settings.dtype)
         for batch in by_length([len(p) for p in parts], batch_size):
-            mels = [self._log_mel(parts[i]) for i in batch]
-            frames = torch.tensor([m.shape[1] for m in mels], device=self.device)
-            features = torch.zeros(len(mels), mels[0].shape[0], int(frames.max()))
-            for row, mel in zip(features, mels, strict=True):
-                row[:, : mel.shape[1]] = mel
-            with autocast(self.device, dtype):
-                states, lengths = encode(self.encoder, features.to(self.device), frames)
-            limits = [token_limit(len(parts[i]) / SAMPLE_RATE, self.settings.decoding) for i in batch]
-            written = generate(self.slam, states.to(dtype), lengths, limits, self.settings.decoding, dtype)
-            texts |= zip(batch, (" ".join(t.split()) for t in written), strict=True)
+            heard = self.hear([parts[i] for i in batch])
+            texts |= zip(batch, (" ".join(written.text.split()) for written in heard), strict=True)
         return [texts[i] for i in range(len(parts))]
+
+    @torch.inference_mode()
+    def hear(self, parts: Sequence[Samples]) -> list[Written]:
+        """One batch, from samples at 16 kHz to text. Raises ValueError for a part that is longer than a window."""
+        dtype = getattr(torch, self.settings.dtype)
+        states, lengths = self.encode(*self.log_mels(parts))
+        limits = [token_limit(len(part) / SAMPLE_RATE, self.settings.decoding) for part in parts]
+        return generate(self.slam, states.to(dtype), lengths, limits, self.settings.decoding, dtype)
+
+    def log_mels(self, parts: Sequence[Samples]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch's features (B, M, F), padded with zeros, and each part's frames (B,), where the system computes."""
+        mels = [self._log_mel(part) for part in parts]
+        frames = torch.tensor([m.shape[1] for m in mels], device=self.device)
+        features = torch.zeros(len(mels), mels[0].shape[0], int(frames.max()))
+        for row, mel in zip(features, mels, strict=True):
+            row[:, : mel.shape[1]] = mel
+        return features.to(self.device), frames
+
+    @torch.inference_mode()
+    def encode(self, features: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The encoder alone: (B, M, F), frames (B,) -> states (B, T, D), lengths (B,)."""
+        with autocast(self.device, getattr(torch, self.settings.dtype)):
+            return encode(self.encoder, features, frames)
 
     def _log_mel(self, samples: Samples) -> torch.Tensor:
         samples = padded(samples, self.settings.pad_to_seconds)
