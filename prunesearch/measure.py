@@ -5,7 +5,7 @@ alike. A ratio is taken within a turn, and the median over turns is what is told
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -237,12 +237,15 @@ def _seated(base: "Base", config: StudyConfig, record: RunRecord) -> Iterator["S
 
 
 def _encoder_seconds(asr: "SlamAsr", batches: Sequence[Sequence["Samples"]]) -> float:
-    seconds, _ = _timed(asr.device, lambda mels: asr.encode(*mels), [asr.log_mels(batch) for batch in batches])
+    def encode(mels: Any) -> None:  # states are dropped: they would pile up on the device
+        asr.encode(*mels)
+
+    seconds, _ = _timed(asr.device, encode, map(asr.log_mels, batches))
     return seconds
 
 
-def _timed(device: "torch.device", work: Callable[[Any], Any], items: Sequence[Any]) -> tuple[float, list[Any]]:
-    """Seconds for the items, one after the other, and what became of each."""
+def _timed(device: "torch.device", work: Callable[[Any], Any], items: Iterable[Any]) -> tuple[float, list[Any]]:
+    """Seconds for the items, one after the other, and what became of each. How an item comes about is not counted."""
     seconds, results = 0.0, []
     for item in items:
         begin = _now(device)

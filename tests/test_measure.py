@@ -11,13 +11,14 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+import prunesearch.export
 from prunesearch.config import load_study
 from prunesearch.display import measurement_table
 from prunesearch.export import Base, export
 from prunesearch.launch import launch
 from prunesearch.measure import Figures, Measurement, Ratios, measure
 from prunesearch.mistakes import StudyError
-from prunesearch.training.decode import _new_tokens
+from prunesearch.training.decode import count_new_tokens
 from tests.conftest import write_study
 from tests.test_launch import cli
 
@@ -75,25 +76,23 @@ def test_file_bytes_are_what_an_export_writes(study: Path, measured: Measurement
 
 
 def test_unpruned_is_one_time_itself_and_is_measured_once_a_turn(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prunesearch import measure as module
+    measured: list[str] = []
+    put_together = prunesearch.export.put_together
 
-    listened: list[str] = []
-    listen = module._listened
+    def counting(config: Any, record: Any, base: Any, model: Any) -> Any:
+        measured.append(record.candidate.key)
+        return put_together(config, record, base, model)
 
-    def counting(base: Any, config: Any, record: Any, recordings: Any) -> Figures:
-        listened.append(record.candidate.key)
-        return listen(base, config, record, recordings)
-
-    monkeypatch.setattr(module, "_listened", counting)
+    monkeypatch.setattr(prunesearch.export, "put_together", counting)
     (unpruned,) = measure(study, ["full"], turns=1, utterances=1).systems
-    assert listened == ["full", "full"]  # one turn to warm up, one that counts
+    assert measured == ["full", "full"]  # one turn to warm up, one that counts
     assert unpruned.figures == unpruned.unpruned
     assert {getattr(unpruned.ratios, f.name) for f in fields(Ratios)} <= {1.0, None}
 
-    listened.clear()
+    measured.clear()
     first, second = measure(study, ["minus-2-3+lora4", "full", "minus-2-3+lora4"], turns=1, utterances=1).systems
     assert (first.candidate, second.candidate) == ("full", "minus-2-3+lora4")
-    assert listened == ["full", "minus-2-3+lora4"] * 2
+    assert measured == ["full", "minus-2-3+lora4"] * 2
     assert first.figures == second.unpruned
 
 
@@ -114,10 +113,10 @@ def test_the_llm_is_loaded_once_and_left_bare(study: Path, monkeypatch: pytest.M
 
 def test_tokens_are_counted_up_to_the_end_of_sequence_or_the_limit() -> None:
     end, pad = 2, 0
-    assert _new_tokens([5, 6, end, pad, pad], limit=5, eos=end) == 3
-    assert _new_tokens([5, 6, 7, pad, pad], limit=3, eos=end) == 3
-    assert _new_tokens([5, 6], limit=5, eos=end) == 2
-    assert _new_tokens([5, end, end, end], limit=4, eos=end) == 2  # padded with its end of sequence
+    assert count_new_tokens([5, 6, end, pad, pad], limit=5, eos=end) == 3
+    assert count_new_tokens([5, 6, 7, pad, pad], limit=3, eos=end) == 3
+    assert count_new_tokens([5, 6], limit=5, eos=end) == 2
+    assert count_new_tokens([5, end, end, end], limit=4, eos=end) == 2  # padded with its end of sequence
 
 
 def test_the_command_prints_json_and_keeps_the_outcome(study: Path) -> None:

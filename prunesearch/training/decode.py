@@ -70,11 +70,11 @@ def generate(
             stopping_criteria=StoppingCriteriaList([_RowLimits(most)]),
         )
     texts = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
-    counts = [_new_tokens(row, limit, slam.llm.eos) for row, limit in zip(written.tolist(), limits, strict=True)]
+    counts = [count_new_tokens(row, limit, slam.llm.eos) for row, limit in zip(written.tolist(), limits, strict=True)]
     return [Written(text, count) for text, count in zip(texts, counts, strict=True)]
 
 
-def _new_tokens(row: Sequence[int], limit: int, eos: int) -> int:
+def count_new_tokens(row: Sequence[int], limit: int, eos: int) -> int:
     """Of a row that ends with its end of sequence or at its limit; what stands behind that is padding."""
     return row.index(eos) + 1 if eos in row else min(limit, len(row))
 
