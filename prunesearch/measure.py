@@ -61,20 +61,25 @@ class Ratios:
 
 @dataclass(frozen=True)
 class MeasuredSystem:
-    """Medians over turns: of the system's figures, of the unpruned system's in the same turns, of the turns' ratios."""
+    """Medians over turns: of the system's figures, of the unpruned system's in the same turns, of the turns' ratios. Of these,
+    the lowest and the highest too: far apart, they say that the machine had other things to do, or turns were too few."""
 
     candidate: str  # its key
     name: str | None  # a baseline's
     figures: Figures
     unpruned: Figures
     ratios: Ratios
+    lowest: Ratios
+    highest: Ratios
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Systems by what they take on one machine, the unpruned one first. `measure.json`, and what `--json` prints, is an object
-    of these fields: `systems` a list of `MeasuredSystem`, in which `figures` and `unpruned` are `Figures`, and `ratios` are
-    `Ratios`."""
+    """Systems by what they take on one machine, the unpruned one first.
+
+    `measure.json`, and what `--json` prints, is an object of these fields: `systems` a list of `MeasuredSystem`, in which
+    `figures` and `unpruned` are `Figures`, and `ratios`, `lowest` and `highest` are `Ratios`.
+    """
 
     study: str
     device: str
@@ -278,10 +283,17 @@ def file_bytes(asr: "SlamAsr") -> int:
 
 
 def _compared(record: RunRecord, own: Sequence[Figures], unpruned: Sequence[Figures]) -> MeasuredSystem:
-    def ratio(field: str) -> float:
-        return median(getattr(a, field) / getattr(b, field) for a, b in zip(own, unpruned, strict=True))
+    median_ratios, lowest, highest = (_ratios(own, unpruned, over) for over in (median, min, max))
+    return MeasuredSystem(record.candidate.key, record.name, _medians(own), _medians(unpruned), median_ratios, lowest, highest)
 
-    ratios = Ratios(
+
+def _ratios(own: Sequence[Figures], unpruned: Sequence[Figures], over: Callable[[list[float]], float]) -> Ratios:
+    """Each turn's ratios, and of them the median, say."""
+
+    def ratio(field: str) -> float:
+        return over([getattr(a, field) / getattr(b, field) for a, b in zip(own, unpruned, strict=True)])
+
+    return Ratios(
         encoder=ratio("encoder_seconds"),
         batch_encoder=ratio("batch_encoder_seconds"),
         end_to_end=ratio("end_to_end_seconds"),
@@ -291,7 +303,6 @@ def _compared(record: RunRecord, own: Sequence[Figures], unpruned: Sequence[Figu
         parameters=ratio("parameter_bytes"),
         file=ratio("file_bytes"),
     )
-    return MeasuredSystem(record.candidate.key, record.name, _medians(own), _medians(unpruned), ratios)
 
 
 def _medians(turns: Sequence[Figures]) -> Figures:

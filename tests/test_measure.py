@@ -87,6 +87,7 @@ def test_unpruned_is_one_time_itself_and_is_measured_once_a_turn(study: Path, mo
     (unpruned,) = measure(study, ["full"], turns=1, utterances=1).systems
     assert measured == ["full", "full"]  # one turn to warm up, one that counts
     assert unpruned.figures == unpruned.unpruned
+    assert unpruned.ratios == unpruned.lowest == unpruned.highest
     assert {getattr(unpruned.ratios, f.name) for f in fields(Ratios)} <= {1.0, None}
 
     measured.clear()
@@ -128,6 +129,8 @@ def test_the_command_prints_json_and_keeps_the_outcome(study: Path) -> None:
     for system in found["systems"]:
         assert system["figures"].keys() == system["unpruned"].keys() == {f.name for f in fields(Figures)}
         assert system["ratios"].keys() == {f.name for f in fields(Ratios)}
+        for name, ratio in system["ratios"].items():
+            assert ratio is None or system["lowest"][name] <= ratio <= system["highest"][name]
         assert all(value is None or value > 0 for value in (*system["figures"].values(), *system["ratios"].values()))
 
 
