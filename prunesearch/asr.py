@@ -26,14 +26,14 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.config import DecodingConfig, LlmConfig, ProjectorConfig, TextConfig
 from prunesearch.mistakes import StudyError
-from prunesearch.model.encoder import embed, load_encoder, run_layers
+from prunesearch.model.encoder import embed, encode, load_encoder, run_layers
 from prunesearch.model.llm import load_llm
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.record import write_atomically
 from prunesearch.speech.audio import SAMPLE_RATE, padded, read_audio
 from prunesearch.training.batches import by_length
-from prunesearch.training.decode import generate, token_limit
+from prunesearch.training.decode import Written, generate, token_limit
 from prunesearch.training.device import autocast
 from prunesearch.training.features import ENCODING_BATCH
 
@@ -168,15 +168,10 @@ class SlamAsr:
         """The same in parts: a long recording is cut into windows where it is quietest. Raises AudioError."""
         samples = [r if isinstance(r, np.ndarray) else read_audio(Path(r)) for r in recordings]
         parts = [(n, start, end) for n, s in enumerate(samples) for start, end in windows(s, self._longest())]
-        decoding = self.settings.decoding
-        texts = self._texts(
-            [samples[n][start:end] for n, start, end in parts],
-            batch_size or decoding.batch_size,
-            beams or decoding.test_beams or decoding.beams,
-        )
+        heard = self.hear([samples[n][start:end] for n, start, end in parts], batch_size, beams)
         found: list[list[Segment]] = [[] for _ in samples]
-        for (n, start, end), text in zip(parts, texts, strict=True):
-            found[n].append(Segment(start / SAMPLE_RATE, end / SAMPLE_RATE, text))
+        for (n, start, end), written in zip(parts, heard, strict=True):
+            found[n].append(Segment(start / SAMPLE_RATE, end / SAMPLE_RATE, " ".join(written.text.split())))
         return found
 
     def _longest(self) -> int:
@@ -186,17 +181,18 @@ class SlamAsr:
         return int(seconds * SAMPLE_RATE)
 
     @torch.inference_mode()
-    def _texts(self, parts: Sequence[Samples], batch_size: int, beams: int) -> list[str]:
-        """In the batches that a study's trial makes of the same recordings: see `training.features` and `training.decode`."""
-        dtype = getattr(torch, self.settings.dtype)
+    def hear(self, parts: Sequence[Samples], batch_size: int | None = None, beams: int | None = None) -> list[Written]:
+        """What the LLM writes for each part, in the batches that a study's trial makes of the same recordings: see
+        `training.features` and `training.decode`. Raises ValueError for a part that is longer than a window."""
+        decoding, dtype = self.settings.decoding, getattr(torch, self.settings.dtype)
         states = self._states(parts, dtype)
-        texts: dict[int, str] = {}
-        for batch in by_length([len(s) for s in states], batch_size):
-            limits = [token_limit(len(parts[i]) / SAMPLE_RATE, self.settings.decoding) for i in batch]
+        found: dict[int, Written] = {}
+        for batch in by_length([len(s) for s in states], batch_size or decoding.batch_size):
+            limits = [token_limit(len(parts[i]) / SAMPLE_RATE, decoding) for i in batch]
             hidden, lengths = self._together([states[i] for i in batch])
-            written = generate(self.slam, hidden, lengths, limits, self.settings.decoding, dtype, beams)
-            texts |= zip(batch, (" ".join(t.split()) for t in written), strict=True)
-        return [texts[i] for i in range(len(parts))]
+            beams = beams or decoding.test_beams or decoding.beams
+            found |= zip(batch, generate(self.slam, hidden, lengths, limits, decoding, dtype, beams), strict=True)
+        return [found[i] for i in range(len(parts))]
 
     def _states(self, parts: Sequence[Samples], dtype: torch.dtype) -> list[torch.Tensor]:
         """The encoder's output for each part, (T, D) each, on the CPU: first the layers that a study's candidates share, then
@@ -208,13 +204,9 @@ class SlamAsr:
                 states[i] = row[:length].clone()
 
         for batch in by_length([len(p) for p in parts], ENCODING_BATCH):
-            mels = [self._log_mel(parts[i]) for i in batch]
-            frames = torch.tensor([m.shape[1] for m in mels], device=self.device)
-            features = torch.zeros(len(mels), mels[0].shape[0], int(frames.max()))
-            for row, mel in zip(features, mels, strict=True):
-                row[:, : mel.shape[1]] = mel
+            features, frames = self.log_mels([parts[i] for i in batch])
             with autocast(self.device, dtype):
-                hidden, lengths = embed(self.encoder, features.to(self.device), frames)
+                hidden, lengths = embed(self.encoder, features, frames)
                 keep(batch, run_layers(self.encoder, hidden, lengths, 0, shared), lengths)
         for batch in by_length([len(s) for s in states], ENCODING_BATCH):
             hidden, lengths = self._together([states[i] for i in batch])
@@ -226,6 +218,21 @@ class SlamAsr:
         """(B, T, D) padded with zeros, lengths (B,)."""
         lengths = torch.tensor([len(s) for s in states], device=self.device)
         return torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True).to(self.device), lengths
+
+    def log_mels(self, parts: Sequence[Samples]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch's features (B, M, F), padded with zeros, and each part's frames (B,), where the system computes."""
+        mels = [self._log_mel(part) for part in parts]
+        frames = torch.tensor([m.shape[1] for m in mels], device=self.device)
+        features = torch.zeros(len(mels), mels[0].shape[0], int(frames.max()))
+        for row, mel in zip(features, mels, strict=True):
+            row[:, : mel.shape[1]] = mel
+        return features.to(self.device), frames
+
+    @torch.inference_mode()
+    def encode(self, features: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The encoder alone: (B, M, F), frames (B,) -> states (B, T, D), lengths (B,)."""
+        with autocast(self.device, getattr(torch, self.settings.dtype)):
+            return encode(self.encoder, features, frames)
 
     def _log_mel(self, samples: Samples) -> torch.Tensor:
         samples = padded(samples, self.settings.pad_to_seconds)

@@ -352,6 +352,31 @@ def export(
     typer.echo(f"{record.name or record.candidate.key}: {out}; prunesearch transcribe {out} AUDIO…")
 
 
+@app.command()
+def measure(
+    study: Study,
+    candidate: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Which one; may be repeated. Default: the front and the baselines.")
+    ] = None,
+    turns: Annotated[int, typer.Option(min=1, help="How often each is measured, after once that is not counted.")] = 5,
+    utterances: Annotated[int, typer.Option(min=1, help="How many of dev.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Measure latency, memory and file size on this machine, in turns with the unpruned system."""
+    from prunesearch.measure import measure as run
+
+    with _Display() as display:
+        found = run(study, candidate or (), turns, utterances, display)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(asdict(found))
+    else:
+        from prunesearch.display import measurement_table
+
+        _print(measurement_table(found))
+
+
 Beams = Annotated[int | None, typer.Option("--beams", min=1, help="Of the search; default: as the study decoded test.")]
 
 

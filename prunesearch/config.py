@@ -344,11 +344,13 @@ class StudyConfig(_Section):
     storage: StorageConfig = StorageConfig()
     _source: Path = PrivateAttr(default=Path("study.toml"))
 
-    @model_validator(mode="after")
-    def _a_limit_on_groups_has_groups(self) -> "StudyConfig":
-        if self.search.max_worst_group_wer is not None and self.data.group is None:
-            raise ValueError("search.max_worst_group_wer needs data.group, the column that says who belongs to which group")
-        return self
+    @field_validator("search")
+    @classmethod
+    def _a_limit_on_groups_has_groups(cls, value: SearchConfig, info: ValidationInfo) -> SearchConfig:
+        data = info.data.get("data")  # not there where it has mistakes of its own
+        if value.max_worst_group_wer is not None and data is not None and data.group is None:
+            raise ValueError("max_worst_group_wer needs data.group, the column that says who belongs to which group")
+        return value
 
     @property
     def source(self) -> Path:

@@ -6,6 +6,7 @@ from rich.console import Group
 from rich.table import Table
 
 from prunesearch.confirm import Confirmation
+from prunesearch.measure import Measurement
 from prunesearch.plan import Estimate, Plan
 
 
@@ -73,6 +74,44 @@ def confirmation_table(found: Confirmation) -> Group:
     ]
     regret = f"taking the short runs' word costs at most {100 * found.regret:.2f} points of dev WER at any size"
     return Group(table, *said, regret)
+
+
+def measurement_table(found: Measurement) -> Group:
+    """Each system's figures, behind their ratios to the unpruned system's."""
+    table = Table(title=f"{found.study}: ratio to unpruned, and the figure itself (medians over {found.turns} turns)")
+    table.add_column("system")
+    for column in (
+        "encoder,\nms alone", "encoder,\nms in batches", "samples to text,\nms alone", "real-time factor,\nin batches",
+        "tokens\nwritten", "peak memory,\nMiB", "parameters,\nMiB", "file,\nMiB",
+    ):  # fmt: skip
+        table.add_column(column, justify="right", no_wrap=True)
+    for system in found.systems:
+        f, r, low, high = system.figures, system.ratios, system.lowest, system.highest
+        table.add_row(
+            system.name or system.candidate,
+            f"{r.encoder:.3f}  {1e3 * f.encoder_seconds:9.2f}\n{low.encoder:.2f} to {high.encoder:.2f}",
+            f"{r.batch_encoder:.3f}  {1e3 * f.batch_encoder_seconds:9.2f}\n{low.batch_encoder:.2f} to {high.batch_encoder:.2f}",
+            f"{r.end_to_end:.3f}  {1e3 * f.end_to_end_seconds:9.2f}\n{low.end_to_end:.2f} to {high.end_to_end:.2f}",
+            f"{r.batch_end_to_end:.3f}  {f.real_time_factor:8.4f}\n{low.batch_end_to_end:.2f} to {high.batch_end_to_end:.2f}",
+            f"{r.new_tokens:.2f}  {f.new_tokens:6.1f}",
+            "–" if f.peak_memory_bytes is None else f"{r.peak_memory:.3f}  {_mib(f.peak_memory_bytes)}",
+            f"{r.parameters:.3f}  {_mib(f.parameter_bytes)}",
+            f"{r.file:.3f}  {_mib(f.file_bytes)}",
+        )
+    said = (
+        "Milliseconds are a recording's. Ratios are taken within a turn: unpruned is measured anew beside each system. Below a "
+        "ratio is the turns' range: where it is wide, the machine was busy. The more tokens are written, the longer samples to "
+        "text takes: compare it between systems that write about as many. File: encoder, projector and LoRA."
+    )
+    where = (
+        f"{found.device}, {found.dtype}, {found.threads} threads, torch {found.torch}; {found.utterances} recordings of dev, "
+        f"{found.audio_seconds:.1f} s, batches of {min(found.batch_size, found.utterances)}"
+    )
+    return Group(table, said, where)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:8.2f}"
 
 
 def _duration(hours: float) -> str:

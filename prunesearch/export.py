@@ -1,7 +1,8 @@
 """The model out: a candidate of a study as a folder that stands by itself."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,6 +14,20 @@ from prunesearch.record import RunRecord, read_record, read_records, record_fold
 from prunesearch.report.front import knee, pareto_front, pooled_by_system
 from prunesearch.search.storage import open_storage
 from prunesearch.search.study import join_study
+
+if TYPE_CHECKING:
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    from prunesearch.model.llm import Llm
+
+
+def complete_records(config: StudyConfig) -> list[RunRecord]:
+    """The study's complete records, by key. Raises StudyError where there is none."""
+    folder = config.run_folder / "records"
+    complete = [r for r in read_records(folder) if r.state == "complete"] if folder.is_dir() else []
+    if not complete:
+        raise StudyError([f"{config.name} has no complete candidate yet: `prunesearch launch {config.source}`"])
+    return complete
 
 
 def chosen(
@@ -32,14 +47,11 @@ def chosen(
         raise StudyError([f"{' and '.join(made)}: choose by one of them"])
     if trial is not None:
         candidate = key_of_trial(config, trial, storage)
-    folder = config.run_folder / "records"
+    complete = complete_records(config)
     objective = config.search.params_objective
-    complete = [r for r in read_records(folder) if r.state == "complete"] if folder.is_dir() else []
-    if not complete:
-        raise StudyError([f"{config.name} has no complete candidate yet: `prunesearch launch {config.source}`"])
     if candidate is not None:
         try:
-            record = read_record(folder, Candidate.from_key(candidate))
+            record = read_record(config.run_folder / "records", Candidate.from_key(candidate))
         except ValueError as error:
             raise StudyError([f"--candidate: {error}"]) from None
         if record is None or record.state != "complete":
@@ -98,55 +110,94 @@ def export(
     return record
 
 
+def weights_file(config: StudyConfig, record: RunRecord) -> Path:
+    """Where a record's projector and LoRA lie, if they do."""
+    return record_folder(config.run_folder / "records", record.candidate) / "weights.safetensors"
+
+
+def require_weights(config: StudyConfig, record: RunRecord) -> None:
+    """Raises StudyError where the record's weights are not at hand."""
+    file = weights_file(config, record)
+    if not file.exists():
+        raise StudyError(
+            [f"{file} is not there: the weights of {record.candidate.key} were deleted, or lie on another machine"]
+        )
+
+
+@dataclass(frozen=True)
+class Base:
+    """What all candidates of a study stand on. The encoder waits on the CPU: a system takes along the layers that it keeps."""
+
+    encoder: "WhisperEncoder"
+    extractor: Any
+    llm: "Llm"
+    dtype: str
+    device: torch.device
+
+    @classmethod
+    def load(cls, config: StudyConfig, dtype: str) -> "Base":
+        from transformers import AutoFeatureExtractor
+
+        from prunesearch.model.encoder import load_encoder
+        from prunesearch.model.llm import load_llm
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        source = config.locate(config.encoder.model)
+        encoder = load_encoder(source, config.encoder.revision, getattr(torch, dtype)).requires_grad_(False).eval()
+        extractor = AutoFeatureExtractor.from_pretrained(source, revision=config.encoder.revision or "main")
+        llm = load_llm(config.locate(config.llm.model), config.llm, getattr(torch, dtype))
+        if config.llm.quantization is None:  # bitsandbytes has put its models where they belong
+            llm.model.to(device)
+        return cls(encoder, extractor, llm, dtype, device)
+
+
+def dtype_of(record: RunRecord) -> str:
+    """What the record's system was computed in."""
+    return str(record.provenance.get("dtype", "float32"))
+
+
 def assembled(config: StudyConfig, record: RunRecord, merge: bool = False) -> Any:
     """The candidate's system, ready to transcribe, from the study's models and the record's weights. Raises StudyError."""
-    from transformers import AutoFeatureExtractor
+    from prunesearch.model.llm import with_lora
 
+    require_weights(config, record)
+    base = Base.load(config, dtype_of(record))
+    asr = put_together(config, record, base, with_lora(base.llm, record.lora_rank, config.llm, record.seed))
+    if merge and record.lora_rank > 0:
+        asr.slam.model = asr.slam.model.merge_and_unload()
+        asr.settings = asr.settings.model_copy(update={"merged": True})
+    return asr
+
+
+def put_together(config: StudyConfig, record: RunRecord, base: Base, model: Any) -> Any:
+    """The candidate's system on the base's device; `model` is the base's LLM, with a LoRA where the record has one."""
     from prunesearch.asr import Settings, SlamAsr
-    from prunesearch.model.encoder import load_encoder, remove_layers
-    from prunesearch.model.llm import load_llm, with_lora
+    from prunesearch.model.encoder import remove_layers
     from prunesearch.model.projector import Projector
     from prunesearch.model.slam import SpeechLlm
     from prunesearch.training.finetune import restore, trainable
 
-    weights = record_folder(config.run_folder / "records", record.candidate) / "weights.safetensors"
-    if not weights.exists():
-        raise StudyError(
-            [f"{weights} is not there: the weights of {record.candidate.key} were deleted, or lie on another machine"]
-        )
-    name = record.provenance.get("dtype", "float32")
-    dtype = getattr(torch, name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = config.locate(config.encoder.model)
-    whole = load_encoder(source, config.encoder.revision, dtype).requires_grad_(False).eval()
-    encoder = remove_layers(whole, record.removed_layers).to(device)
-    extractor = AutoFeatureExtractor.from_pretrained(source, revision=config.encoder.revision or "main")
-    llm = load_llm(config.locate(config.llm.model), config.llm, dtype)
-    llm.model.to(device)
-    model = with_lora(llm, record.lora_rank, config.llm, record.seed)
+    encoder = remove_layers(base.encoder, record.removed_layers).to(base.device)
     own = config.projector
-    width = llm.model.get_input_embeddings().embedding_dim
-    slam = SpeechLlm(Projector(encoder.config.d_model, width, own.stack, own.hidden, own.dropout).to(device), llm, model)
-    restore(trainable(slam), load_file(weights))
+    width = base.llm.model.get_input_embeddings().embedding_dim
+    projector = Projector(encoder.config.d_model, width, own.stack, own.hidden, own.dropout).to(base.device)
+    slam = SpeechLlm(projector, base.llm, model)
+    restore(trainable(slam), load_file(weights_file(config, record)))
     slam.projector.eval()
     model.eval()
-    merged = merge and record.lora_rank > 0
-    if merged:
-        slam.model = model.merge_and_unload()
     settings = Settings(
-        dtype=name,
+        dtype=base.dtype,
         removed_layers=record.removed_layers,
         encoder_layers=record.encoder_layers,
         shared_layers=config.shared_layers(record.encoder_layers),
         lora_rank=record.lora_rank,
-        merged=merged,
         projector=own,
         llm=config.llm.model_copy(update={"model": config.locate(config.llm.model)}),
         decoding=config.decoding,
         text=config.text,
         pad_to_seconds=config.data.pad_to_seconds,
     )
-    return SlamAsr(encoder, extractor, slam, settings, device)
+    return SlamAsr(encoder, base.extractor, slam, settings, base.device)
 
 
 def card(config: StudyConfig, record: RunRecord, asr: Any) -> str:

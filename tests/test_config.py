@@ -26,7 +26,11 @@ def test_a_valid_study_survives_its_own_json(toy: Path, tmp_path: Path) -> None:
 def test_a_limit_on_groups_needs_groups(toy: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path, toy, search={"max_worst_group_wer": 0.3})
     assert load_study(file).search.max_worst_group_wer == 0.3
-    file.write_text(file.read_text().replace(', group = "speaker"', ""))
+    file.write_text(
+        file.read_text()
+        .replace('"group" = "speaker"', '"skip_unreadable" = false')
+        .replace('group = "speaker"', "skip_unreadable = false")
+    )
     (line,) = mistakes(file)
     assert "search.max_worst_group_wer needs data.group" in line
 

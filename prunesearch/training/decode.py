@@ -1,6 +1,7 @@
 """Batched generation from audio embeddings, with a KV cache, scored against the references."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ class _RowLimits(StoppingCriteria):
         return input_ids.shape[1] >= self.limits.repeat_interleave(rows)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What the LLM made of one recording, and how many tokens it took, the end of sequence included."""
+
+    text: str
+    new_tokens: int
+
+
 def token_limit(seconds: float, decoding: DecodingConfig) -> int:
     """How many tokens an utterance of so many seconds may have."""
     return min(decoding.max_tokens, int(seconds * decoding.tokens_per_second) + decoding.extra_tokens)
@@ -41,7 +50,7 @@ def generate(
     decoding: DecodingConfig,
     dtype: torch.dtype,
     beams: int | None = None,
-) -> list[str]:
+) -> list[Written]:
     """Encoder states (B, T, D), (B,) -> what the LLM writes, at most `limits` tokens each."""
     device = states.device
     most = torch.tensor(limits, device=device)
@@ -60,8 +69,14 @@ def generate(
             ),
             stopping_criteria=StoppingCriteriaList([_RowLimits(most)]),
         )
-    hypotheses: list[str] = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
-    return hypotheses
+    texts = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
+    counts = [count_new_tokens(row, limit, slam.llm.eos) for row, limit in zip(written.tolist(), limits, strict=True)]
+    return [Written(text, count) for text, count in zip(texts, counts, strict=True)]
+
+
+def count_new_tokens(row: Sequence[int], limit: int, eos: int) -> int:
+    """Of a row that ends with its end of sequence or at its limit; what stands behind that is padding."""
+    return row.index(eos) + 1 if eos in row else min(limit, len(row))
 
 
 @torch.inference_mode()
@@ -84,7 +99,7 @@ def transcribe(
     batches = by_length([states.length(i) for i in indices], config.decoding.batch_size)
     due = [[indices[row] for row in rows] for rows in batches]
 
-    def decoded(batch: list[int]) -> list[str]:
+    def decoded(batch: list[int]) -> list[Written]:
         limits = [token_limit(utterances[i].seconds, config.decoding) for i in batch]
         hidden, lengths = states.batch(batch, device)
         return generate(slam, hidden, lengths, limits, config.decoding, dtype, beams)
@@ -98,7 +113,8 @@ def transcribe(
                 raise
             due[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             continue
-        for i, text in zip(batch, hypotheses, strict=True):
-            texts[i] = normalizer_for(config.text.normalizer_of(utterances[i].language), utterances[i].language)(text)
+        for i, written in zip(batch, hypotheses, strict=True):
+            normalized = normalizer_for(config.text.normalizer_of(utterances[i].language), utterances[i].language)
+            texts[i] = normalized(written.text)
         progress("decoding", len(texts), len(indices))
     return [score(utterances[i], texts[i]) for i in indices]

@@ -1,6 +1,7 @@
 """Where and how precisely to compute."""
 
 import contextlib
+import platform
 import random
 import resource
 import sys
@@ -37,6 +38,10 @@ def attention_for_training(device: torch.device) -> contextlib.AbstractContextMa
     if device.type == "cuda":
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def seed_everything(seed: int) -> None:

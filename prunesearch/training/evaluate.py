@@ -31,7 +31,7 @@ from prunesearch.record import (
 from prunesearch.stopping import Taken
 from prunesearch.training.curve import LearningCurve
 from prunesearch.training.decode import transcribe
-from prunesearch.training.device import forget_peak_memory, peak_memory_bytes
+from prunesearch.training.device import device_name, forget_peak_memory, peak_memory_bytes
 from prunesearch.training.finetune import CurvePoint, Diverged, Progressed, Pruned, finetune, restore, trainable
 from prunesearch.training.workshop import Workshop, save_weights
 
@@ -220,13 +220,12 @@ def _commit() -> dict[str, Any]:
 
 def provenance(workshop: Workshop) -> dict[str, Any]:
     """By what, on what and from what a record was made."""
-    device = workshop.device
     return {
         "prunesearch": __version__,
         **_commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optuna", "jiwer")},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": device_name(workshop.device),
         "threads": torch.get_num_threads(),
         "processes": workshop.team.size,
         "dtype": str(workshop.dtype).removeprefix("torch."),

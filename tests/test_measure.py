@@ -1,0 +1,172 @@
+"""What candidates take where they run. Nothing here asserts on speed."""
+
+import io
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+import prunesearch.export
+from prunesearch.config import load_study
+from prunesearch.display import measurement_table
+from prunesearch.export import Base, export
+from prunesearch.launch import launch
+from prunesearch.measure import Figures, Measurement, Ratios, measure
+from prunesearch.mistakes import StudyError
+from prunesearch.training.decode import count_new_tokens
+from tests.conftest import write_study
+from tests.test_launch import cli
+
+BASELINES = {"full", "full+lora4", "minus-2-3", "minus-2-3+lora4"}
+
+
+@pytest.fixture(scope="module")
+def study(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = write_study(tmp_path_factory.mktemp("measured") / "s", toy)
+    launch(file, trials=4)
+    return file
+
+
+@pytest.fixture
+def copied(study: Path, tmp_path: Path) -> Path:
+    """The study once more, to be spoilt."""
+    shutil.copytree(study.parent, tmp_path / "s")
+    return tmp_path / "s" / "study.toml"
+
+
+@pytest.fixture(scope="module")
+def measured(study: Path) -> Measurement:
+    return measure(study, turns=2, utterances=3)
+
+
+def tensor_bytes(*files: Path) -> int:
+    return sum(t.numel() * t.element_size() for file in files if file.exists() for t in load_file(file).values())
+
+
+def test_front_and_baselines_are_measured_and_unpruned_comes_first(measured: Measurement) -> None:
+    keys = [system.candidate for system in measured.systems]
+    assert keys[0] == "full"
+    assert sorted(keys) == sorted(BASELINES)
+    assert (measured.turns, measured.utterances, measured.dtype) == (2, 3, "float32")
+
+
+def test_removed_layers_take_their_own_bytes_along(measured: Measurement, toy: Path) -> None:
+    weights = load_file(toy / "encoder" / "model.safetensors")
+    layers = sum(t.numel() * t.element_size() for name, t in weights.items() if name.startswith(("layers.2.", "layers.3.")))
+    assert layers > 0
+    figures = {system.candidate: system.figures for system in measured.systems}
+    for whole, pruned in (("full", "minus-2-3"), ("full+lora4", "minus-2-3+lora4")):
+        assert figures[whole].parameter_bytes - figures[pruned].parameter_bytes == layers
+        assert figures[whole].file_bytes - figures[pruned].file_bytes == layers
+
+
+@pytest.mark.parametrize("key", ["full", "minus-2-3+lora4"])
+def test_file_bytes_are_what_an_export_writes(study: Path, measured: Measurement, tmp_path: Path, key: str) -> None:
+    export(study, tmp_path / "out", key)
+    speech = ("encoder/model.safetensors", "projector.safetensors", "adapter/adapter_model.safetensors")
+    (system,) = [s for s in measured.systems if s.candidate == key]
+    written = tensor_bytes(*(tmp_path / "out" / name for name in speech))
+    assert system.figures.file_bytes == written
+    assert system.figures.parameter_bytes == written + tensor_bytes(tmp_path / "out" / "llm" / "model.safetensors")
+
+
+def test_unpruned_is_one_time_itself_and_is_measured_once_a_turn(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    put_together = prunesearch.export.put_together
+
+    def counting(config: Any, record: Any, base: Any, model: Any) -> Any:
+        measured.append(record.candidate.key)
+        return put_together(config, record, base, model)
+
+    monkeypatch.setattr(prunesearch.export, "put_together", counting)
+    (unpruned,) = measure(study, ["full"], turns=1, utterances=1).systems
+    assert measured == ["full", "full"]  # one turn to warm up, one that counts
+    assert unpruned.figures == unpruned.unpruned
+    assert unpruned.ratios == unpruned.lowest == unpruned.highest
+    assert {getattr(unpruned.ratios, f.name) for f in fields(Ratios)} <= {1.0, None}
+
+    measured.clear()
+    first, second = measure(study, ["minus-2-3+lora4", "full", "minus-2-3+lora4"], turns=1, utterances=1).systems
+    assert (first.candidate, second.candidate) == ("full", "minus-2-3+lora4")
+    assert measured == ["full", "minus-2-3+lora4"] * 2
+    assert first.figures == second.unpruned
+
+
+def test_the_llm_is_loaded_once_and_left_bare(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Base] = []
+    load = Base.load
+
+    def counting(config: Any, dtype: str) -> Base:
+        loaded.append(load(config, dtype))
+        return loaded[-1]
+
+    monkeypatch.setattr(Base, "load", counting)
+    measure(study, turns=1, utterances=1)
+    (base,) = loaded
+    assert not [name for name, _ in base.llm.model.named_parameters() if "lora_" in name]
+    assert len(base.encoder.layers) == 4
+
+
+def test_tokens_are_counted_up_to_the_end_of_sequence_or_the_limit() -> None:
+    end, pad = 2, 0
+    assert count_new_tokens([5, 6, end, pad, pad], limit=5, eos=end) == 3
+    assert count_new_tokens([5, 6, 7, pad, pad], limit=3, eos=end) == 3
+    assert count_new_tokens([5, 6], limit=5, eos=end) == 2
+    assert count_new_tokens([5, end, end, end], limit=4, eos=end) == 2  # padded with its end of sequence
+
+
+def test_the_command_prints_json_and_keeps_the_outcome(study: Path) -> None:
+    done = cli("measure", study, "--candidate", "minus-2-3", "--turns", "1", "--utterances", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert json.loads((load_study(study).run_folder / "measure.json").read_text()) == found
+    assert found.keys() == {f.name for f in fields(Measurement)}
+    for system in found["systems"]:
+        assert system["figures"].keys() == system["unpruned"].keys() == {f.name for f in fields(Figures)}
+        assert system["ratios"].keys() == {f.name for f in fields(Ratios)}
+        for name, ratio in system["ratios"].items():
+            assert ratio is None or system["lowest"][name] <= ratio <= system["highest"][name]
+        assert all(value is None or value > 0 for value in (*system["figures"].values(), *system["ratios"].values()))
+
+
+def test_a_table_has_ratios_and_figures_and_says_what_they_depend_on(measured: Measurement) -> None:
+    console = Console(width=160, file=io.StringIO())
+    console.print(measurement_table(measured))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    (row,) = [line for line in shown.splitlines() if line.startswith("│ top2 ")]
+    (system,) = [s for s in measured.systems if s.name == "top2"]
+    assert f"{system.ratios.parameters:.3f}" in row
+    assert f"{1e3 * system.figures.encoder_seconds:.2f}" in row
+    assert "–" in row or system.figures.peak_memory_bytes is not None
+    assert "The more tokens are written" in " ".join(shown.split())
+
+
+def test_weights_that_are_gone_are_left_out_unless_asked_for(copied: Path) -> None:
+    (load_study(copied).run_folder / "records" / "minus-2-3" / "weights.safetensors").unlink()
+    found = measure(copied, turns=1, utterances=1)
+    assert {system.candidate for system in found.systems} == BASELINES - {"minus-2-3"}
+    with pytest.raises(StudyError, match="weights of minus-2-3 were deleted") as caught:
+        measure(copied, ["minus-2-3"])
+    assert len(caught.value.lines) == 1
+
+
+def test_mistakes_are_one_line(copied: Path, toy: Path, tmp_path: Path) -> None:
+    told = cli("measure", copied, "--candidate", "top")
+    assert (told.returncode, told.stdout, len(told.stderr.splitlines())) == (2, "", 1), told.stderr
+    for key in ("minus-0", "top"):
+        with pytest.raises(StudyError, match="--candidate") as caught:
+            measure(copied, [key])
+        assert len(caught.value.lines) == 1
+    with pytest.raises(StudyError, match="no complete candidate yet") as caught:
+        measure(write_study(tmp_path / "new", toy))
+    assert len(caught.value.lines) == 1
+    shutil.rmtree(load_study(copied).run_folder / "records" / "full")
+    with pytest.raises(StudyError, match=r"unpruned.*prunesearch launch") as caught:
+        measure(copied)
+    assert len(caught.value.lines) == 1
