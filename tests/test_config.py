@@ -32,7 +32,7 @@ def test_a_limit_on_groups_needs_groups(toy: Path, tmp_path: Path) -> None:
         .replace('group = "speaker"', "skip_unreadable = false")
     )
     (line,) = mistakes(file)
-    assert "search.max_worst_group_wer needs data.group" in line
+    assert "max_worst_group_wer needs data.group" in line
 
 
 def test_every_mistake_is_reported_at_once_each_on_one_line(toy: Path, tmp_path: Path) -> None:
