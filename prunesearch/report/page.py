@@ -59,6 +59,7 @@ tbody th { font-weight: 500; }
 caption small { font-weight: 400; }
 #pins thead th, #pins td span { white-space: normal; overflow-wrap: anywhere; }
 #pins td span { display: inline-block; text-align: left; }
+#pins caption small { max-width: calc(100vw - 3rem); white-space: normal; }
 @media (max-width: 30rem) { #pins table { font-size: .75rem; } #pins th, #pins td { padding: .3rem; }
   #pins th:first-child, #pins td:first-child { padding-left: 0; } }
 small, figcaption { display: block; color: var(--soft); font-size: .8rem; max-width: 46rem; }

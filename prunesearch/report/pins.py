@@ -17,17 +17,18 @@ PANEL = (
 )
 
 Values = tuple[float, ...] | None  # None: not measured
+Rows = dict[str, tuple[int, Callable[[RunRecord], Values]]]
 
 # The comparison's rows: decimals, and what a record has there.
-ROWS: dict[str, tuple[int, Callable[[RunRecord], Values]]] = {
+ROWS: Rows = {
     "layers removed": (0, lambda r: (len(r.removed_layers),)),
     "LoRA rank": (0, lambda r: (r.lora_rank,)),
     "dev WER, %": (2, lambda r: _wer(_dev(r))),
     "test WER, %": (2, lambda r: _wer(_test(r))),
     "dev S/D/I": (1, lambda r: _kinds(_dev(r))),
     "test S/D/I": (1, lambda r: _kinds(_test(r))),
-    "dev WER of the worst group, %": (2, lambda r: _worst(r.dev)),
-    "test WER of the worst group, %": (2, lambda r: _worst(r.test)),
+    "worst group, dev %": (2, lambda r: _worst(r.dev)),
+    "worst group, test %": (2, lambda r: _worst(r.test)),
     "encoder, M": (3, lambda r: (r.parameters.encoder / 1e6,)),
     "speech, M": (3, lambda r: (r.parameters.speech / 1e6,)),
     "total, M": (3, lambda r: (r.parameters.total / 1e6,)),
@@ -35,10 +36,13 @@ ROWS: dict[str, tuple[int, Callable[[RunRecord], Values]]] = {
 
 
 def pin_script(records: Iterable[RunRecord]) -> str:
-    """The records' numbers and the script that shows them, to follow plot, panel and tables."""
+    """The records' numbers and the script that shows them, to follow plot, panel and tables. Rows that nobody has are left
+    out."""
+    records = list(records)
+    rows = {label: row for label, row in ROWS.items() if any(row[1](r) is not None for r in records)}
     data = {
-        "rows": [(label, decimals) for label, (decimals, _) in ROWS.items()],
-        "candidates": {r.candidate.key: _candidate(r) for r in records},
+        "rows": [(label, decimals) for label, (decimals, _) in rows.items()],
+        "candidates": {r.candidate.key: _candidate(r, rows) for r in records},
     }
     # no "<" at all, so that neither </script> nor <!-- can end or change the element
     embedded = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
@@ -55,13 +59,13 @@ def strip(record: RunRecord) -> str:
     return "".join("□" if i in record.removed_layers else "■" for i in range(record.encoder_layers))
 
 
-def _candidate(record: RunRecord) -> dict[str, object]:
+def _candidate(record: RunRecord, rows: Rows) -> dict[str, object]:
     removed = ", ".join(map(str, record.removed_layers)) or "none"
     return {
         "title": full_title(record),
         "strip": strip(record),
         "removed": f"removed of {record.encoder_layers}: {removed}",
-        "values": [of(record) for _, of in ROWS.values()],
+        "values": [of(record) for _, of in rows.values()],
     }
 
 
