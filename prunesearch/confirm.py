@@ -15,11 +15,12 @@ import tomli_w
 
 from prunesearch.candidate import Candidate, baselines
 from prunesearch.config import StudyConfig, load_study
-from prunesearch.launch import Watcher, launch
+from prunesearch.launch import launch
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_records, write_atomically
 from prunesearch.report.front import dev_wer, pareto_front, pooled_by_system
 from prunesearch.scan import kendall, spearman
+from prunesearch.watcher import Watcher
 
 LONGER = 5  # times the steps of the search, where nothing else is said
 RESAMPLES = 2000

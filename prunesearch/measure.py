@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from prunesearch.candidate import Candidate, baselines
 from prunesearch.config import StudyConfig, load_study
-from prunesearch.launch import Nobody, Watcher
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, write_atomically
 from prunesearch.report.front import pareto_front, pooled_by_system
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
 from prunesearch.speech.corpus import checked_corpus
+from prunesearch.watcher import Nobody, Watcher
 
 if TYPE_CHECKING:
     import torch

@@ -48,7 +48,7 @@ def submit(
 
     `options` are sbatch's long ones, such as partition, time, gpus_per_node. Raises StudyError for the user's mistakes.
     """
-    from prunesearch.launch import create
+    from prunesearch.work import create
 
     try:
         import submitit

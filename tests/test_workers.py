@@ -25,7 +25,7 @@ from sqlalchemy.engine import make_url
 from prunesearch import control
 from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig, load_study
-from prunesearch.launch import create, launch
+from prunesearch.launch import launch
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_records
 from prunesearch.search import claims, leases, patience, worker
@@ -38,6 +38,7 @@ from prunesearch.search.study import check_writable, open_study, pin
 from prunesearch.search.worker import Referee, work
 from prunesearch.slurm import submit
 from prunesearch.stopping import Stop, Stopped
+from prunesearch.work import create
 from tests.conftest import write_study
 from tests.servers import GrpcProxy, Postgres, until
 from tests.test_launch import ROOT, cli, outcomes
