@@ -241,6 +241,16 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_runs(open_works
         open_workshop(training={"tracker": "trackio"})
 
 
+def test_a_record_that_was_there_already_takes_the_baselines_name(open_workshop: Callable[..., Workshop]) -> None:
+    workshop = open_workshop()
+    first = evaluate(workshop, Candidate((2, 3)))
+    again = evaluate(workshop, Candidate((2, 3)), "top2")
+    assert (first.name, again.name) == (None, "top2")
+    assert again.model_copy(update={"name": None}) == first
+    assert read_record(workshop.config.run_folder / "records", Candidate((2, 3))) == again
+    assert evaluate(workshop, Candidate((2, 3)), "minus-2-3").name == "top2"
+
+
 def test_divergence_is_recorded_with_its_step(open_workshop: Callable[..., Workshop]) -> None:
     workshop = open_workshop(training={"learning_rate": 1e30, "clip": 1e30})
     record = evaluate(workshop, Candidate((), 2))

@@ -62,6 +62,10 @@ def evaluate(
     """
     config, records, team = workshop.config, workshop.config.run_folder / "records", workshop.team
     if finished := team.agree(read_record(records, candidate)):
+        if name and finished.name is None:  # trained for another purpose, before it was anybody's baseline
+            finished = finished.model_copy(update={"name": name})
+            if team.leads:
+                write_record(records, finished)
         return finished
     folder = record_folder(records, candidate)
 
