@@ -6,8 +6,8 @@ from rich.console import Group
 from rich.table import Table
 
 from prunesearch.confirm import Confirmation
-from prunesearch.measure import Measurement
 from prunesearch.plan import Estimate, Plan
+from prunesearch.report.costs import Measurement
 
 
 def plan_tables(plan: Plan, cost: Estimate) -> Group:

@@ -16,8 +16,11 @@ from prunesearch.config import load_study
 from prunesearch.display import measurement_table
 from prunesearch.export import Base, export
 from prunesearch.launch import launch
-from prunesearch.measure import Figures, Measurement, Ratios, measure
+from prunesearch.measure import measure
 from prunesearch.mistakes import StudyError
+from prunesearch.report import comparison_of
+from prunesearch.report.costs import Figures, Measurement, Ratios, read_measurement
+from prunesearch.report.tables import costs_table
 from prunesearch.training.decode import count_new_tokens
 from tests.conftest import write_study
 from tests.test_launch import cli
@@ -53,6 +56,14 @@ def test_front_and_baselines_are_measured_and_unpruned_comes_first(measured: Mea
     assert keys[0] == "full"
     assert sorted(keys) == sorted(BASELINES)
     assert (measured.turns, measured.utterances, measured.dtype) == (2, 3, "float32")
+
+
+def test_the_report_shows_what_was_measured(study: Path, measured: Measurement) -> None:
+    config = load_study(study)
+    assert read_measurement(config.run_folder / "measure.json") == measured
+    table = costs_table(comparison_of(config))
+    assert [row[0] for row in table.rows] == [s.name or s.candidate for s in measured.systems]
+    assert table.rows[0][1:] == ("1.00 (1.00–1.00)",) * 4 + ("1.000", "1.000")
 
 
 def test_removed_layers_take_their_own_bytes_along(measured: Measurement, toy: Path) -> None:

@@ -344,6 +344,7 @@ def test_json_keys_are_stable(records: Path) -> None:
         "lora_changes",
         "layer_changes",
         "anatomy",
+        "measured",
         "knee",
         "hypervolume",
         "differences",

@@ -10,6 +10,7 @@ from pathlib import Path
 from prunesearch.config import StudyConfig
 from prunesearch.mistakes import StudyError
 from prunesearch.report.comparison import Best, Comparison, Contrast, Reductions, compare
+from prunesearch.report.costs import read_measurement
 from prunesearch.report.data import to_csv, to_json
 from prunesearch.report.front import non_dominated, pareto_front
 from prunesearch.report.overlay import check_comparable, overlay_table
@@ -84,10 +85,10 @@ def comparison_of(config: StudyConfig) -> Comparison:
     """A study's records, compared. Raises StudyError when nothing was launched yet."""
     if not (config.run_folder / "records").is_dir():
         raise StudyError([f"{config.name} has no records yet: `prunesearch launch {config.source}`"])
-    scan = read_scan(config.run_folder / "scan" / "scan.json")
-    return compare(
-        config.run_folder / "records", config.search.params_objective, config.name, scan, config.search.max_worst_group_wer
-    )
+    folder, search = config.run_folder, config.search
+    scan, measured = read_scan(folder / "scan" / "scan.json"), read_measurement(folder / "measure.json")
+    limit = search.max_worst_group_wer
+    return compare(folder / "records", search.params_objective, config.name, scan, limit, measured)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.record import Parameters, RunRecord, UtteranceResult, read_records, read_utterances
 from prunesearch.report.claims import Decoded, Finding, findings
+from prunesearch.report.costs import Measurement
 from prunesearch.report.errors import Anatomy, Change, anatomy, changes, counterpart, without_lora
 from prunesearch.report.front import dev_wer, hypervolume, knee, pareto_front, pooled_by_system, within
 from prunesearch.report.published import Mark, marks
@@ -73,6 +74,7 @@ class Comparison:
     anatomy: Anatomy | None  # of the candidate that dev chooses
     published: tuple[Mark, ...]
     max_worst_group_wer: float | None
+    measured: Measurement | None
     importance: dict[int, float]  # layer -> what it costs alone, before any training: nats per token; empty without a scan
     knee: RunRecord | None
     reference: tuple[float, float] | None  # parameters and WER, up to which hypervolumes are counted
@@ -101,11 +103,12 @@ def compare(
     study_name: str,
     scan: Scan | None = None,
     max_worst_group_wer: float | None = None,
+    measured: Measurement | None = None,
 ) -> Comparison:
     """Compare a study's records, as many as there are. Selection looks at dev; differences at test where it is decoded.
 
-    A `scan` tells what each layer is worth before any training. A candidate whose worst group has a dev WER above the limit
-    is neither on the front nor chosen.
+    A `scan` tells what each layer is worth before any training, `measured` what systems take. A candidate whose worst group has
+    a dev WER above the limit is neither on the front nor chosen.
 
     Raises ValueError when two records to be compared were decoded on different utterances.
     """
@@ -150,6 +153,7 @@ def compare(
         anatomy=_anatomy(records_folder, chosen, complete, trainings) if chosen else None,
         published=marks(records, objective),
         max_worst_group_wer=max_worst_group_wer,
+        measured=measured,
         importance=scan.table().get("delta_loss", {}) if scan else {},
         knee=best_value,
         **_volumes(front, tuple(baselines.values()), objective),

@@ -37,6 +37,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "lora_changes": [_change_data(c) for c in comparison.repairs],
         "layer_changes": [_change_data(c) for c in comparison.losses],
         "anatomy": comparison.anatomy and _anatomy_data(comparison.anatomy),
+        "measured": comparison.measured and asdict(comparison.measured),
         "knee": comparison.knee and comparison.knee.candidate.key,
         "hypervolume": {"reference": comparison.reference, **comparison.hypervolumes},
         "differences": {f"{c.system.name} - {c.reference.name}": difference_data(c) for c in comparison.differences},

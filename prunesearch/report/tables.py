@@ -57,6 +57,7 @@ def tables(comparison: Comparison) -> list[Table]:
         losses_table(comparison),
         failures_table(comparison),
         groups_table(comparison),
+        costs_table(comparison),
         *anatomy_tables(comparison),
     )
     return [table for table in made if table.rows]
@@ -298,6 +299,33 @@ def groups_table(comparison: Comparison) -> Table:
         ("system", "split", "worst group", "its WER", "worst less best", *listed),
         tuple(rows),
         "The groups are the study's `data.group`." + ("" if listed else f" There are {len(groups)}; report.json has all."),
+    )
+
+
+def costs_table(comparison: Comparison) -> Table:
+    """What was measured of the systems' speed and size, over the unpruned system's."""
+    found = comparison.measured
+    where = f"{found.device}, {found.dtype}, torch {found.torch}, {found.threads} threads" if found else ""
+
+    def over(median: float, low: float, high: float) -> str:
+        return f"{median:.2f} ({low:.2f}–{high:.2f})"
+
+    return Table(
+        "What they take, over the unpruned system",
+        ("system", "encoder alone", "encoder in batches", "samples to text", "the same in batches", "parameters", "file"),
+        tuple(
+            (
+                s.name or s.candidate,
+                over(s.ratios.encoder, s.lowest.encoder, s.highest.encoder),
+                over(s.ratios.batch_encoder, s.lowest.batch_encoder, s.highest.batch_encoder),
+                over(s.ratios.end_to_end, s.lowest.end_to_end, s.highest.end_to_end),
+                over(s.ratios.batch_end_to_end, s.lowest.batch_end_to_end, s.highest.batch_end_to_end),
+                f"{s.ratios.parameters:.3f}",
+                f"{s.ratios.file:.3f}",
+            )
+            for s in (found.systems if found else ())
+        ),
+        f"Medians of ratios within a turn, and the turns' range, by `prunesearch measure`: {where}. Parameters, file: bytes.",
     )
 
 
