@@ -86,6 +86,15 @@ def _without_none(value: Any) -> Any:
     return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
+def _hand_on_anchor(config: StudyConfig, confirmation: StudyConfig) -> None:
+    """The search's anchor is the confirmation's: it would be trained to the same weights."""
+    name = "anchor/projector.safetensors"
+    ours, theirs = config.run_folder / name, confirmation.run_folder / name
+    if confirmation.training.init == "anchor" and ours.exists() and not theirs.exists():
+        write_atomically(theirs.with_name("anchor.json"), ours.with_name("anchor.json").read_bytes())
+        write_atomically(theirs, ours.read_bytes())
+
+
 def confirm(
     source: str | Path,
     seeds: int = 3,
@@ -104,6 +113,7 @@ def confirm(
     file = confirmation_folder(config) / "study.toml"
     if not file.exists():
         file = write_confirmation(config, seeds, steps, init)
+    _hand_on_anchor(config, load_study(file))
     return launch(file, workers, None, storage, watcher)
 
 

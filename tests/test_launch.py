@@ -291,6 +291,8 @@ def test_a_confirmation_is_a_study_of_its_own_for_longer_and_from_several_seeds(
     config = load_study(file)
     confirm(file, seeds=2, steps=12)
     confirmed = load_study(confirmation_folder(config))
+    logs = [(c.run_folder / "anchor" / "anchor.json").read_bytes() for c in (config, confirmed)]
+    assert logs[0] == logs[1], "handed on, not trained again: no two trainings take as many seconds"
     records = read_records(confirmed.run_folder / "records")
     front = pareto_front(read_records(config.run_folder / "records"), config.search.params_objective)
     systems = {*baselines(4, 4).values(), *(r.candidate for r in front)}
