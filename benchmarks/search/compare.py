@@ -235,6 +235,22 @@ def criteria_table(path: Path) -> Table:
     return shown
 
 
+def spread(path: Path) -> str | None:
+    """How far one training of a candidate lies from the mean of two, from other seeds, anchor and all."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    pairs = [
+        (stored["candidates"][key]["errors"], errors)
+        for again in stored["again"].values()
+        for key, errors in again.items()
+        if key in stored["candidates"]
+    ]
+    if not pairs:
+        return None
+    apart = [math.log(max(1, a) / max(1, b)) for a, b in pairs]
+    deviation = math.sqrt(statistics.mean(d * d for d in apart) / 2)
+    return f"{path.stem}: {len(pairs)} candidates trained twice; log WER of one training deviates by {deviation:.3f}"
+
+
 def main(seeds: int, trials: int, only: str, synthetic_count: int, noise: bool) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = Console(width=120)
@@ -253,6 +269,8 @@ def main(seeds: int, trials: int, only: str, synthetic_count: int, noise: bool) 
         console.print(conditions_table(title, landscapes, seeds, most))
     for path in sorted(TABLES.glob("*.json")):
         console.print(criteria_table(path))
+        if said := spread(path):
+            console.print(said)
 
 
 if __name__ == "__main__":
