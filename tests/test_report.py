@@ -30,6 +30,7 @@ from prunesearch.record import (
 )
 from prunesearch.report import (
     Comparison,
+    Difference,
     compare,
     comparison_of,
     non_dominated,
@@ -42,6 +43,7 @@ from prunesearch.report import (
     write_overlay,
     write_report,
 )
+from prunesearch.report.claims import directed, sized
 from prunesearch.report.data import RECORD_KEYS
 from prunesearch.report.errors import anatomy, changes, confused, counterpart, without_lora
 from prunesearch.report.front import hypervolume, knee
@@ -649,3 +651,10 @@ def test_a_candidate_whose_worst_group_is_above_the_limit_is_not_chosen(records:
         assert (winner.system.candidate in {r.candidate for r in found.front}) == chosen
         assert len(found.complete) == 6
         assert f"above {100 * limit:g} %: {1 - chosen:d} candidates are left out" in verdict(found)[0]
+
+
+def test_an_interval_of_nothing_is_no_evidence() -> None:
+    once = Difference(-1.0, -1.0, -1.0, 1000)  # one insertion in one system, none in the other
+    assert directed(once, falls=False) == "cannot be said"
+    assert sized(once, (-7.0, -4.0)) == "cannot be said"
+    assert directed(Difference(-0.5, -0.9, -0.1, 1000), falls=False) == "does not hold"

@@ -35,6 +35,7 @@ class Finding:
     low: float
     high: float
     word: Word
+    exact: bool = False  # counted, not estimated
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Decoded:
 def sized(change: Difference, published: tuple[float, float]) -> Word:
     """The word for a claim that a change, in %, lies in a range on one side of zero."""
     low, high = 100 * change.low, 100 * change.high
+    if low == high:  # one error, or one utterance with errors: every resample says the same
+        return "cannot be said"
     if high < published[0] or low > published[1]:
         return "does not hold"
     one_side = low > 0 if published[0] > 0 else high < 0
@@ -82,7 +85,7 @@ def sized(change: Difference, published: tuple[float, float]) -> Word:
 
 def directed(change: Difference, falls: bool) -> Word:
     """The word for a claim that something falls, or rises."""
-    if change.low <= 0 <= change.high:
+    if change.low <= 0 <= change.high or change.low == change.high:
         return "cannot be said"
     return "holds" if (change.high < 0) == falls else "does not hold"
 
@@ -105,7 +108,7 @@ def findings(pairs: dict[tuple[str, str], Decoded], saved: float | None) -> Iter
         low, high = SAVED_RANGE
         word: Word = "holds" if low <= 100 * saved <= high else "does not hold"
         name = "two layers less, with LoRA, save 7–14 % of the parameters (of the speech side)"
-        yield Finding(name, None, "%", SAVED_RANGE, *(3 * (100 * saved,)), word)
+        yield Finding(name, None, "%", SAVED_RANGE, *(3 * (100 * saved,)), word, exact=True)
     for system, reference in (("unpruned+lora", "unpruned"), ("top2+lora", "top2")):
         if decoded := pairs.get((system, reference)):
             languages: list[str | None] = [*decoded.languages]

@@ -137,7 +137,7 @@ def claims_table(comparison: Comparison) -> Table:
     rows = []
     for f in comparison.claims:
         published = "" if f.published is None else "{:g} to {:g}".format(*sorted(f.published, key=abs)).replace("-", "−")
-        interval = f"{signed(f.low)} to {signed(f.high)}" if f.low != f.high else "exact"
+        interval = "exact" if f.exact else "too few errors" if f.low == f.high else f"{signed(f.low)} to {signed(f.high)}"
         rows.append((f.claim, f.language or "all", published, f"{signed(f.measured)} {f.unit}", interval, f.word))
     return Table(
         "The paper's claims",
