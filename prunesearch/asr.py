@@ -185,12 +185,12 @@ class SlamAsr:
         """What the LLM writes for each part, in the batches that a study's trial makes of the same recordings: see
         `training.features` and `training.decode`. Raises ValueError for a part that is longer than a window."""
         decoding, dtype = self.settings.decoding, getattr(torch, self.settings.dtype)
+        beams = beams or decoding.test_beams or decoding.beams
         states = self._states(parts, dtype)
         found: dict[int, Written] = {}
         for batch in by_length([len(s) for s in states], batch_size or decoding.batch_size):
             limits = [token_limit(len(parts[i]) / SAMPLE_RATE, decoding) for i in batch]
             hidden, lengths = self._together([states[i] for i in batch])
-            beams = beams or decoding.test_beams or decoding.beams
             found |= zip(batch, generate(self.slam, hidden, lengths, limits, decoding, dtype, beams), strict=True)
         return [found[i] for i in range(len(parts))]
 

@@ -16,9 +16,8 @@ import tomli_w
 from prunesearch.candidate import Candidate, baselines
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.launch import launch
-from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, read_records, write_atomically
-from prunesearch.report.front import dev_wer, pareto_front, pooled_by_system
+from prunesearch.report.front import complete_records, dev_wer, pareto_front, pooled_by_system
 from prunesearch.scan import kendall, spearman
 from prunesearch.watcher import Watcher
 
@@ -35,10 +34,7 @@ def write_confirmation(config: StudyConfig, seeds: int, steps: int | None, init:
 
     Raises StudyError where the study has nothing to confirm yet.
     """
-    folder = config.run_folder / "records"
-    complete = [r for r in read_records(folder) if r.state == "complete"] if folder.is_dir() else []
-    if not complete:
-        raise StudyError([f"{config.name} has no complete candidate yet: `prunesearch launch {config.source}`"])
+    complete = complete_records(config)
     front = pareto_front(pooled_by_system(complete), config.search.params_objective, config.search.max_worst_group_wer)
     named = baselines(complete[0].encoder_layers, config.search.baseline_lora_rank)
     systems = list(dict.fromkeys([*named.values(), *(r.candidate.system for r in front)]))

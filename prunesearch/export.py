@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
-from prunesearch.record import RunRecord, read_record, read_records, record_folder, write_atomically
-from prunesearch.report.front import knee, pareto_front, pooled_by_system
+from prunesearch.record import RunRecord, read_record, record_folder, write_atomically
+from prunesearch.report.front import complete_records, knee, pareto_front, pooled_by_system
 from prunesearch.search.storage import open_storage
 from prunesearch.search.study import join_study
 
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     from prunesearch.model.llm import Llm
-
-
-def complete_records(config: StudyConfig) -> list[RunRecord]:
-    """The study's complete records, by key. Raises StudyError where there is none."""
-    folder = config.run_folder / "records"
-    complete = [r for r in read_records(folder) if r.state == "complete"] if folder.is_dir() else []
-    if not complete:
-        raise StudyError([f"{config.name} has no complete candidate yet: `prunesearch launch {config.source}`"])
-    return complete
 
 
 def chosen(

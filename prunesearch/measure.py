@@ -18,7 +18,7 @@ from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import RunRecord, write_atomically
 from prunesearch.report.costs import Figures, MeasuredSystem, Measurement, Ratios
-from prunesearch.report.front import pareto_front, pooled_by_system
+from prunesearch.report.front import complete_records, pareto_front, pooled_by_system
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
 from prunesearch.speech.corpus import checked_corpus
 from prunesearch.watcher import Nobody, Watcher
@@ -94,7 +94,7 @@ def measure(
 
 def _wanted(config: StudyConfig, keys: Sequence[str], watcher: Watcher) -> tuple[RunRecord, list[RunRecord]]:
     """The unpruned system's record, and those of the others to be measured. Raises StudyError."""
-    from prunesearch.export import chosen, complete_records, require_weights, weights_file
+    from prunesearch.export import chosen, require_weights, weights_file
 
     complete = complete_records(config)
     unpruned = next((r for r in complete if r.candidate == UNPRUNED), None)

@@ -3,7 +3,18 @@
 from collections.abc import Iterable, Sequence
 
 from prunesearch.candidate import Candidate
-from prunesearch.record import RunRecord, SplitResult
+from prunesearch.config import StudyConfig
+from prunesearch.mistakes import StudyError
+from prunesearch.record import RunRecord, SplitResult, read_records
+
+
+def complete_records(config: StudyConfig) -> list[RunRecord]:
+    """The study's complete records, by key. Raises StudyError where there is none."""
+    folder = config.run_folder / "records"
+    complete = [r for r in read_records(folder) if r.state == "complete"] if folder.is_dir() else []
+    if not complete:
+        raise StudyError([f"{config.name} has no complete candidate yet: `prunesearch launch {config.source}`"])
+    return complete
 
 
 def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
