@@ -66,10 +66,12 @@ def sampler(name: str, seed: int) -> CandidateSampler:
 
 
 def labour(url: str | None, folder: Path, number: int, kind: str, ready: Barrier, seconds: float) -> None:
-    """Claim, sleep, tell, until the time is over; what it took goes to a file."""
+    """Join, and when all have: claim, sleep, tell, until the time is over. What it took goes to a file."""
+    begin = time.perf_counter()
     study = optuna.load_study(study_name="s", storage=open_storage(url, folder), sampler=sampler(kind, number))
+    study.get_trials(deepcopy=False)
+    joins, asks, tells = [time.perf_counter() - begin], [], []
     watch, stop = Watch(), Stop()
-    asks, tells = [], []
     ready.wait()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -86,7 +88,7 @@ def labour(url: str | None, folder: Path, number: int, kind: str, ready: Barrier
         study._storage.set_trial_state_values(claimed.trial._trial_id, TrialState.COMPLETE, values)
         tells.append(time.perf_counter() - woken)
         asks.append(asked - start)
-    (folder / f"worker-{number}.json").write_text(json.dumps([asks, tells]))
+    (folder / f"worker-{number}.json").write_text(json.dumps([joins, asks, tells]))
 
 
 def filled(url: str | None, folder: Path, trials: int) -> None:
@@ -138,8 +140,8 @@ def insert(database: RDBStorage, study: int, first: int, candidates: list[Candid
         connection.execute(models.TrialUserAttributeModel.__table__.insert(), attrs)
 
 
-def measured(url: str | None, folder: Path, workers: int, kind: str, seconds: float) -> tuple[float, list[float], list[float]]:
-    """Trials a second, and the seconds that asks and tells took."""
+def measured(url: str | None, folder: Path, workers: int, kind: str, seconds: float) -> tuple[float, list[list[float]]]:
+    """Trials a second, and the seconds that joining the study, asks and tells took."""
     for file in folder.glob("worker-*.json"):
         file.unlink()
     context = get_context("fork")
@@ -151,8 +153,8 @@ def measured(url: str | None, folder: Path, workers: int, kind: str, seconds: fl
     for process in processes:
         process.join()
     found = [json.loads(f.read_text()) for f in folder.glob("worker-*.json")]
-    asks, tells = ([x for each in found for x in each[i]] for i in (0, 1))
-    return len(tells) / seconds, asks, tells
+    joins, asks, tells = ([x for each in found for x in each[i]] for i in range(3))
+    return len(tells) / seconds, [joins, asks, tells]
 
 
 def at(values: list[float], share: float) -> str:
@@ -161,8 +163,10 @@ def at(values: list[float], share: float) -> str:
 
 
 def compare(workers: int, counts: list[int], seconds: float, only: list[str], kind: str) -> None:
-    table = Table(title=f"{workers} workers with trials of a second, sampler {kind}; ms: median, 99th percentile")
-    for column in ("storage", "trials in it", "trials a second", "of the ideal", "ask", "99 %", "tell", "99 %"):
+    table = Table(
+        title=f"{workers} workers with trials of a second, sampler {kind}; ms: median, 99th percentile; join: to read the study, all at once"
+    )
+    for column in ("storage", "trials in it", "trials a second", "of the ideal", "join", "ask", "99 %", "tell", "99 %"):
         table.add_column(column, justify="left" if column == "storage" else "right")
     server = Postgres() if {"postgres", "grpc"} & set(only) else None
     folder = Path(tempfile.mkdtemp(prefix="storage."))
@@ -172,10 +176,10 @@ def compare(workers: int, counts: list[int], seconds: float, only: list[str], ki
                 url = server.url if server and name != "journal" else None
                 filled(url, folder, count)
                 proxy = GrpcProxy(url) if name == "grpc" and url else None
-                pace, asks, tells = measured(proxy.url if proxy else url, folder, workers, kind, seconds)
+                pace, [joins, asks, tells] = measured(proxy.url if proxy else url, folder, workers, kind, seconds)
                 if proxy:
                     proxy.stop()
-                times = (at(asks, 0.5), at(asks, 0.99), at(tells, 0.5), at(tells, 0.99))
+                times = (at(joins, 0.5), at(asks, 0.5), at(asks, 0.99), at(tells, 0.5), at(tells, 0.99))
                 table.add_row(name, f"{count:,}", f"{pace:.1f}", f"{100 * pace / workers:.0f} %", *times)
                 print(name, count, f"{pace:.1f} trials a second", *times, file=sys.stderr, flush=True)
     finally:

@@ -1,9 +1,9 @@
 """Which candidate is whose: any number of workers, on any storage, and none is trained twice.
 
-A trial is created and its candidate declared, then everybody's trials are read. Trials have numbers: whoever finds the same
-candidate under a lower number, or the budget used up by lower numbers, withdraws. Of a lower one that has not declared
-yet (Optuna's own samplers need the trial first), the declaration is awaited (Lamport's bakery). So it needs no lock, and
-survives what locks do not: a database that restarts, a proxy. `turn` only spares workers from proposing the same.
+A trial is created and its candidate declared, then the trials with lower numbers are looked at. Whoever finds the same
+candidate among them, or the budget used up by them, withdraws. Of one that has not declared yet (Optuna's own samplers
+need the trial first), the declaration is awaited (Lamport's bakery). So it needs no lock, and survives what locks do not: a
+database that restarts, a proxy. `turn` only spares workers from proposing the same.
 """
 
 import random
@@ -69,26 +69,25 @@ def claim(study: optuna.Study, space: SearchSpace, trials: int, watch: Watch, st
             stop.request()
         stop.check()
         trials = attrs.get("trials", default)  # it may have been widened
-        found = study.get_trials(deepcopy=False)
-        if end_lost(study, watch, found):
+        made = None
+        with turn(study._storage, study.study_name, run_folder):
             found = study.get_trials(deepcopy=False)
-        if settled(found) >= trials:
-            return None
-        if _has_room(found, trials) and (not exhausted or next_due(space, found)):
-            with turn(study._storage, study.study_name, run_folder):
+            if end_lost(study, watch, found):
                 found = study.get_trials(deepcopy=False)
-                if not _has_room(found, trials):
-                    continue
+            if settled(found) >= trials:
+                return None
+            if _has_room(found, trials) and (not exhausted or next_due(space, found)):
                 try:
-                    claimed = _ask(study, space, found, trials, watch, stop)
+                    made = _ask(study, space, found)
                 except SpaceExhausted:
                     exhausted = True
                 except UpdateFinishedTrialError:  # it took so long to propose that the trial was taken for lost
                     continue
-                else:
-                    if claimed is not None:
-                        return claimed
-                    poll = min(2 * poll, LONGEST_POLL)  # others propose the same: not all again at once
+        if made is not None:
+            if _is_mine(study, made, found, trials, watch, stop):
+                return made
+            give_up(study, study._storage.get_trial(made.trial._trial_id), "duplicate")
+            poll = min(2 * poll, LONGEST_POLL)  # others propose the same: not all again at once
         elif exhausted and not any(t.state == TrialState.RUNNING for t in found):
             return None
         sleep(random.uniform(0.2, 1.8) * poll, stop)
@@ -107,17 +106,12 @@ def sleep(seconds: float, stop: Stop) -> None:
         time.sleep(min(left, 0.2))
 
 
-def _ask(
-    study: optuna.Study, space: SearchSpace, found: Sequence[FrozenTrial], budget: int, watch: Watch, stop: Stop
-) -> Claim | None:
-    """A trial with its candidate declared; None where it had to be withdrawn. Raises SpaceExhausted."""
+def _ask(study: optuna.Study, space: SearchSpace, found: Sequence[FrozenTrial]) -> Claim:
+    """A trial with its candidate declared; whether it stands, `_is_mine` says. Raises SpaceExhausted."""
     sampler, waiting = study.sampler, any(t.state == TrialState.WAITING for t in found)
-    whole = isinstance(sampler, CandidateSampler) and not sampler.needs_trial and not waiting
-    made = _born_whole(study, space, sampler, found) if whole else _step_by_step(study, space)  # type: ignore[arg-type]
-    if _is_mine(study, made, budget, watch, stop):
-        return made
-    give_up(study, study._storage.get_trial(made.trial._trial_id), "duplicate")
-    return None
+    if isinstance(sampler, CandidateSampler) and not sampler.needs_trial and not waiting:
+        return _born_whole(study, space, sampler, found)
+    return _step_by_step(study, space)
 
 
 def _born_whole(study: optuna.Study, space: SearchSpace, sampler: CandidateSampler, found: Sequence[FrozenTrial]) -> Claim:
@@ -155,16 +149,18 @@ def _name(space: SearchSpace, candidate: Candidate) -> str | None:
     return next((n for n in BASELINE_NAMES if space.named.get(n) == candidate), None)
 
 
-def _is_mine(study: optuna.Study, made: Claim, budget: int, watch: Watch, stop: Stop) -> bool:
+def _is_mine(study: optuna.Study, made: Claim, found: Sequence[FrozenTrial], budget: int, watch: Watch, stop: Stop) -> bool:
+    """Whether nobody with a lower number has the candidate, or the budget. Numbers count from 0: where `found`, read before the
+    trial was made, holds as many trials as its number says, nobody came in between, and nothing need be read again."""
     number, key = made.trial.number, made.candidate.key
+    trials = found if len(found) == number else study.get_trials(deepcopy=False)
     while True:
         stop.check()
-        trials = study.get_trials(deepcopy=False)
-        mine = next(t for t in trials if t.number == number)
+        retry = any(t.number == number and t.user_attrs.get("retry") for t in trials)
         others = [t for t in trials if t.number != number]
         before = [t for t in others if t.state == TrialState.RUNNING and t.number < number]
         stands = latest(others).get(key)
-        if stands is not None and is_settled(stands) and not mine.user_attrs.get("retry"):
+        if stands is not None and is_settled(stands) and not retry:
             return False
         if any(t.user_attrs.get("candidate") == key for t in before):
             return False
@@ -175,3 +171,4 @@ def _is_mine(study: optuna.Study, made: Claim, budget: int, watch: Watch, stop: 
         made.held.renew()
         end_lost(study, watch, trials)
         time.sleep(DECLARATION_POLL)
+        trials = study.get_trials(deepcopy=False)
