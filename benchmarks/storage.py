@@ -164,7 +164,8 @@ def at(values: list[float], share: float) -> str:
 
 def compare(workers: int, counts: list[int], seconds: float, only: list[str], kind: str) -> None:
     table = Table(
-        title=f"{workers} workers with trials of a second, sampler {kind}; ms: median, 99th percentile; join: to read the study, all at once"
+        title=f"{workers} workers with trials of a second, sampler {kind}; ms: median, 99th percentile",
+        caption="join: all workers read the study at once",
     )
     for column in ("storage", "trials in it", "trials a second", "of the ideal", "join", "ask", "99 %", "tell", "99 %"):
         table.add_column(column, justify="left" if column == "storage" else "right")
