@@ -5,6 +5,7 @@ import platform
 import random
 import resource
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -24,19 +25,25 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 and precision != "fp32" else torch.float32
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """bf16 arithmetic for trained weights that stay fp32; nothing where the dtype is fp32."""
-    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+# Not cuDNN's: on an H100 it gave NaN gradients for Gemma 3 (heads of 256) under a padding mask, always at the same step.
+CUDA_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """bf16 arithmetic for trained weights that stay fp32, nothing where the dtype is fp32; and kernels that can be trusted."""
+    with contextlib.ExitStack() as stack:
+        if dtype != torch.float32:
+            stack.enter_context(torch.autocast(device.type, dtype))
+        if device.type == "cuda":
+            stack.enter_context(sdpa_kernel(CUDA_ATTENTION))
+        yield
 
 
 def attention_for_training(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The kernels that a backward pass may go through.
-
-    On a CPU, torch's flash attention takes longer backwards than plain matrix products do. On an H100, cuDNN's gave NaN
-    gradients for Gemma 3 (heads of 256) under a padding mask, always at the same step; the other kernels did not.
-    """
+    """The kernels that a backward pass may go through. On a CPU, torch's flash attention takes longer than matrix products."""
     if device.type == "cuda":
-        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        return sdpa_kernel(CUDA_ATTENTION)
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
