@@ -2,6 +2,7 @@
 evaluated until the budget is used."""
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from prunesearch.search.worker import Referee, work
 from prunesearch.speech.corpus import SPLITS, fingerprint, load_corpus
 from prunesearch.stopping import Stop, Stopped
 from prunesearch.watcher import Watcher
+
+POOR_ANCHOR = 0.3  # dev WER beyond which what candidates differ by is mostly luck
 
 
 def create(config: StudyConfig, storage: BaseStorage, trials: int | None = None, scans: bool = False) -> optuna.Study:
@@ -139,6 +142,7 @@ class Worker:
             weights = self._anchor()
             if team.leads:
                 pin(self.study, "anchor", {"sha256": _digest(weights)}, self.adopt)
+                self._tell_of_anchor(weights.with_name("anchor.json"))
 
         if not team.leads:
             while (job := team.agree(None)) is not None:
@@ -228,6 +232,18 @@ class Worker:
         once(self.storage, f"{self.config.name} (anchor)", self.stop, lambda: shelf.fetch(path), train, keep_checkpoint)
         shelf.fetch("anchor/anchor.json")
         return Path(self.workshop.anchor())
+
+    def _tell_of_anchor(self, log: Path) -> None:
+        """Once in a study: how well it understands what it hears, with all of its layers and before anything is trained."""
+        if "anchor_wer" in self.study.user_attrs or not log.exists():
+            return
+        wer = json.loads(log.read_text(encoding="utf-8"))["dev_wer"]
+        self.study.set_user_attr("anchor_wer", round(wer, 4))
+        if wer > POOR_ANCHOR:
+            self.note(
+                f"the anchor gets {100 * wer:.0f} % of the dev words wrong: a search from there can hardly tell candidates "
+                "apart. Train it longer (anchor.steps), or with another anchor.learning_rate"
+            )
 
 
 def _digest(file: Path) -> str:

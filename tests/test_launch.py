@@ -214,6 +214,9 @@ def test_lines_that_were_left_out_are_counted(toy: Path, tmp_path: Path) -> None
     done = cli("launch", file, "--trials", "1")
     assert "1 lines of dev were left out" in done.stdout
     assert "anchor, loss" in done.stderr, "without a terminal, too, it is said what is being done"
+    assert done.stderr.count("of the dev words wrong") == 1, "a tiny random LLM understands little"
+    again = cli("launch", file, "--trials", "1")
+    assert "of the dev words wrong" not in again.stderr, "it has been said"
 
 
 @pytest.mark.parametrize("command", ["validate", "plan", "scan", "launch", "worker", "status", "retry", "abort", "report"])
