@@ -14,11 +14,10 @@ from prunesearch.candidate import Candidate
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import record_folder
-from prunesearch.search.claims import settled
 from prunesearch.search.leases import LEASE_SECONDS, WORKER, Lease
-from prunesearch.search.sampler import is_settled, latest
 from prunesearch.search.shelf import open_shelf
 from prunesearch.search.space import REMOVE
+from prunesearch.search.standing import Standing, is_settled
 from prunesearch.search.storage import open_storage, shown, upgrade_storage
 from prunesearch.search.study import join_study
 from prunesearch.speech.corpus import SPLITS
@@ -65,7 +64,7 @@ def status(source: str | Path, storage: str | None = None, price: float | None =
         heard = max(0.0, time.time() - lease.renewed)
         if heard < LEASE_SECONDS and (lease.host, lease.pid) not in busy and not lease.has_ended():
             running.append(_row(None, None, lease, heard))
-    done = settled(trials)
+    done = Standing.of(trials).settled
     seconds = [
         (t.datetime_complete - t.datetime_start).total_seconds()
         for t in trials
@@ -118,7 +117,7 @@ def retry(source: str | Path, storage: str | None = None) -> list[str]:
     """Have the candidates that failed evaluated once more; returns their keys. Whoever works on the study next takes them."""
     config, study = _stored(source, storage)
     trials = study.get_trials(deepcopy=False)
-    failed = {key: t for key, t in latest(trials).items() if t.state == TrialState.FAIL and is_settled(t)}
+    failed = {key: t for key, t in Standing.of(trials).latest.items() if t.state == TrialState.FAIL and is_settled(t)}
     for key, trial in failed.items():
         record = record_folder(config.run_folder / "records", Candidate.from_key(key)) / "record.json"
         if record.exists():

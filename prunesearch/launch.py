@@ -7,8 +7,8 @@ from prunesearch.config import StudyConfig, load_study
 from prunesearch.processes import run_workers
 from prunesearch.record import read_records
 from prunesearch.scan import Scan
-from prunesearch.search.sampler import is_settled
 from prunesearch.search.shelf import open_shelf
+from prunesearch.search.standing import is_settled
 from prunesearch.search.storage import open_storage
 from prunesearch.search.study import join_study
 from prunesearch.stopping import Stop, locked

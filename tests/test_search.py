@@ -18,11 +18,11 @@ from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
 from prunesearch.config import StudyConfig, load_study
 from prunesearch.mistakes import StudyError
 from prunesearch.record import Parameters, Rung, RunRecord, SplitResult, WordErrors
-from prunesearch.search import claims
 from prunesearch.search.layer_sets import LayerSetSampler
 from prunesearch.search.rungs import ENOUGH, Finished, chance_of_domination
 from prunesearch.search.sampler import CandidateSampler, optuna_sampler
 from prunesearch.search.space import SearchSpace
+from prunesearch.search.standing import Standing
 from prunesearch.search.storage import open_storage
 from prunesearch.search.study import open_study
 from prunesearch.search.worker import Referee, work
@@ -64,7 +64,7 @@ def config(toy: Path, tmp_path: Path) -> StudyConfig:
 
 
 def settled(study: optuna.Study) -> int:
-    return claims.settled(study.get_trials(deepcopy=False))
+    return Standing.of(study.get_trials(deepcopy=False)).settled
 
 
 def run(

@@ -33,6 +33,7 @@ from prunesearch.search.leases import LEASE_SECONDS, MOST_TIMES, Lease, Watch, e
 from prunesearch.search.patience import is_away, patient
 from prunesearch.search.sampler import CandidateSampler
 from prunesearch.search.shelf import Shelf, once
+from prunesearch.search.standing import Standing
 from prunesearch.search.storage import filled_in, holds_secret, open_storage, shown
 from prunesearch.search.study import check_writable, open_study, pin
 from prunesearch.search.worker import Referee, work
@@ -73,7 +74,7 @@ def opened(config: StudyConfig, url: str | None, notes: list[str] | None = None)
 
 
 def settled(study: optuna.Study) -> int:
-    return claims.settled(study.get_trials(deepcopy=False))
+    return Standing.of(study.get_trials(deepcopy=False)).settled
 
 
 def complete(study: optuna.Study) -> list[str]:

@@ -113,7 +113,7 @@ def main(seed: int, workers: int, kills: int, restarts: int, interval: float) ->
     from prunesearch.launch import launch
     from prunesearch.record import read_records
     from prunesearch.report.front import pareto_front
-    from prunesearch.search.claims import settled
+    from prunesearch.search.standing import Standing
     from prunesearch.search.storage import open_storage
 
     begin = time.monotonic()
@@ -179,7 +179,7 @@ def main(seed: int, workers: int, kills: int, restarts: int, interval: float) ->
             disk.fill()
             time.sleep(FULL_SECONDS)
             disk.clear()
-        print(f"\r{kill + 1} kills, {settled(study.get_trials(deepcopy=False))} candidates", end="", flush=True)
+        print(f"\r{kill + 1} kills, {Standing.of(study.get_trials(deepcopy=False)).settled} candidates", end="", flush=True)
     print()
     for process in running:
         process.join()

@@ -24,8 +24,8 @@ from benchmarks.storage import SPACE, params_of, wer_of  # noqa: E402
 from prunesearch.candidate import Candidate  # noqa: E402
 from prunesearch.record import Parameters, RunRecord, SplitResult, WordErrors  # noqa: E402
 from prunesearch.search import leases  # noqa: E402
-from prunesearch.search.claims import settled  # noqa: E402
 from prunesearch.search.sampler import CandidateSampler  # noqa: E402
+from prunesearch.search.standing import Standing  # noqa: E402
 from prunesearch.search.storage import open_storage  # noqa: E402
 from prunesearch.search.worker import Referee, work  # noqa: E402
 from tests.servers import Postgres, until  # noqa: E402
@@ -92,12 +92,16 @@ def main(seconds: float) -> None:
             url = server.url.replace("127.0.0.1", here)
             command = ["ip", "netns", "exec", name, sys.executable, __file__, "--worker", name, "--url", url]
             workers.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=folder))
-        until(lambda: settled(study.get_trials(deepcopy=False)) >= 4, "progress", 120)
+
+        def known() -> int:
+            return Standing.of(study.get_trials(deepcopy=False)).settled
+
+        until(lambda: known() >= 4, "progress", 120)
         begin = time.monotonic()
         ip("link", "set", "to-blue", "down")
-        print(f"blue is cut off, with {settled(study.get_trials(deepcopy=False))} candidates known")
+        print(f"blue is cut off, with {known()} candidates known")
         time.sleep(seconds)
-        print(f"blue is back after {time.monotonic() - begin:.0f} s, with {settled(study.get_trials(deepcopy=False))} known")
+        print(f"blue is back after {time.monotonic() - begin:.0f} s, with {known()} known")
         ip("link", "set", "to-blue", "up")
         codes = [w.wait(300) for w in workers]
         trials = study.get_trials(deepcopy=False)

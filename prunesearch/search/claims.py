@@ -21,8 +21,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.search.leases import Held, Lease, Watch, end_lost, give_up
-from prunesearch.search.sampler import CandidateSampler, SpaceExhausted, is_settled, latest, next_due
+from prunesearch.search.sampler import CandidateSampler, SpaceExhausted
 from prunesearch.search.space import SearchSpace
+from prunesearch.search.standing import Standing, is_settled
 from prunesearch.search.storage import turn
 from prunesearch.stopping import Stop
 
@@ -54,11 +55,6 @@ class Claim:
                 del self.unwritten[name]
 
 
-def settled(trials: Sequence[FrozenTrial]) -> int:
-    """How many candidates have an outcome (a failure of their own is one), and are not being tried again."""
-    return sum(map(is_settled, latest(trials).values()))
-
-
 def claim(study: optuna.Study, space: SearchSpace, trials: int, watch: Watch, stop: Stop, run_folder: Path) -> Claim | None:
     """The next trial; None when the study's budget of candidates with an outcome is used, or the space. Waits while others
     may still lose theirs. `trials` is the budget where the study has none. Raises Stopped, also where it was aborted."""
@@ -74,11 +70,12 @@ def claim(study: optuna.Study, space: SearchSpace, trials: int, watch: Watch, st
             found = study.get_trials(deepcopy=False)
             if end_lost(study, watch, found):
                 found = study.get_trials(deepcopy=False)
-            if settled(found) >= trials:
+            stands = Standing.of(found)
+            if stands.settled >= trials:
                 return None
-            if _has_room(found, trials) and (not exhausted or next_due(space, found)):
+            if stands.settled + stands.running < trials and (not exhausted or stands.due(space)):
                 try:
-                    made = _ask(study, space, found)
+                    made = _ask(study, space, stands)
                 except SpaceExhausted:
                     exhausted = True
                 except UpdateFinishedTrialError:  # it took so long to propose that the trial was taken for lost
@@ -88,14 +85,10 @@ def claim(study: optuna.Study, space: SearchSpace, trials: int, watch: Watch, st
                 return made
             give_up(study, study._storage.get_trial(made.trial._trial_id), "duplicate")
             poll = min(2 * poll, LONGEST_POLL)  # others propose the same: not all again at once
-        elif exhausted and not any(t.state == TrialState.RUNNING for t in found):
+        elif exhausted and not stands.running:
             return None
         sleep(random.uniform(0.2, 1.8) * poll, stop)
         poll = min(1.5 * poll, LONGEST_POLL)
-
-
-def _has_room(trials: Sequence[FrozenTrial], budget: int) -> bool:
-    return settled(trials) + sum(t.state == TrialState.RUNNING for t in trials) < budget
 
 
 def sleep(seconds: float, stop: Stop) -> None:
@@ -106,17 +99,16 @@ def sleep(seconds: float, stop: Stop) -> None:
         time.sleep(min(left, 0.2))
 
 
-def _ask(study: optuna.Study, space: SearchSpace, found: Sequence[FrozenTrial]) -> Claim:
+def _ask(study: optuna.Study, space: SearchSpace, stands: Standing) -> Claim:
     """A trial with its candidate declared; whether it stands, `_is_mine` says. Raises SpaceExhausted."""
-    sampler, waiting = study.sampler, any(t.state == TrialState.WAITING for t in found)
-    if isinstance(sampler, CandidateSampler) and not sampler.needs_trial and not waiting:
-        return _born_whole(study, space, sampler, found)
+    sampler = study.sampler
+    if isinstance(sampler, CandidateSampler) and not sampler.needs_trial and not stands.waiting:
+        return _born_whole(study, space, sampler.choose(study, None, stands))
     return _step_by_step(study, space)
 
 
-def _born_whole(study: optuna.Study, space: SearchSpace, sampler: CandidateSampler, found: Sequence[FrozenTrial]) -> Claim:
+def _born_whole(study: optuna.Study, space: SearchSpace, candidate: Candidate) -> Claim:
     """A trial that has its candidate and mark from the beginning; its parameters follow while it is evaluated."""
-    candidate = sampler.choose(study, None, found)
     mark, name = Lease.mine(), _name(space, candidate)
     attrs = {"candidate": candidate.key, "lease": asdict(mark)} | ({"name": name} if name else {})
     template = create_trial(state=TrialState.RUNNING, user_attrs=attrs)
@@ -157,14 +149,14 @@ def _is_mine(study: optuna.Study, made: Claim, found: Sequence[FrozenTrial], bud
     while True:
         stop.check()
         retry = any(t.number == number and t.user_attrs.get("retry") for t in trials)
-        others = [t for t in trials if t.number != number]
-        before = [t for t in others if t.state == TrialState.RUNNING and t.number < number]
-        stands = latest(others).get(key)
-        if stands is not None and is_settled(stands) and not retry:
+        others = Standing.of(t for t in trials if t.number != number)
+        before = [t for t in trials if t.state == TrialState.RUNNING and t.number < number]
+        outcome = key in others.latest and is_settled(others.latest[key])
+        if outcome and not retry:
             return False
         if any(t.user_attrs.get("candidate") == key for t in before):
             return False
-        if settled(trials) + len(before) >= budget:
+        if others.settled - outcome + len(before) >= budget:  # what is tried again has its place already
             return False
         if all("candidate" in t.user_attrs for t in before):
             return True

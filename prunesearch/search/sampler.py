@@ -1,20 +1,20 @@
 """Optuna samplers that never propose the same candidate twice, nor one outside the space."""
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from prunesearch.candidate import Candidate
 from prunesearch.scan import LayerSet
 from prunesearch.search.guide import Guide
 from prunesearch.search.space import SearchSpace
+from prunesearch.search.standing import Standing
 
-GIVEN_BACK = ("lost", "crashed", "handed back")  # by a worker: the candidate has no outcome yet
 WORST_GROUP_WER = "worst_group_wer"  # a trial's attribute, and its constraint where the study has a limit
 ATTEMPTS = 30  # proposals of the inner sampler, before a random candidate takes their place
 
@@ -23,42 +23,9 @@ class SpaceExhausted(Exception):
     """Every candidate of the space has been evaluated, or is being evaluated."""
 
 
-def is_settled(trial: FrozenTrial) -> bool:
-    """Its candidate has an outcome: a result, an early end at a rung, or a failure of its own (not of its worker)."""
-    if trial.state == TrialState.FAIL:
-        return trial.user_attrs.get("ended") == "failed"
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-def is_taken(trial: FrozenTrial) -> bool:
-    """Nobody else need evaluate its candidate."""
-    return trial.state in (TrialState.RUNNING, TrialState.WAITING) or is_settled(trial)
-
-
-def latest(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
-    """Each candidate's latest trial, those left out that were withdrawn: what it stands at."""
-    found: dict[str, FrozenTrial] = {}
-    for trial in sorted(trials, key=lambda t: t.number):
-        key = trial.user_attrs.get("candidate")
-        if key and (trial.state != TrialState.FAIL or trial.user_attrs.get("ended") not in (None, "duplicate")):
-            found[key] = trial
-    return found
-
-
-def next_due(space: SearchSpace, trials: Sequence[FrozenTrial]) -> Candidate | None:
-    """What has to be evaluated before anything is proposed: candidates whose workers were lost, then the named ones."""
-    return _due(space, latest(trials))
-
-
-def _due(space: SearchSpace, stands: Mapping[str, FrozenTrial]) -> Candidate | None:
-    left = [k for k, t in stands.items() if t.state == TrialState.FAIL and t.user_attrs.get("ended") in GIVEN_BACK]
-    taken = {key for key, trial in stands.items() if is_taken(trial)}
-    return next((c for c in (*map(Candidate.from_key, left), *space.named.values()) if c.key not in taken), None)
-
-
 class CandidateSampler(BaseSampler):
-    """Proposes what is due (`next_due`), then asks `propose` for a candidate, and sees to it that none is proposed twice, nor
-    one outside the space.
+    """Proposes what is due (`Standing.due`), then asks `propose` for a candidate, and sees to it that none is proposed
+    twice, nor one outside the space.
 
     Randomness comes from the seed and the number of settled trials alone: a study that was killed and resumed proposes
     what it would have.
@@ -80,19 +47,16 @@ class CandidateSampler(BaseSampler):
         return self._space.distributions
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        others = Standing.of(t for t in study.get_trials(deepcopy=False) if t.number != trial.number)
         return self._space.params(self.choose(study, trial, others))
 
-    def choose(self, study: Study, trial: FrozenTrial | None, others: Sequence[FrozenTrial]) -> Candidate:
+    def choose(self, study: Study, trial: FrozenTrial | None, others: Standing) -> Candidate:
         """The next candidate, `others` being all trials but the one that it is for. Raises SpaceExhausted."""
-        stands = latest(others)
-        settled = sum(map(is_settled, stands.values()))
-        running = sum(t.state == TrialState.RUNNING for t in others)
-        if due := _due(self._space, stands):
+        if due := others.due(self._space):
             return due
-        rng = random.Random(f"{self._seed} {settled} {running}")
-        seen = {t.user_attrs["candidate"] for t in stands.values() if is_taken(t)}
-        proposed = self.propose(study, trial, seen, settled + running, rng)
+        rng = random.Random(f"{self._seed} {others.settled} {others.running}")
+        seen = set(others.taken)
+        proposed = self.propose(study, trial, seen, others.settled + others.running, rng)
         if proposed is not None:
             return proposed
         for _ in range(10 * ATTEMPTS):

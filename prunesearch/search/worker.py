@@ -14,12 +14,13 @@ from optuna.trial import TrialState
 
 from prunesearch.candidate import BASELINE_NAMES, Candidate
 from prunesearch.record import RunRecord, WordErrors
-from prunesearch.search.claims import Claim, claim, settled, sleep
+from prunesearch.search.claims import Claim, claim, sleep
 from prunesearch.search.leases import Held, Watch, end_lost, give_up, kept
 from prunesearch.search.rungs import Finished, chance_of_domination
 from prunesearch.search.sampler import WORST_GROUP_WER
 from prunesearch.search.shelf import ShelfAway
 from prunesearch.search.space import SearchSpace
+from prunesearch.search.standing import Standing
 from prunesearch.stopping import Stop, Stopped, Taken
 
 ParamsOf = Callable[[Candidate], float]
@@ -112,7 +113,7 @@ def work(
             back("crashed", traceback.format_exc(limit=-1).strip().splitlines()[-1])
             raise
         else:
-            on_record(record, settled(study.get_trials(deepcopy=False)))
+            on_record(record, Standing.of(study.get_trials(deepcopy=False)).settled)
 
 
 def _is_passing(error: OSError) -> bool:
