@@ -13,6 +13,7 @@ from prunesearch.mistakes import StudyError
 from prunesearch.model.llm import embedding_scale, load_llm, lora, lora_parameters, recompute_activations
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
+from prunesearch.training.device import attention_for_training, autocast
 
 SHAPE = {
     "vocab_size": 280, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -27,10 +28,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "phi3": {"num_key_value_heads": 2},  # one projection for query, key and value
     "gemma2": {"head_dim": 16, "sliding_window": 8},  # softened logits
-    "gemma3_text": {"head_dim": 16, "sliding_window": 8},  # scaled embeddings
+    "gemma3_text": {  # scaled embeddings; heads too wide for some kernels
+        "head_dim": 256, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+    },
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
     "gpt_neox": {"num_key_value_heads": 2},  # other names for everything
-}
+}  # fmt: skip
 
 
 @pytest.fixture(params=FAMILIES)
@@ -102,6 +105,26 @@ def test_recomputed_activations_change_no_gradient(family: Path) -> None:
             gradients.append({name: p.grad for name, p in parameters.items()})
     for name, plain in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], plain, msg=name)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gradients_in_bf16_are_those_of_fp32_on_a_cpu(family: Path, device: str) -> None:
+    """Padding included: a kernel that computes otherwise for masked rows would train something else."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    gradients, losses = [], []
+    for where, dtype in ((torch.device("cpu"), torch.float32), (torch.device(device), torch.bfloat16)):
+        slam = built(family)
+        slam.projector.to(where)
+        slam.llm.model.to(where, dtype)
+        with attention_for_training(where), autocast(where, dtype):
+            loss = slam.loss(STATES.to(where), LENGTHS.to(where), TEXTS)
+            loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.float().cpu().flatten() for p in slam.projector.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+    assert gradients[1].norm().item() == pytest.approx(gradients[0].norm().item(), rel=0.1)
 
 
 @pytest.mark.parametrize("missing", ["bos_token", "pad_token", "eos_token"])
