@@ -201,14 +201,15 @@ def test_failed_and_pruned_candidates_settle_but_never_complete(config: StudyCon
 
 
 def finished(count: int, noise: float, seed: int = 0) -> list[Finished]:
-    """Trials whose log WER halves from rung to end, up to noise; none has fewer than 100 parameters."""
+    """Trials whose WER halves from rung to end, up to noise, as counts have it; none has fewer than 100 parameters."""
     rng = random.Random(seed)
     ats = [rng.uniform(math.log(0.1), math.log(0.9)) for _ in range(count)]
-    return [Finished(100 + i, math.exp(0.9 * at - 0.7 + rng.gauss(0, noise)), math.exp(at)) for i, at in enumerate(ats)]
+    ends = [0.9 * at - 0.7 + rng.gauss(0, noise * math.exp(-at / 2)) for at in ats]
+    return [Finished(100 + i, math.exp(end), math.exp(at)) for i, (at, end) in enumerate(zip(ats, ends, strict=True))]
 
 
 def test_domination_is_foretold_by_what_rungs_said_of_finished_trials() -> None:
-    known = [*finished(30, 0.1), Finished(50, 0.2, None)]
+    known = [*finished(30, 0.05), Finished(50, 0.2, None)]
     ends_at = math.exp((math.log(0.2) + 0.7) / 0.9)  # what a trial shows at the rung that ends where the smallest one did
     assert chance_of_domination(ends_at, 60, known) == pytest.approx(0.5, abs=0.15)
     assert chance_of_domination(2 * ends_at, 60, known) > 0.99
@@ -222,9 +223,11 @@ def test_the_chance_of_domination_is_a_frequency() -> None:
     hits, rng = [], random.Random(5)
     for seed in range(3000):
         at = rng.uniform(math.log(0.2), math.log(0.8))
-        known = [*finished(12, 0.2, seed), Finished(50, 0.25, None)]
+        known = [*finished(12, 0.1, seed), Finished(50, 0.25, None)]
         if 0.8 < chance_of_domination(math.exp(at), 60, known) < 0.9:
-            hits.append(0.9 * at - 0.7 + rng.gauss(0, 0.2) > math.log(min(f.wer for f in known if f.params <= 60)))
+            hits.append(
+                0.9 * at - 0.7 + rng.gauss(0, 0.1 * math.exp(-at / 2)) > math.log(min(f.wer for f in known if f.params <= 60))
+            )
     assert len(hits) > 100
     assert 0.78 < sum(hits) / len(hits) < 0.92
 

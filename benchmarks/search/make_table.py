@@ -60,16 +60,16 @@ def train(source: Path, seed: int | None, most: int, ranks: list[int], share: fl
                 print(f"{i + 1}/{len(due)} {candidate.key} {100 * record.dev.errors.wer:.2f} %", flush=True)
 
 
-def records_of(config: StudyConfig, depth: int, most: int, ranks: list[int], share: float) -> dict[str, RunRecord]:
-    found = {c.key: read_record(config.run_folder / "records", c) for c in candidates_of(config, depth, most, ranks, share)}
+def records_of(config: StudyConfig, depth: int, most: int, ranks: list[int]) -> dict[str, RunRecord]:
+    found = {c.key: read_record(config.run_folder / "records", c) for c in candidates_of(config, depth, most, ranks, 1.0)}
     return {key: record for key, record in found.items() if record is not None and record.dev is not None}
 
 
-def write_table(source: Path, most: int, ranks: list[int], twins: dict[int, float]) -> None:
+def write_table(source: Path, most: int, ranks: list[int], seeds: list[int]) -> None:
     config = load_study(source)
     workshop = Workshop.open(config)
     scores = scan(workshop, most=max(2, min(most, 3)), loss_sets=10_000)
-    records = records_of(config, workshop.depth, most, ranks, 1.0)
+    records = records_of(config, workshop.depth, most, ranks)
     first = next(iter(records.values()))
     assert first.dev
 
@@ -95,8 +95,8 @@ def write_table(source: Path, most: int, ranks: list[int], twins: dict[int, floa
             for key, record in records.items()
         },
         "again": {
-            str(seed): {k: errors(r) for k, r in records_of(seeded(source, seed), workshop.depth, most, ranks, share).items()}
-            for seed, share in twins.items()
+            str(seed): {k: errors(r) for k, r in records_of(seeded(source, seed), workshop.depth, most, ranks).items()}
+            for seed in seeds
         },
         "scan": {",".join(map(str, s.removed_layers)): round(s.delta_loss, 5) for s in scores.sets if s.delta_loss is not None},
         "criteria": {
@@ -132,5 +132,5 @@ if __name__ == "__main__":
         for job in jobs:
             job.join()
     if a.seed is None:
-        twins = {int(p.name.rsplit("seed", 1)[1]): 0.1 for p in a.study.parent.glob(f"run-{a.study.stem}-seed*")}
-        write_table(a.study, a.most, a.ranks, twins)
+        seeds = [int(p.name.rsplit("seed", 1)[1]) for p in a.study.parent.glob(f"run-{a.study.stem}-seed*")]
+        write_table(a.study, a.most, a.ranks, seeds)

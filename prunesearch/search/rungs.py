@@ -1,8 +1,10 @@
 """When to end a trial early: when it is all but sure to come out dominated.
 
 What a finished trial's WER was at this rung and in the end, foretells where a trial that is at the rung will end: a linear
-regression of log WER on log WER, with Student's prediction interval (the textbook's, for one new observation). A trial is
-dominated if one of no more parameters has finished better. Nobody waits for anybody: what has finished by now decides.
+regression of log WER on log WER, with Student's prediction interval (the textbook's, for one new observation). Errors are
+counts, so the variance of their logarithm falls with their number: the regression is weighted by WER at the rung, and
+says less of good trials than of bad ones. A trial is dominated if one of no more parameters has finished better. Nobody
+waits for anybody: what has finished by now decides.
 """
 
 import math
@@ -38,15 +40,17 @@ def chance_of_domination(wer: float, params: float, finished: Iterable[Finished]
 
 
 def _chance_above(limit: float, at: float, pairs: Sequence[tuple[float, float]]) -> float:
-    """P(y > limit | x = at) for y regressed on x."""
+    """P(y > limit | x = at) for y regressed on x, both log WER; the variance of y is taken to be inverse to exp(x)."""
     n = len(pairs)
-    mean_x, mean_y = (sum(values) / n for values in zip(*pairs, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in pairs)
+    weights = [math.exp(x) for x, _ in pairs]
+    whole = sum(weights)
+    mean_x, mean_y = (sum(w * v for w, v in zip(weights, values, strict=True)) / whole for values in zip(*pairs, strict=True))
+    spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, pairs, strict=True))
     if spread == 0:
         return 0.0
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread
-    residual = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in pairs) / (n - 2)
-    deviation = math.sqrt(residual * (1 + 1 / n + (at - mean_x) ** 2 / spread))
+    slope = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, pairs, strict=True)) / spread
+    residual = sum(w * (y - mean_y - slope * (x - mean_x)) ** 2 for w, (x, y) in zip(weights, pairs, strict=True)) / (n - 2)
+    deviation = math.sqrt(residual * (1 / math.exp(at) + 1 / whole + (at - mean_x) ** 2 / spread))
     expected = mean_y + slope * (at - mean_x)
     if deviation == 0:
         return float(expected > limit)
