@@ -34,7 +34,6 @@ from prunesearch.search.sampler import SpaceExhausted, optuna_sampler
 from prunesearch.search.worker import finished_at
 
 TABLES, CURVES = (Path(__file__).parent / name for name in ("tables", "curves"))
-CONFIDENCE = 0.95
 SLOW = "gp"  # seconds to tens of seconds an ask: only when named
 CHECKPOINTS = (10, 20, 40, 80, 160)
 Make = Callable[[Landscape, int], BaseSampler]
@@ -167,24 +166,24 @@ def _median_and_low(values: list[float]) -> str:
 
 
 CONDITIONS = (
-    ("layer-sets, one worker", "layer-sets", 1, None),
-    ("layer-sets, eight workers", "layer-sets", 8, None),
-    ("layer-sets, rungs", "layer-sets", 1, CONFIDENCE),
-    ("tpe, rungs", "tpe", 1, CONFIDENCE),
-    ("random, rungs", "random", 1, CONFIDENCE),
-)
+    ("layer-sets", "layer-sets", 1, False),
+    ("layer-sets, 8 workers", "layer-sets", 8, False),
+    ("layer-sets, rungs", "layer-sets", 1, True),
+    ("tpe, rungs", "tpe", 1, True),
+    ("random, rungs", "random", 1, True),
+)  # label, method, workers, whether rungs end trials
 
 
-def conditions_table(title: str, landscapes: list[Landscape], seeds: int, trials: int) -> Table:
+def conditions_table(title: str, landscapes: list[Landscape], seeds: int, trials: int, confidence: float) -> Table:
     """The same search with many workers, and with rungs, which save more where more of what is proposed is hopeless."""
     shown = Table(title=f"{title}: after {trials} trials")
-    for column in ("", "share, %", "candidates twice", "steps used, %", "ended by a rung", "of these, of the true front"):
+    for column in ("", "share, %", "twice", "steps used, %", "ended by a rung", "of these on the true front"):
         shown.add_column(column, justify="right" if column else "left")
-    for label, method, workers, confidence in CONDITIONS:
-        if confidence and not all(landscape.rungs for landscape in landscapes):
+    for label, method, workers, rungs in CONDITIONS:
+        if rungs and not all(landscape.rungs for landscape in landscapes):
             continue
         runs = [
-            (landscape, run(landscape, METHODS[method](landscape, seed), trials, workers, confidence))
+            (landscape, run(landscape, METHODS[method](landscape, seed), trials, workers, confidence if rungs else None))
             for landscape in landscapes
             for seed in range(max(1, seeds // len(landscapes)))
         ]
@@ -193,7 +192,7 @@ def conditions_table(title: str, landscapes: list[Landscape], seeds: int, trials
         ended = sum(len(r.ended) for _, r in runs)
         steps = statistics.mean(r.share_of_steps for _, r in runs)
         found = _median_and_low([landscape.share(r.finished) for landscape, r in runs])
-        of_rungs = (f"{ended} in {len(runs)} runs", str(on_front)) if confidence else ("", "")
+        of_rungs = (f"{ended} in {len(runs)} runs", str(on_front)) if rungs else ("", "")
         shown.add_row(label, found, str(twice), f"{100 * steps:.0f}", *of_rungs)
     return shown
 
@@ -260,7 +259,7 @@ def spread(path: Path) -> str | None:
     return f"{path.stem}: {len(pairs)} candidates trained twice; log WER of one training deviates by {deviation:.3f}"
 
 
-def main(seeds: int, trials: int, only: str, synthetic_count: int, noise: bool) -> None:
+def main(seeds: int, trials: int, only: str, synthetic_count: int, noise: bool, confidence: float) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = Console(width=120)
     if noise:
@@ -275,7 +274,7 @@ def main(seeds: int, trials: int, only: str, synthetic_count: int, noise: bool) 
     for title, landscapes in groups.items():
         most = min(trials, *(len(landscape.wer) // 2 for landscape in landscapes))  # half of a small table: else all are tried
         console.print(*methods_tables(title, landscapes, names, seeds, most))
-        console.print(conditions_table(title, landscapes, seeds, most))
+        console.print(conditions_table(title, landscapes, seeds, most, confidence))
     for path in sorted(TABLES.glob("*.json")):
         console.print(criteria_table(path))
         if said := spread(path):
@@ -289,4 +288,5 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="methods, separated by commas; default: all but gp")
     parser.add_argument("--synthetic", type=int, default=5, dest="synthetic_count")
     parser.add_argument("--noise", action="store_true", help="only what repeats are worth under noise")
+    parser.add_argument("--confidence", type=float, default=0.95, help="with which a rung ends a trial")
     main(**vars(parser.parse_args()))
