@@ -1,6 +1,6 @@
-"""Workers killed at random, a database restarted under them, clocks that disagree, a full disk: what is left of a study?
+"""Workers killed and held up at random, a database restarted under them, clocks that disagree, a full disk: what is left?
 
-    python benchmarks/chaos/chaos.py [--seed 0] [--workers 8] [--kills 100] [--restarts 10]
+    python benchmarks/chaos/chaos.py [--seed 0] [--workers 8] [--kills 100] [--restarts 10] [--pauses 10]
 
 A study of toy size (real models, seconds a candidate) on a PostgreSQL of its own, its whole space to be evaluated. Half of
 the workers behave as if they were on machines of their own; their clocks are up to an hour off. Afterwards the same study is
@@ -29,6 +29,7 @@ from tests.servers import Postgres  # noqa: E402
 
 STEPS = 700
 FULL_SECONDS = 15
+LEASE_SECONDS, PAUSE_SECONDS = 10.0, 14.0  # whoever is held up for so long has lost its trial, and finds that out
 
 
 def worker(source: Path, url: str, log: Path, skew: float, machine: str | None) -> None:
@@ -43,7 +44,7 @@ def worker(source: Path, url: str, log: Path, skew: float, machine: str | None) 
     os.dup2(out.fileno(), 1)
     os.dup2(out.fileno(), 2)
     torch.set_num_threads(1)
-    leases.BEAT_SECONDS, leases.LEASE_SECONDS = 1.0, 10.0
+    leases.BEAT_SECONDS, leases.LEASE_SECONDS = 1.0, LEASE_SECONDS
     if machine is not None:
         leases.place.cache_clear()
         leases.place = lambda: machine  # type: ignore[assignment]
@@ -106,7 +107,7 @@ def outcomes(source: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
     }
 
 
-def main(seed: int, workers: int, kills: int, restarts: int, interval: float) -> None:
+def main(seed: int, workers: int, kills: int, restarts: int, pauses: int, interval: float) -> None:
     import optuna
 
     from prunesearch.config import load_study
@@ -155,10 +156,20 @@ def main(seed: int, workers: int, kills: int, restarts: int, interval: float) ->
         lock.parent.mkdir(exist_ok=True)
         lock.touch()  # as a machine that is gone leaves them on a network's file system
     restart_at = set(rng.sample(range(1, kills), restarts))
+    pause_at = set(rng.sample(range(1, kills), pauses))
+    held_up: list[tuple[float, BaseProcess]] = []  # until when, and who
+
+    def release(now: float) -> None:
+        for entry in [e for e in held_up if e[0] <= now]:
+            held_up.remove(entry)
+            if entry[1].is_alive():
+                os.kill(entry[1].pid or 0, signal.SIGCONT)
+
     full_at = kills // 2
     died: Counter[str] = Counter()
     for kill in range(kills):
         time.sleep(rng.expovariate(1 / interval))
+        release(time.monotonic())
         for process in [p for p in running if not p.is_alive()]:
             running.remove(process)
             died[f"exit code {process.exitcode}"] += 1
@@ -171,6 +182,12 @@ def main(seed: int, workers: int, kills: int, restarts: int, interval: float) ->
             running.remove(victim)
             died["kill -9"] += 1
         start(workers + kill)
+        free = [p for p in running if p not in (held for _, held in held_up)]
+        if kill in pause_at and free:
+            slow = rng.choice(free)
+            os.kill(slow.pid or 0, signal.SIGSTOP)
+            held_up.append((time.monotonic() + PAUSE_SECONDS, slow))
+            died["held up"] += 1
         if kill in restart_at:
             server.stop(rng.choice([signal.SIGINT, signal.SIGQUIT]))
             time.sleep(rng.uniform(0.2, 3))
@@ -181,6 +198,9 @@ def main(seed: int, workers: int, kills: int, restarts: int, interval: float) ->
             disk.clear()
         print(f"\r{kill + 1} kills, {Standing.of(study.get_trials(deepcopy=False)).settled} candidates", end="", flush=True)
     print()
+    while held_up:
+        time.sleep(1)
+        release(time.monotonic())
     for process in running:
         process.join()
         died[f"exit code {process.exitcode}"] += 1
@@ -201,8 +221,10 @@ def main(seed: int, workers: int, kills: int, restarts: int, interval: float) ->
         p for p in place.rglob("*") if p.is_file() and p.name != "postgres" and Postgres.PASSWORD.encode() in p.read_bytes()
     ]
     text = log.read_text()
-    print(f"seed {seed}: {workers} workers, {kills} kills, {restarts} restarts of the database, {stormy:.0f} s")
-    print(f"  workers ended: {dict(died)}")
+    print(
+        f"seed {seed}: {workers} workers, {kills} kills, {pauses} pauses, {restarts} restarts of the database, {stormy:.0f} s"
+    )
+    print(f"  workers: {dict(died)}")
     noticed = {word: text.count(word) for word in ("disk is full", "storage is away", "given to another")}
     print(f"  the disk was full for {FULL_SECONDS if disk.mounted else 0} s; workers said: {noticed}")
     print(f"  trials: {len(trials)}, of these {sum(done.values())} complete; without an outcome: {dict(ended)}")
@@ -235,5 +257,6 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--restarts", type=int, default=10)
+    parser.add_argument("--pauses", type=int, default=10, help="workers that are held up until they are taken for lost")
     parser.add_argument("--interval", type=float, default=2.0, help="mean seconds between two kills")
     main(**vars(parser.parse_args()))
