@@ -29,7 +29,7 @@ from prunesearch.model.hub import read_architecture
 from prunesearch.model.llm import Llm, embedding_scale, lora
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.training.device import attention_for_training, autocast, pick_dtype
+from prunesearch.training.device import arithmetic, attention_for_training, pick_dtype
 from prunesearch.training.finetune import trainable
 from prunesearch.training.team import Team
 
@@ -76,7 +76,7 @@ def main(study: Path, batch: int, seconds: float, words: int, rank: int, steps: 
     texts = [torch.randint(10, 500, (words,)).tolist() for _ in range(batch)]
     llm = Llm(model, None, (), tuple(range(20, 26)), 0, 0)
     mels = torch.randn(batch, shape.num_mel_bins, window, device=device)
-    with torch.no_grad(), autocast(device, dtype):
+    with torch.no_grad(), arithmetic(device, dtype):
         states, lengths = encode(encoder, mels[..., :frames], torch.full((batch,), frames, device=device))
 
     with lora(llm, rank, config.llm, seed=0) as adapted:
@@ -100,7 +100,7 @@ def main(study: Path, batch: int, seconds: float, words: int, rank: int, steps: 
             return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
 
         def step(loss: Callable[[], Tensor]) -> None:
-            with autocast(device, dtype):
+            with arithmetic(device, dtype):
                 value = loss()
             value.backward()
             nn.utils.clip_grad_norm_(trainable(slam).values(), 1.0)

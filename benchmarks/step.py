@@ -31,7 +31,7 @@ from prunesearch.config import load_study
 from prunesearch.model.llm import lora, pad_tokens
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import read_audio
-from prunesearch.training.device import attention_for_training, autocast, seed_everything
+from prunesearch.training.device import arithmetic, attention_for_training, seed_everything
 from prunesearch.training.finetune import restore, trainable
 from prunesearch.training.workshop import Workshop
 
@@ -82,7 +82,7 @@ def run_steps(
     for step in steps:
         seed_everything(seed + step)
         begin = time.perf_counter()
-        with autocast(workshop.device, workshop.dtype):
+        with arithmetic(workshop.device, workshop.dtype):
             loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(trainable(slam).values(), 1.0)

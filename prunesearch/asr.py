@@ -34,7 +34,7 @@ from prunesearch.record import write_atomically
 from prunesearch.speech.audio import SAMPLE_RATE, padded, read_audio
 from prunesearch.training.batches import by_length
 from prunesearch.training.decode import Written, generate, token_limit
-from prunesearch.training.device import autocast
+from prunesearch.training.device import arithmetic
 from prunesearch.training.features import ENCODING_BATCH
 
 SETTINGS = "slam.json"
@@ -205,12 +205,12 @@ class SlamAsr:
 
         for batch in by_length([len(p) for p in parts], ENCODING_BATCH):
             features, frames = self.log_mels([parts[i] for i in batch])
-            with autocast(self.device, dtype):
+            with arithmetic(self.device, dtype):
                 hidden, lengths = embed(self.encoder, features, frames)
                 keep(batch, run_layers(self.encoder, hidden, lengths, 0, shared), lengths)
         for batch in by_length([len(s) for s in states], ENCODING_BATCH):
             hidden, lengths = self._together([states[i] for i in batch])
-            with autocast(self.device, dtype):
+            with arithmetic(self.device, dtype):
                 keep(batch, self.encoder.layer_norm(run_layers(self.encoder, hidden, lengths, shared)), lengths)
         return states
 
@@ -231,7 +231,7 @@ class SlamAsr:
     @torch.inference_mode()
     def encode(self, features: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoder alone: (B, M, F), frames (B,) -> states (B, T, D), lengths (B,)."""
-        with autocast(self.device, getattr(torch, self.settings.dtype)):
+        with arithmetic(self.device, getattr(torch, self.settings.dtype)):
             return encode(self.encoder, features, frames)
 
     def _log_mel(self, samples: Samples) -> torch.Tensor:

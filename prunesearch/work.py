@@ -234,7 +234,7 @@ class Worker:
         return Path(self.workshop.anchor())
 
     def _tell_of_anchor(self, log: Path) -> None:
-        """Once in a study: how well it understands what it hears, with all of its layers and before anything is trained."""
+        """Once in a study: how well it understands what it hears, with all of its layers, before any candidate is trained."""
         if "anchor_wer" in self.study.user_attrs or not log.exists():
             return
         wer = json.loads(log.read_text(encoding="utf-8"))["dev_wer"]

@@ -13,7 +13,7 @@ from prunesearch.mistakes import StudyError
 from prunesearch.model.llm import embedding_scale, load_llm, lora, lora_parameters, recompute_activations
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.training.device import attention_for_training, autocast
+from prunesearch.training.device import arithmetic, attention_for_training
 
 SHAPE = {
     "vocab_size": 280, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -117,7 +117,7 @@ def test_gradients_in_bf16_are_those_of_fp32_on_a_cpu(family: Path, device: str)
         slam = built(family)
         slam.projector.to(where)
         slam.llm.model.to(where, dtype)
-        with attention_for_training(where), autocast(where, dtype):
+        with attention_for_training(where), arithmetic(where, dtype):
             loss = slam.loss(STATES.to(where), LENGTHS.to(where), TEXTS)
             loss.backward()
         losses.append(loss.item())

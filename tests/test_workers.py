@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import optuna
@@ -146,6 +146,31 @@ def test_workers_without_any_lock_still_take_each_candidate_once(config: StudyCo
     assert len(complete(study)) == len(set(complete(study))) == 17, "not one more than the budget"
     begun = Counter((config.folder / "evaluated.txt").read_text().split())
     assert set(begun.values()) == {1}
+
+
+def test_a_trial_that_came_in_between_is_seen(config: StudyConfig, url: str | None) -> None:
+    """Somebody without the lock takes the candidate while it is being proposed."""
+
+    class Overtaken(CandidateSampler):
+        rival = ""
+
+        def choose(self, study: optuna.Study, trial: optuna.trial.FrozenTrial | None, others: Standing) -> Candidate:
+            candidate = super().choose(study, trial, others)
+            if not self.rival:
+                self.rival = candidate.key
+                elsewhere = asdict(replace(Lease.mine(), place="elsewhere"))
+                attrs = {"candidate": candidate.key, "lease": elsewhere}
+                template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs)
+                open_storage(url, config.run_folder).create_new_trial(study._study_id, template_trial=template)
+            return candidate
+
+    study = opened(config, url)
+    study.sampler = sampler = Overtaken(space(), 0)
+    claimed = claims.claim(study, space(), 5, Watch(), Stop(), config.run_folder)
+    assert claimed is not None
+    assert sampler.rival == "full" != claimed.candidate.key
+    trials = study.get_trials(deepcopy=False)
+    assert [t.user_attrs.get("ended") for t in trials] == [None, "duplicate", None]
 
 
 def test_several_create_a_study_at_once(config: StudyConfig, postgres: Postgres) -> None:

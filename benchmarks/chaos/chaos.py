@@ -166,13 +166,13 @@ def main(seed: int, workers: int, kills: int, restarts: int, pauses: int, interv
                 os.kill(entry[1].pid or 0, signal.SIGCONT)
 
     full_at = kills // 2
-    died: Counter[str] = Counter()
+    fates: Counter[str] = Counter()
     for kill in range(kills):
         time.sleep(rng.expovariate(1 / interval))
         release(time.monotonic())
         for process in [p for p in running if not p.is_alive()]:
             running.remove(process)
-            died[f"exit code {process.exitcode}"] += 1
+            fates[f"exit code {process.exitcode}"] += 1
             if process.exitcode:
                 start(workers + kill)
         victim = rng.choice(running) if running else None
@@ -180,14 +180,14 @@ def main(seed: int, workers: int, kills: int, restarts: int, pauses: int, interv
             os.kill(victim.pid or 0, signal.SIGKILL)
             victim.join()
             running.remove(victim)
-            died["kill -9"] += 1
+            fates["kill -9"] += 1
         start(workers + kill)
         free = [p for p in running if p not in (held for _, held in held_up)]
         if kill in pause_at and free:
             slow = rng.choice(free)
             os.kill(slow.pid or 0, signal.SIGSTOP)
             held_up.append((time.monotonic() + PAUSE_SECONDS, slow))
-            died["held up"] += 1
+            fates["held up"] += 1
         if kill in restart_at:
             server.stop(rng.choice([signal.SIGINT, signal.SIGQUIT]))
             time.sleep(rng.uniform(0.2, 3))
@@ -203,7 +203,7 @@ def main(seed: int, workers: int, kills: int, restarts: int, pauses: int, interv
         release(time.monotonic())
     for process in running:
         process.join()
-        died[f"exit code {process.exitcode}"] += 1
+        fates[f"exit code {process.exitcode}"] += 1
     stormy = time.monotonic() - begin
 
     trials = study.get_trials(deepcopy=False)
@@ -224,7 +224,7 @@ def main(seed: int, workers: int, kills: int, restarts: int, pauses: int, interv
     print(
         f"seed {seed}: {workers} workers, {kills} kills, {pauses} pauses, {restarts} restarts of the database, {stormy:.0f} s"
     )
-    print(f"  workers: {dict(died)}")
+    print(f"  workers: {dict(fates)}")
     noticed = {word: text.count(word) for word in ("disk is full", "storage is away", "given to another")}
     print(f"  the disk was full for {FULL_SECONDS if disk.mounted else 0} s; workers said: {noticed}")
     print(f"  trials: {len(trials)}, of these {sum(done.values())} complete; without an outcome: {dict(ended)}")

@@ -1,6 +1,6 @@
 """An exhaustive table: every set of layers with every rank, trained by our own trainer, as compact data.
 
-    python benchmarks/search/make_table.py benchmarks/search/quickstart.toml --most 3 --ranks 0 8 --workers 2
+    python benchmarks/search/make_table.py benchmarks/search/quickstart.toml --most 4 --ranks 0 8 --workers 2
 
 Hours of two cores. Kill it at any time: it goes on where it was, and writes what there is to `tables/<name>.json` at the
 end. `--seed 1 --share 0.1` trains a random tenth of the candidates once more, anchor and all, from another seed: what two

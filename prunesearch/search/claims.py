@@ -60,23 +60,24 @@ def claim(study: optuna.Study, space: SearchSpace, trials: int, watch: Watch, st
     may still lose theirs. `trials` is the budget where the study has none. Raises Stopped, also where it was aborted."""
     exhausted, poll, default = False, FIRST_POLL, trials
     while True:
-        attrs = study.user_attrs
-        if attrs.get("aborted"):
-            stop.request()
-        stop.check()
-        trials = attrs.get("trials", default)  # it may have been widened
         made = None
         with turn(study._storage, study.study_name, run_folder):
+            attrs = study.user_attrs
+            if attrs.get("aborted"):
+                stop.request()
+            stop.check()
+            trials = attrs.get("trials", default)  # it may have been widened
             found = study.get_trials(deepcopy=False)
             if end_lost(study, watch, found):
                 found = study.get_trials(deepcopy=False)
             stands = Standing.of(found)
-            if stands.settled >= trials:
+            due = stands.due(space)
+            if stands.settled >= trials or (exhausted and not due and not stands.running):
                 return None
-            if stands.settled + stands.running < trials and (not exhausted or stands.due(space)):
+            if stands.settled + stands.running < trials and (due or not exhausted):
                 try:
                     made = _ask(study, space, stands)
-                except SpaceExhausted:
+                except SpaceExhausted:  # for now: what others are at may be lost yet
                     exhausted = True
                 except UpdateFinishedTrialError:  # it took so long to propose that the trial was taken for lost
                     continue
@@ -85,8 +86,6 @@ def claim(study: optuna.Study, space: SearchSpace, trials: int, watch: Watch, st
                 return made
             give_up(study, study._storage.get_trial(made.trial._trial_id), "duplicate")
             poll = min(2 * poll, LONGEST_POLL)  # others propose the same: not all again at once
-        elif exhausted and not stands.running:
-            return None
         sleep(random.uniform(0.2, 1.8) * poll, stop)
         poll = min(1.5 * poll, LONGEST_POLL)
 
@@ -142,10 +141,13 @@ def _name(space: SearchSpace, candidate: Candidate) -> str | None:
 
 
 def _is_mine(study: optuna.Study, made: Claim, found: Sequence[FrozenTrial], budget: int, watch: Watch, stop: Stop) -> bool:
-    """Whether nobody with a lower number has the candidate, or the budget. Numbers count from 0: where `found`, read before the
-    trial was made, holds as many trials as its number says, nobody came in between, and nothing need be read again."""
+    """Whether nobody with a lower number has the candidate, or the budget.
+
+    Numbers count from 0. Where a trial was born whole and `found`, read just before, holds as many trials as its number says,
+    nobody came in between, nor was there an enqueued one that somebody could have begun: nothing need be read again.
+    """
     number, key = made.trial.number, made.candidate.key
-    trials = found if len(found) == number else study.get_trials(deepcopy=False)
+    trials = found if made.unwritten and len(found) == number else study.get_trials(deepcopy=False)
     while True:
         stop.check()
         retry = any(t.number == number and t.user_attrs.get("retry") for t in trials)

@@ -77,6 +77,7 @@ def work(
     """
     stop = stop or Stop()
     watch = Watch()
+    study.get_trials(deepcopy=False)  # the first look at a large study takes long: nobody should have to wait for it
 
     def look() -> None:
         end_lost(study, watch)

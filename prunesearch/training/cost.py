@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.training.device import autocast
+from prunesearch.training.device import arithmetic
 from prunesearch.training.finetune import trainable
 
 CPU = torch.device("cpu")  # where the tensors pretend to be; attention is fused there, as it is on a GPU
@@ -96,7 +96,7 @@ def step_cost(slam: SpeechLlm, width: int, positions: int, text_tokens: int, bat
         lengths = torch.full((batch,), positions)
         watch = _Watch([*weights, states])
         with watch, FlopCounterMode(display=False) as counter:
-            with autocast(CPU, dtype):
+            with arithmetic(CPU, dtype):
                 loss = slam.loss(states, lengths, [[0] * text_tokens] * batch)
             loss.backward()
             optimizer.step()

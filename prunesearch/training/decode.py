@@ -14,7 +14,7 @@ from prunesearch.speech.corpus import Utterance
 from prunesearch.speech.text import normalizer_for
 from prunesearch.speech.wer import score
 from prunesearch.training.batches import by_length
-from prunesearch.training.device import autocast
+from prunesearch.training.device import arithmetic
 from prunesearch.training.features import StateStore
 
 
@@ -54,7 +54,7 @@ def generate(
     """Encoder states (B, T, D), (B,) -> what the LLM writes, at most `limits` tokens each."""
     device = states.device
     most = torch.tensor(limits, device=device)
-    with autocast(device, dtype):
+    with arithmetic(device, dtype):
         embeddings, mask = slam.prefix(states, lengths)
         written = slam.model.generate(
             inputs_embeds=embeddings.to(slam.llm.model.dtype),

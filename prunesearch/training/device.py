@@ -30,7 +30,7 @@ CUDA_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 
 
 @contextlib.contextmanager
-def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def arithmetic(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """bf16 arithmetic for trained weights that stay fp32, nothing where the dtype is fp32; and kernels that can be trusted."""
     with contextlib.ExitStack() as stack:
         if dtype != torch.float32:

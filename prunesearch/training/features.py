@@ -28,7 +28,7 @@ from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio
 from prunesearch.speech.corpus import Progress, Utterance
 from prunesearch.stopping import locked
 from prunesearch.training.batches import by_length
-from prunesearch.training.device import autocast
+from prunesearch.training.device import arithmetic
 from prunesearch.training.team import Team
 
 ENCODING_BATCH = 32
@@ -188,7 +188,7 @@ def prefix_states(
                     features = torch.zeros(len(batch), mels[0].shape[0], int(frames.max()))
                     for row, mel in zip(features, mels, strict=True):
                         row[:, : mel.shape[1]] = mel
-                    with autocast(device, dtype):
+                    with arithmetic(device, dtype):
                         hidden, positions = embed(encoder, features.to(device), frames)
                         hidden = run_layers(encoder, hidden, positions, 0, depth)
                     lengths |= zip(batch, positions.tolist(), strict=True)
@@ -236,7 +236,7 @@ def finish_encoding(
     for done, batch in enumerate(batches):
         indices = [order[j] for j in batch]
         hidden, positions = prefix.batch(indices, device)
-        with autocast(device, dtype):
+        with arithmetic(device, dtype):
             hidden = encoder.layer_norm(run_layers(encoder, hidden, positions, depth))
         for row, i in zip(hidden.to("cpu", dtype), indices, strict=True):
             first, length = spans[i]

@@ -17,7 +17,7 @@ from prunesearch.model.llm import lora_parameters, recompute_activations, recomp
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.record import write_atomically
 from prunesearch.stopping import Stopped
-from prunesearch.training.device import attention_for_training, autocast, peak_memory_bytes, seed_everything
+from prunesearch.training.device import arithmetic, attention_for_training, peak_memory_bytes, seed_everything
 from prunesearch.training.features import Fetched, Prefetched, StateStore
 from prunesearch.training.team import Team
 
@@ -180,7 +180,7 @@ def _gradients(
                 rows = slice(first, first + progressed.micro_batch)
                 hidden, lengths = fetched.rows(rows)
                 with attention_for_training(team.device):  # backwards too: what is recomputed must be computed alike
-                    with autocast(team.device, dtype):
+                    with arithmetic(team.device, dtype):
                         part = slam.loss_sum(hidden, lengths, [targets[i] for i in fetched.share[rows]]) / tokens
                     part.backward()
                 loss = loss + part.detach()

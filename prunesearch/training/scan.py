@@ -37,7 +37,7 @@ from prunesearch.speech.audio import version_of
 from prunesearch.stopping import locked
 from prunesearch.training.batches import by_length
 from prunesearch.training.decode import transcribe
-from prunesearch.training.device import autocast
+from prunesearch.training.device import arithmetic
 from prunesearch.training.workshop import Workshop
 
 ROWS = 128  # sequences that go through a layer at once
@@ -193,7 +193,7 @@ class _Scanner:
         texts = [self.texts[i] for i in indices]
         path: list[Tensor] = []
         whole = None
-        with autocast(self.workshop.device, self.workshop.dtype):
+        with arithmetic(self.workshop.device, self.workshop.dtype):
             for node, states, is_end in self.tree(hidden, lengths, sets):
                 if not is_end:
                     path.append(states)
@@ -260,7 +260,7 @@ class _Scanner:
 
         for done, indices in enumerate(self.batches):
             hidden, lengths = self.prefix.batch(indices, workshop.device)
-            with autocast(workshop.device, workshop.dtype):
+            with arithmetic(workshop.device, workshop.dtype):
                 found = [
                     self._timed(f, k, seconds, hidden, lengths) for f, k in zip((as_tree, one_by_one), seconds, strict=True)
                 ]
