@@ -200,11 +200,11 @@ def test_failed_and_pruned_candidates_settle_but_never_complete(config: StudyCon
     assert all(t.user_attrs["reason"] == "because" for t in study.get_trials() if t.state != TrialState.COMPLETE)
 
 
-def finished(count: int, noise: float, seed: int = 0) -> list[Finished]:
-    """Trials whose WER halves from rung to end, up to noise, as counts have it; none has fewer than 100 parameters."""
+def finished(count: int, noise: float, seed: int = 0, falls: float = 0.5) -> list[Finished]:
+    """Trials whose WER halves from rung to end, up to noise (by default a count's); none has fewer than 100 parameters."""
     rng = random.Random(seed)
     ats = [rng.uniform(math.log(0.1), math.log(0.9)) for _ in range(count)]
-    ends = [0.9 * at - 0.7 + rng.gauss(0, noise * math.exp(-at / 2)) for at in ats]
+    ends = [0.9 * at - 0.7 + rng.gauss(0, noise * math.exp(-falls * at)) for at in ats]
     return [Finished(100 + i, math.exp(end), math.exp(at)) for i, (at, end) in enumerate(zip(ats, ends, strict=True))]
 
 
@@ -218,18 +218,20 @@ def test_domination_is_foretold_by_what_rungs_said_of_finished_trials() -> None:
     assert chance_of_domination(0.9, 60, known[: ENOUGH - 1]) == 0, "too few have finished"
 
 
-def test_the_chance_of_domination_is_a_frequency() -> None:
-    """Of the trials that are given a chance of 80 to 90 %, that many end above."""
+@pytest.mark.parametrize(("noise", "falls", "most"), [(0.1, 0.5, 0.92), (0.2, 0.0, 0.97)])
+def test_the_chance_of_domination_is_a_frequency(noise: float, falls: float, most: float) -> None:
+    """Of the trials that are given a chance of 80 to 90 %, that many end above; more, where noise is even: too careful."""
     hits, rng = [], random.Random(5)
     for seed in range(3000):
         at = rng.uniform(math.log(0.2), math.log(0.8))
-        known = [*finished(12, 0.1, seed), Finished(50, 0.25, None)]
+        known = [*finished(12, noise, seed, falls), Finished(50, 0.25, None)]
         if 0.8 < chance_of_domination(math.exp(at), 60, known) < 0.9:
             hits.append(
-                0.9 * at - 0.7 + rng.gauss(0, 0.1 * math.exp(-at / 2)) > math.log(min(f.wer for f in known if f.params <= 60))
+                0.9 * at - 0.7 + rng.gauss(0, 0.1 * math.exp(-falls * at))
+                > math.log(min(f.wer for f in known if f.params <= 60))
             )
     assert len(hits) > 100
-    assert 0.78 < sum(hits) / len(hits) < 0.92
+    assert 0.78 < sum(hits) / len(hits) < most
 
 
 def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) -> None:

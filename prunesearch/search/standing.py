@@ -1,7 +1,7 @@
 """Where a study stands: what has become of each candidate, and what is due next."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from optuna.trial import FrozenTrial, TrialState
@@ -23,9 +23,9 @@ def is_settled(trial: FrozenTrial) -> bool:
 class Standing:
     """What a study's trials come to. Read once and looked at often: a study may have ten thousand of them."""
 
-    latest: dict[str, FrozenTrial] = field(default_factory=dict)  # each candidate's, by its key; withdrawn ones left out
-    running: int = 0  # trials
-    waiting: int = 0  # trials that somebody has enqueued
+    latest: dict[str, FrozenTrial]  # each candidate's, by its key; withdrawn ones left out
+    running: int  # trials
+    waiting: int  # trials that somebody has enqueued
 
     @classmethod
     def of(cls, trials: Iterable[FrozenTrial]) -> "Standing":
