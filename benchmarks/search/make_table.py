@@ -122,6 +122,7 @@ if __name__ == "__main__":
     parser.add_argument("--only-write", action="store_true")
     a = parser.parse_args()
     if not a.only_write:
+        Workshop.open(seeded(a.study, a.seed)).anchor()  # with every core, before the workers share them
         context = multiprocessing.get_context("spawn")
         jobs = [
             context.Process(target=train, args=(a.study, a.seed, a.most, a.ranks, a.share, n, a.workers))
