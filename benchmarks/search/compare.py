@@ -1,13 +1,16 @@
 """How soon each method knows the front, where the truth is known.
 
     python benchmarks/search/compare.py [--seeds 20] [--trials 80] [--only layer-sets,tpe] [--synthetic 5] [--noise]
+    python benchmarks/search/compare.py --layers 24 --trials 160     # synthetic encoders as deep as Whisper-medium
 
 Every method runs through the study's own sampler interface, on synthetic landscapes and on committed tables of trained
 candidates. What is printed, and drawn in `curves/`, is the share of the true front's hypervolume after so many trials:
-median, and the worst tenth. A method that uses the scan is not charged for it: a scan trains nothing.
+median, and the worst tenth. A method that uses the scan is not charged for it: a scan trains nothing. Trials that are
+ended early count as what they were trained for.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -24,7 +27,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
-from strategies import STRATEGIES
+from strategies import STRATEGIES, Evolution, block_influence_order, fittest
 
 from prunesearch.candidate import Candidate
 from prunesearch.scan import spearman
@@ -37,11 +40,12 @@ TABLES, CURVES = (Path(__file__).parent / name for name in ("tables", "curves"))
 SLOW = "gp"  # seconds to tens of seconds an ask: only when named
 CHECKPOINTS = (10, 20, 40, 80, 160)
 Make = Callable[[Landscape, int], BaseSampler]
+Ends = Callable[[optuna.Study, Landscape, Candidate, int, float], bool]  # of a trial at a step, with its WER there
 
 
 def layer_sets(landscape: Landscape, seed: int, with_scan: bool = True) -> BaseSampler:
     scan = landscape.scan if with_scan else None
-    return LayerSetSampler(landscape.space, lambda c: landscape.params[c.system.key], seed, scan=scan)
+    return LayerSetSampler(landscape.space, lambda c: landscape.params(c.system), seed, scan=scan)
 
 
 METHODS: dict[str, Make] = {
@@ -55,30 +59,48 @@ METHODS: dict[str, Make] = {
         name: (lambda landscape, seed, make=make: make(landscape.space, seed, landscape.scan or {}))
         for name, make in STRATEGIES.items()
     },
+    "Block Influence order": lambda landscape, seed: block_influence_order(
+        landscape.space, seed, landscape.block_influence or {}
+    ),
+    "staged evolution": lambda landscape, seed: Evolution(landscape.space, seed),
 }
+NEEDS = {"Block Influence order": "block_influence", "staged evolution": "rungs"}  # what not every landscape has
 
 
 @dataclass
 class Run:
-    """Candidates in the order in which they were settled, and what a rung ended; `share_of_steps` of full budgets."""
+    """Candidates in the order in which they were settled, what each cost in full trainings, and which a rung ended."""
 
     settled: list[str] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
     ended: set[str] = field(default_factory=set)
-    share_of_steps: float = 0.0
 
-    @property
-    def finished(self) -> list[str]:
-        return [key for key in self.settled if key not in self.ended]
+    def finished(self, within: float = math.inf) -> list[str]:
+        """Those that were trained to the end, before more than so many trainings were spent."""
+        spent = itertools.accumulate(self.costs)
+        return [key for key, cost in zip(self.settled, spent, strict=True) if cost <= within and key not in self.ended]
 
 
-def run(landscape: Landscape, sampler: BaseSampler, trials: int, workers: int = 1, confidence: float | None = None) -> Run:
-    """A search with `workers` busy at any time; rungs end trials where a `confidence` is given."""
+def run(
+    landscape: Landscape,
+    sampler: BaseSampler,
+    trials: float = math.inf,
+    trainings: float = math.inf,
+    workers: int = 1,
+    ends: Ends | None = None,
+) -> Run:
+    """A search of so many trials, or so many full trainings' worth of steps, with `workers` busy at any time; trials end at
+    the rung where `ends` says so."""
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     running: list[tuple[optuna.Trial, Candidate]] = []
     out = Run()
-    while len(out.settled) < trials:
+
+    def left() -> float:
+        return min(trials - len(out.settled), trainings - sum(out.costs)) - len(running)
+
+    while running or left() > 0:
         try:
-            while len(running) < min(workers, trials - len(out.settled)):
+            while len(running) < workers and left() > 0:
                 trial = study.ask()
                 params = {n: trial._suggest(n, d) for n, d in landscape.space.distributions.items()}
                 candidate = landscape.space.candidate(params)
@@ -89,27 +111,40 @@ def run(landscape: Landscape, sampler: BaseSampler, trials: int, workers: int = 
             if not running:
                 break
         trial, candidate = running.pop(0)
-        key = candidate.key
-        out.settled.append(key)
-        stopped = _ended_at(study, trial, landscape, key, confidence) if confidence is not None else None
+        out.settled.append(candidate.key)
+        stopped = _ended_at(study, trial, landscape, candidate, ends) if ends else None
         if stopped is None:
-            study.tell(trial, [landscape.trained(candidate), landscape.params[candidate.system.key]])
-            out.share_of_steps += 1 / trials
+            study.tell(trial, [landscape.trained(candidate), landscape.params(candidate.system)])
+            out.costs.append(1.0)
         else:
-            out.ended.add(key)
+            out.ended.add(candidate.key)
             study.tell(trial, state=TrialState.PRUNED)
-            out.share_of_steps += stopped / landscape.steps / trials
+            out.costs.append(stopped / landscape.steps)
     return out
 
 
-def _ended_at(study: optuna.Study, trial: optuna.Trial, landscape: Landscape, key: str, confidence: float) -> int | None:
-    """The step at which a rung ends the trial, as the worker would have it."""
-    params = landscape.params[key]
-    for step, wer in sorted((landscape.rungs or {}).get(key, {}).items()):
-        trial.set_user_attr(f"rung_{step}", {"wer": wer, "params": params})
-        if chance_of_domination(wer, params, finished_at(study, step)) >= confidence:
+def _ended_at(study: optuna.Study, trial: optuna.Trial, landscape: Landscape, candidate: Candidate, ends: Ends) -> int | None:
+    """The step of the rung at which the trial ends, as the worker would have it."""
+    for step, wer in sorted((landscape.rungs or {}).get(candidate.key, {}).items()):
+        trial.set_user_attr(f"rung_{step}", {"wer": wer, "params": landscape.params(candidate.system)})
+        if ends(study, landscape, candidate, step, wer):
             return step
     return None
+
+
+def dominated(confidence: float) -> Ends:
+    """The study's own rule."""
+
+    def ends(study: optuna.Study, landscape: Landscape, candidate: Candidate, step: int, wer: float) -> bool:
+        return chance_of_domination(wer, landscape.params(candidate.system), finished_at(study, step)) >= confidence
+
+    return ends
+
+
+def staged(study: optuna.Study, landscape: Landscape, candidate: Candidate, step: int, wer: float) -> bool:
+    """EvoPress's staged budgets: offspring that err more at a rung than their parent did there are given no more steps."""
+    parent = fittest(study, len(candidate.removed_layers))
+    return parent is not None and wer > parent.user_attrs[f"rung_{step}"]["wer"]
 
 
 def trials_needed(curves: list[list[float]], share: float) -> float:
@@ -123,25 +158,26 @@ def methods_tables(title: str, landscapes: list[Landscape], names: list[str], se
     lines: dict[str, list[float]] = {}
     at = [n for n in CHECKPOINTS if n <= trials]
     for scale in ("WER", "log WER"):
-        heading = f"{title}: {len(landscapes[0].wer):,} candidates; share of the front's hypervolume in {scale}, %"
+        heading = f"{title}: {landscapes[0].space.size:,} candidates; share of the front's hypervolume in {scale}, %"
         tables.append(Table("method", *(f"{n} trials" for n in at), "to 95 %", "to 99 %", "ms an ask", title=heading))
         for column in tables[-1].columns[1:]:
             column.justify = "right"
-    for name in names:
+    for name in (n for n in names if all(getattr(landscape, NEEDS.get(n, "space")) for landscape in landscapes)):
+        ends = staged if name == "staged evolution" else None
         begin = time.perf_counter()
         runs = [
-            (landscape, run(landscape, METHODS[name](landscape, seed), trials).settled)
+            (landscape, run(landscape, METHODS[name](landscape, seed), trainings=trials, ends=ends))
             for landscape in landscapes
             for seed in range(max(1, seeds // len(landscapes)))
         ]
-        milliseconds = 1000 * (time.perf_counter() - begin) / sum(len(done) for _, done in runs)
+        milliseconds = 1000 * (time.perf_counter() - begin) / sum(len(r.settled) for _, r in runs)
         for shown, log in zip(tables, (False, True), strict=True):
-            curves = [[landscape.share(done[: n + 1], log) for n in range(len(done))] for landscape, done in runs]
-            found = (_median_and_low([c[min(n, len(c)) - 1] for c in curves]) for n in at)
+            curves = [[landscape.share(r.finished(n), log) for n in range(1, trials + 1)] for landscape, r in runs]
+            found = (_median_and_low([c[n - 1] for c in curves]) for n in at)
             needed = (f"{trials_needed(curves, s):g}" for s in (0.95, 0.99))
             shown.add_row(name, *found, *needed, f"{milliseconds:.0f}")
             if not log:
-                lines[name] = [statistics.median(c[min(n, len(c) - 1)] for c in curves) for n in range(trials)]
+                lines[name] = [statistics.median(values) for values in zip(*curves, strict=True)]
     draw(title, lines)
     return tables
 
@@ -180,18 +216,19 @@ def conditions_table(title: str, landscapes: list[Landscape], seeds: int, trials
     for column in ("", "share, %", "twice", "steps used, %", "ended by a rung", "of these on the true front"):
         shown.add_column(column, justify="right" if column else "left")
     for label, method, workers, rungs in CONDITIONS:
+        ends = dominated(confidence) if rungs else None
         if rungs and not all(landscape.rungs for landscape in landscapes):
             continue
         runs = [
-            (landscape, run(landscape, METHODS[method](landscape, seed), trials, workers, confidence if rungs else None))
+            (landscape, run(landscape, METHODS[method](landscape, seed), trials, workers=workers, ends=ends))
             for landscape in landscapes
             for seed in range(max(1, seeds // len(landscapes)))
         ]
         twice = sum(len(r.settled) - len(set(r.settled)) for _, r in runs)
-        on_front = sum(landscape.on_true_front(key) for landscape, r in runs for key in r.ended)
+        on_front = sum(landscape.on_true_front(Candidate.from_key(key)) for landscape, r in runs for key in r.ended)
         ended = sum(len(r.ended) for _, r in runs)
-        steps = statistics.mean(r.share_of_steps for _, r in runs)
-        found = _median_and_low([landscape.share(r.finished) for landscape, r in runs])
+        steps = statistics.mean(sum(r.costs) / len(r.costs) for _, r in runs)
+        found = _median_and_low([landscape.share(r.finished()) for landscape, r in runs])
         of_rungs = (f"{ended} in {len(runs)} runs", str(on_front)) if rungs else ("", "")
         shown.add_row(label, found, str(twice), f"{100 * steps:.0f}", *of_rungs)
     return shown
@@ -259,23 +296,28 @@ def spread(path: Path) -> str | None:
     return f"{path.stem}: {len(pairs)} candidates trained twice; log WER of one training deviates by {deviation:.3f}"
 
 
-def main(seeds: int, trials: int, only: str, synthetic_count: int, noise: bool, confidence: float) -> None:
+def main(seeds: int, trials: int, only: str, synthetic_count: int, layers: int | None, noise: bool, confidence: float) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = Console(width=120)
     if noise:
         console.print(noise_table(synthetic_count, seeds, trials))
         return
-    groups = (
-        {f"{synthetic_count} synthetic landscapes": [synthetic(s) for s in range(synthetic_count)]} if synthetic_count else {}
-    )
-    whole = {path.stem: table(path) for path in sorted(TABLES.glob("*.json"))}
-    groups |= {name: [landscape] for name, landscape in whole.items() if len(landscape.wer) == landscape.space.size}
+    groups = {}
+    if layers:
+        title = f"{synthetic_count} synthetic landscapes of {layers} layers"
+        groups[title] = [synthetic(s, layers, layers // 2) for s in range(synthetic_count)]
+    elif synthetic_count:
+        groups[f"{synthetic_count} synthetic landscapes"] = [synthetic(s) for s in range(synthetic_count)]
+    tables = [] if layers else sorted(TABLES.glob("*.json"))
+    groups |= {path.stem: [whole] for path in tables if (whole := table(path))}
     names = only.split(",") if only else [name for name in METHODS if name != SLOW]
     for title, landscapes in groups.items():
-        most = min(trials, *(len(landscape.wer) // 2 for landscape in landscapes))  # half of a small table: else all are tried
+        most = min(
+            trials, *(landscape.space.size // 2 for landscape in landscapes)
+        )  # half of a small table: else all are tried
         console.print(*methods_tables(title, landscapes, names, seeds, most))
         console.print(conditions_table(title, landscapes, seeds, most, confidence))
-    for path in sorted(TABLES.glob("*.json")):
+    for path in tables:
         console.print(criteria_table(path))
         if said := spread(path):
             console.print(said)
@@ -287,6 +329,7 @@ if __name__ == "__main__":
     parser.add_argument("--trials", type=int, default=80)
     parser.add_argument("--only", default="", help="methods, separated by commas; default: all but gp")
     parser.add_argument("--synthetic", type=int, default=5, dest="synthetic_count")
+    parser.add_argument("--layers", type=int, help="only synthetic encoders, of so many layers, half of them removable at once")
     parser.add_argument("--noise", action="store_true", help="only what repeats are worth under noise")
     parser.add_argument("--confidence", type=float, default=0.95, help="with which a rung ends a trial")
     main(**vars(parser.parse_args()))

@@ -11,7 +11,7 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from prunesearch.candidate import Candidate
 from prunesearch.scan import LayerSet, family
 from prunesearch.search.space import SearchSpace
+from prunesearch.search.surrogate import Array
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class Landscape:
 
     name: str
     space: SearchSpace
-    wer: Mapping[str, float]  # by the system's key: everything that can be asked
-    params: Mapping[str, float]
+    wer: Callable[[Candidate], float]
+    params: Callable[[Candidate], float]
+    true_front: list[tuple[float, float]]  # (parameters, WER), fewest parameters first
     scan: Mapping[LayerSet, float] | None = None
+    block_influence: Mapping[LayerSet, float] | None = None  # of single layers
     rungs: Mapping[str, Mapping[int, float]] | None = None  # WER at earlier steps
     steps: int = 0
     noise: float = 0.0  # standard deviation of log WER between two trainings of the same system
@@ -39,30 +42,25 @@ class Landscape:
     def trained(self, candidate: Candidate) -> float:
         """The WER that a training comes out at; the same whenever it is asked."""
         luck = random.Random(f"{self.name} {candidate.key}").gauss(0, self.noise) if self.noise else 0.0
-        return self.wer[candidate.system.key] * math.exp(luck)
+        return self.wer(candidate.system) * math.exp(luck)
 
-    @cached_property
-    def true_front(self) -> list[tuple[float, float]]:
-        return front((self.params[k], w) for k, w in self.wer.items())
-
-    def on_true_front(self, key: str) -> bool:
-        return (self.params[key], self.wer[key]) in self.true_front
+    def on_true_front(self, candidate: Candidate) -> bool:
+        return (self.params(candidate.system), self.wer(candidate.system)) in self.true_front
 
     @cached_property
     def reference(self) -> tuple[float, float]:
         """Most parameters, and a tenth above the highest WER of the true front."""
         wers = [w for _, w in self.true_front]
-        return max(self.params.values()), max(wers) + 0.1 * (max(wers) - min(wers))
+        return self.params(Candidate((), max(self.space.ranks))), max(wers) + 0.1 * (max(wers) - min(wers))
 
     def share(self, candidates: Iterable[str], log: bool = False) -> float:
         """Of the true front's hypervolume, in WER or in log WER: what the systems are worth that look best, on the mean of
         their trainings."""
-        seen: dict[str, list[float]] = {}
+        seen: dict[Candidate, list[float]] = {}
         for candidate in map(Candidate.from_key, candidates):
-            if candidate.system.key in self.wer:
-                seen.setdefault(candidate.system.key, []).append(math.log(max(1e-4, self.trained(candidate))))
-        looks = {(self.params[k], statistics.mean(v)): k for k, v in seen.items()}
-        found = front((params, self.wer[looks[params, value]]) for params, value in front(looks))
+            seen.setdefault(candidate.system, []).append(math.log(max(1e-4, self.trained(candidate))))
+        looks = {(self.params(c), statistics.mean(v)): c for c, v in seen.items()}
+        found = front((params, self.wer(looks[params, value])) for params, value in front(looks))
         return hypervolume(found, self.reference, log) / hypervolume(self.true_front, self.reference, log)
 
 
@@ -83,52 +81,94 @@ def hypervolume(points: list[tuple[float, float]], reference: tuple[float, float
     return sum((end - params) * height(wer) for (params, wer), end in zip(inside, ends, strict=True))
 
 
+@dataclass(frozen=True)
+class Effects:
+    """What removing layers does to a made-up encoder, drawn by seed."""
+
+    costs: Array  # (L,)
+    pairs: Array  # (L, L), symmetric only where it is read: above the diagonal
+    long_run: float
+    repair: float
+    overfit: float
+    base: float
+
+    @classmethod
+    def drawn(cls, rng: np.random.Generator, layers: int) -> "Effects":
+        depth = np.linspace(0, 1, layers)
+        costs = np.exp(rng.normal(-2.6, 0.8, layers) + 1.6 * np.exp(-depth * 8) + 0.7 * np.exp(-(1 - depth) * 6))
+        pairs = rng.normal(0, 0.35, (layers, layers)) * np.sqrt(np.outer(costs, costs))
+        gap = np.abs(np.subtract.outer(np.arange(layers), np.arange(layers)))
+        pairs *= np.exp(-(gap - 1) / 4)
+        for i in range(layers - 1):  # neighbours do each other's work
+            pairs[i, i + 1] -= rng.uniform(0.0, 0.9) * min(costs[i], costs[i + 1])
+        long_run = rng.uniform(0.02, 0.08)
+        repair, overfit = rng.uniform(0.05, 0.3), rng.uniform(0.0, 0.004)
+        return cls(costs, pairs, long_run, repair, overfit, base=rng.uniform(0.03, 0.15))
+
+    def damage(self, removed: LayerSet) -> float:
+        total = sum(self.costs[i] for i in removed) + sum(self.pairs[i, j] for i, j in itertools.combinations(removed, 2))
+        run = max((len(list(g)) for _, g in itertools.groupby(k - i for k, i in enumerate(removed))), default=0)
+        return max(total, 0.3 * max((self.costs[i] for i in removed), default=0.0)) + self.long_run * max(0, run - 2) ** 2
+
+    def wer(self, candidate: Candidate) -> float:
+        lost, rank = self.damage(candidate.removed_layers), candidate.lora_rank
+        strength = np.log2(1 + rank) / np.log2(17)
+        log_wer = np.log(self.base) + lost * (1 - self.repair * strength) - 0.03 * strength + self.overfit * rank
+        return float(min(1.2, np.exp(log_wer)))
+
+    def mildest(self, most: int) -> list[LayerSet]:
+        """The set of each size up to `most` that does least damage, of all there are. A set is a number, one bit a layer:
+        what is true of the first so many layers is extended by the next one, for all of their subsets at once."""
+        total, dearest, size = np.zeros(1), np.zeros(1), np.zeros(1, np.int8)
+        longest, ending = np.zeros(1, np.int8), np.zeros(1, np.int8)  # runs; the one that ends with the last layer
+        for layer in range(len(self.costs)):
+            with_others = np.zeros(1)
+            for other in range(layer):
+                with_others = np.append(with_others, with_others + self.pairs[other, layer])
+            total = np.append(total, total + with_others + self.costs[layer])
+            dearest = np.append(dearest, np.maximum(dearest, self.costs[layer]))
+            size = np.append(size, size + 1)
+            longest = np.append(longest, np.maximum(longest, ending + 1))
+            ending = np.append(np.zeros_like(ending), ending + 1)
+        damage = np.maximum(total, 0.3 * dearest) + self.long_run * np.maximum(0, longest - 2.0) ** 2
+        best = (int(np.where(size == n, damage, np.inf).argmin()) for n in range(most + 1))
+        return [tuple(i for i in range(len(self.costs)) if number >> i & 1) for number in best]
+
+
 def synthetic(seed: int, layers: int = 12, most: int = 6, ranks: tuple[int, ...] = (0, 4, 16), noise: float = 0.0) -> Landscape:
     """A random encoder."""
     rng = np.random.default_rng(seed)
-    depth = np.linspace(0, 1, layers)
-    costs = np.exp(rng.normal(-2.6, 0.8, layers) + 1.6 * np.exp(-depth * 8) + 0.7 * np.exp(-(1 - depth) * 6))
-    pairs = rng.normal(0, 0.35, (layers, layers)) * np.sqrt(np.outer(costs, costs))
-    gap = np.abs(np.subtract.outer(np.arange(layers), np.arange(layers)))
-    pairs *= np.exp(-(gap - 1) / 4)
-    for i in range(layers - 1):  # neighbours do each other's work
-        pairs[i, i + 1] -= rng.uniform(0.0, 0.9) * min(costs[i], costs[i + 1])
-    long_run = rng.uniform(0.02, 0.08)
-    repair, overfit = rng.uniform(0.05, 0.3), rng.uniform(0.0, 0.004)
-    base = rng.uniform(0.03, 0.15)
+    effects = Effects.drawn(rng, layers)
 
-    def damage(removed: LayerSet) -> float:
-        total = sum(costs[i] for i in removed) + sum(pairs[i, j] for i, j in itertools.combinations(removed, 2))
-        run = max((len(list(g)) for _, g in itertools.groupby(k - i for k, i in enumerate(removed))), default=0)
-        return max(total, 0.3 * max((costs[i] for i in removed), default=0.0)) + long_run * max(0, run - 2) ** 2
+    def params(candidate: Candidate) -> float:
+        return 1000 - 480 / layers * len(candidate.removed_layers) + 0.5 * candidate.lora_rank
 
-    sets = family(range(layers), most)
-    space = SearchSpace(tuple(range(layers)), most, ranks, {})
-    wer, params = {}, {}
-    for removed in sets:
-        lost = damage(removed)
-        for rank in ranks:
-            strength = np.log2(1 + rank) / np.log2(17)
-            log_wer = np.log(base) + lost * (1 - repair * strength) - 0.03 * strength + overfit * rank
-            key = Candidate(removed, rank).key
-            wer[key] = float(min(1.2, np.exp(log_wer)))
-            params[key] = float(1000 - 40 * len(removed) + 0.5 * rank)
-    scan = {s: float(1.5 * damage(s) + rng.normal(0, 0.25) * abs(damage(s))) for s in family(range(layers), 2) if s}
-    return Landscape(f"synthetic {seed}", space, wer, params, scan, noise=noise)
+    # of the same size and rank, who does less damage errs less
+    best = [Candidate(layers, rank) for layers in effects.mildest(most) for rank in ranks]
+    measured = {s: effects.damage(s) for s in family(range(layers), 2) if s}
+    return Landscape(
+        f"synthetic {seed}", SearchSpace(tuple(range(layers)), most, ranks, {}), effects.wer, params,
+        true_front=front((params(c), effects.wer(c)) for c in best),
+        scan={s: float(1.5 * damage + rng.normal(0, 0.25) * abs(damage)) for s, damage in measured.items()},
+        noise=noise,
+    )  # fmt: skip
 
 
-def table(path: Path) -> Landscape:
-    """An exhaustive table of trained candidates, as `make_table.py` writes it."""
+def table(path: Path) -> Landscape | None:
+    """An exhaustive table of trained candidates, as `make_table.py` writes it; None where some are missing."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     rows = stored["candidates"]
     space = SearchSpace(tuple(stored["removable"]), stored["max_removed"], tuple(stored["ranks"]), {})
-    scan = {tuple(map(int, key.split(","))): value for key, value in stored["scan"].items()}
+    if len(rows) < space.size:
+        return None
     words = stored["reference_words"]
+    wer = {key: row["errors"] / words for key, row in rows.items()}
+    params = {key: float(row["params"]) for key, row in rows.items()}
     return Landscape(
-        stored["name"], space,
-        wer={key: row["errors"] / words for key, row in rows.items()},
-        params={key: float(row["params"]) for key, row in rows.items()},
-        scan=scan,
+        stored["name"], space, lambda c: wer[c.key], lambda c: params[c.key],
+        true_front=front((params[key], wer[key]) for key in rows),
+        scan={tuple(map(int, key.split(","))): value for key, value in stored["scan"].items()},
+        block_influence={(int(layer),): value for layer, value in stored["criteria"]["block_influence"].items()},
         rungs={key: {int(step): errors / words for step, errors in row["rungs"].items()} for key, row in rows.items()},
         steps=stored["steps"],
     )  # fmt: skip

@@ -47,23 +47,25 @@ class IterativeGreedy(CandidateSampler):
         return None
 
 
+def fittest(study: Study, size: int) -> FrozenTrial | None:
+    """Of the finished trials with so many layers removed, the one that errs least."""
+    finished = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    same = [t for t in finished if len(SearchSpace.candidate(t.params).removed_layers) == size]
+    return min(same, key=lambda t: t.values[0], default=None)
+
+
 class Evolution(CandidateSampler):
-    """(1 + lambda) evolution for each number of removed layers in turn, by exchanging layers (EvoPress, arXiv 2410.14649; its
-    staged data budgets have no counterpart where a candidate has one price)."""
+    """(1 + 1) evolution for each number of removed layers in turn, by exchanging layers (EvoPress, arXiv 2410.14649)."""
 
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
     ) -> Candidate | None:
         space = self._space
         size = 1 + begun % space.max_removed
-        done = [
-            (t.values[0], self._space.candidate(t.params))
-            for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-        ]
-        parents = [(w, c) for w, c in done if len(c.removed_layers) == size]
-        if not parents:
+        best = fittest(study, size)
+        if best is None:
             return Candidate(tuple(rng.sample(space.removable, size)), rng.choice(space.ranks))
-        parent = min(parents, key=lambda x: x[0])[1]
+        parent = space.candidate(best.params)
         for _ in range(50):
             layers = set(parent.removed_layers)
             for _ in range(1 + (rng.random() < 0.3)):
@@ -84,6 +86,11 @@ def prefixes(space: SearchSpace, order: list[int]) -> list[LayerSet]:
 def by_score(space: SearchSpace, scan: Scores) -> list[int]:
     """Least costly first, by single layers alone."""
     return sorted(space.removable, key=lambda i: scan.get((i,), 0.0))
+
+
+def block_influence_order(space: SearchSpace, seed: int, block_influence: Scores) -> CandidateSampler:
+    """Layers that turn their input least go first (ShortGPT, arXiv 2403.03853)."""
+    return Planned(space, seed, prefixes(space, by_score(space, block_influence)))
 
 
 def evenly_spaced(space: SearchSpace) -> list[LayerSet]:

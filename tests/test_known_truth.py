@@ -1,0 +1,73 @@
+"""The benchmark of search methods: its landscapes are what they claim to be, and a search is charged for what it spends."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prunesearch.candidate import Candidate
+from prunesearch.scan import family
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "search"
+sys.path.insert(0, str(BENCHMARK))
+
+import compare  # noqa: E402
+import landscapes  # noqa: E402
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_mildest_set_of_each_size_is_found_without_looking_at_each(seed: int) -> None:
+    effects = landscapes.Effects.drawn(np.random.default_rng(seed), 9)
+    found = effects.mildest(5)
+    for size in range(6):
+        least = min((s for s in family(range(9), 5) if len(s) == size), key=effects.damage)
+        assert effects.damage(found[size]) == pytest.approx(effects.damage(least))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_true_front_of_a_synthetic_encoder_is_that_of_all_its_candidates(seed: int) -> None:
+    landscape = landscapes.synthetic(seed, layers=7, most=4)
+    everything = landscape.space.everything()
+    assert landscape.true_front == landscapes.front((landscape.params(c), landscape.wer(c)) for c in everything)
+    assert landscape.share(c.key for c in everything) == 1
+
+
+def test_committed_tables_are_whole() -> None:
+    tables = [landscapes.table(path) for path in compare.TABLES.glob("*.json")]
+    assert len(tables) >= 2
+    for whole in tables:
+        assert whole is not None
+        everything = whole.space.everything()
+        assert {(whole.params(c), whole.wer(c)) for c in everything if whole.on_true_front(c)} == set(whole.true_front)
+        assert whole.share(c.key for c in everything) == 1
+
+
+@pytest.mark.parametrize(("name", "ends"), [("staged evolution", compare.staged), ("random", compare.dominated(0.95))])
+def test_a_search_that_ends_trials_early_is_charged_for_the_steps_that_were_trained(name: str, ends: compare.Ends) -> None:
+    table = landscapes.table(compare.TABLES / "quickstart.json")
+    assert table is not None
+    run = compare.run(table, compare.METHODS[name](table, 0), trainings=30, ends=ends)
+    assert run.ended
+    assert len(run.settled) > 30 >= sum(run.costs[:-1])
+    assert sum(run.costs) >= 30
+    assert all((cost == 1) == (key not in run.ended) for key, cost in zip(run.settled, run.costs, strict=True))
+    assert set(run.costs) <= {0.25, 0.5, 1.0}
+    early = [key for key in run.settled if key not in run.ended][:3]
+    spent = sum(run.costs[: run.settled.index(early[-1]) + 1])
+    assert run.finished(spent) == early
+    assert run.finished(spent - 0.25) == early[:2]
+
+
+def test_offspring_that_keeps_up_with_its_parent_goes_on() -> None:
+    table = landscapes.table(compare.TABLES / "quickstart.json")
+    assert table is not None
+    run = compare.run(table, compare.METHODS["staged evolution"](table, 0), trainings=30, ends=compare.staged)
+    best: dict[int, Candidate] = {}
+    for candidate in map(Candidate.from_key, run.settled):
+        parent = best.get(len(candidate.removed_layers))
+        rungs = table.rungs[candidate.key]  # type: ignore[index]
+        behind = parent is not None and any(wer > table.rungs[parent.key][step] for step, wer in rungs.items())  # type: ignore[index]
+        assert (candidate.key in run.ended) == behind
+        if not behind and (parent is None or table.wer(candidate) < table.wer(parent)):
+            best[len(candidate.removed_layers)] = candidate
