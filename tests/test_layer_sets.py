@@ -174,7 +174,7 @@ def test_neighbours_are_neighbours_in_the_encoder() -> None:
     assert (encoded.runs[:, 2] * 2.5).round().tolist() == [1, 2, 1, 2]  # the longest run
 
 
-def test_where_trainings_differ_the_front_is_trained_again_and_where_they_do_not_it_is_not() -> None:
+def test_where_trainings_differ_the_front_is_trained_again_and_where_they_do_not_it_hardly_is() -> None:
     space = SearchSpace(SPACE.removable, 5, RANKS, {}, repeats=2)
 
     def keys(noise: float) -> list[str]:
@@ -193,7 +193,7 @@ def test_where_trainings_differ_the_front_is_trained_again_and_where_they_do_not
     assert len(again) >= 5
     assert {c.repeat for c in again} <= {1, 2}
     assert all(noisy.index(Candidate(c.removed_layers, c.lora_rank, c.repeat - 1).key) < noisy.index(c.key) for c in again)
-    assert not any("@" in k for k in calm)
+    assert sum("@" in k for k in calm) <= 3  # what it takes to see that two trainings come out alike
 
 
 def test_workers_that_begin_together_begin_with_sets_of_different_sizes() -> None:
