@@ -46,11 +46,15 @@ def candidates_of(config: StudyConfig, depth: int, most: int, ranks: list[int], 
     return [everything[i] for i in sorted(chosen)]
 
 
-def train(source: Path, seed: int | None, most: int, ranks: list[int], share: float, number: int, workers: int) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+def open_workshop(source: Path, seed: int | None) -> Workshop:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    workshop = Workshop.open(seeded(source, seed))
+    return Workshop.open(seeded(source, seed))
+
+
+def train(source: Path, seed: int | None, most: int, ranks: list[int], share: float, number: int, workers: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    workshop = open_workshop(source, seed)
     workshop.anchor()
     due = candidates_of(workshop.config, workshop.depth, most, ranks, share)
     for i, candidate in enumerate(due):
@@ -66,8 +70,8 @@ def records_of(config: StudyConfig, depth: int, most: int, ranks: list[int]) -> 
 
 
 def write_table(source: Path, most: int, ranks: list[int], seeds: list[int]) -> None:
-    config = load_study(source)
-    workshop = Workshop.open(config)
+    workshop = open_workshop(source, None)
+    config = workshop.config
     scores = scan(workshop, most=max(2, min(most, 3)), loss_sets=10_000)
     records = records_of(config, workshop.depth, most, ranks)
     first = next(iter(records.values()))
@@ -122,7 +126,7 @@ if __name__ == "__main__":
     parser.add_argument("--only-write", action="store_true")
     a = parser.parse_args()
     if not a.only_write:
-        Workshop.open(seeded(a.study, a.seed)).anchor()  # with every core, before the workers share them
+        open_workshop(a.study, a.seed).anchor()  # with every core, before the workers share them
         context = multiprocessing.get_context("spawn")
         jobs = [
             context.Process(target=train, args=(a.study, a.seed, a.most, a.ranks, a.share, n, a.workers))
