@@ -1,10 +1,14 @@
 """The benchmark of search methods: its landscapes are what they claim to be, and a search is charged for what it spends."""
 
+import argparse
+import math
+import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from optuna._hypervolume import compute_hypervolume
 
 from prunesearch.candidate import Candidate
 from prunesearch.scan import family
@@ -33,6 +37,36 @@ def test_the_true_front_of_a_synthetic_encoder_is_that_of_all_its_candidates(see
     assert landscape.share(c.key for c in everything) == 1
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_front_and_hypervolume_are_what_their_definitions_say(seed: int) -> None:
+    rng = random.Random(seed)
+    points = [(float(rng.randint(0, 9)), rng.randint(1, 9) / 10) for _ in range(rng.randint(1, 12))]  # ties are likely
+    found = landscapes.front(points)
+    dominated = {p for p in points if any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    assert found == sorted(set(points) - dominated)
+    for log in (False, True):
+        seen = [(p, math.log(w) if log else w) for p, w in points]
+        reference = np.array([8.0, math.log(0.8) if log else 0.8])
+        expected = compute_hypervolume(np.minimum(np.array(seen), reference), reference)
+        assert landscapes.hypervolume(found, (8.0, 0.8), log) == pytest.approx(expected)
+
+
+def test_no_candidate_more_makes_a_search_worth_less() -> None:
+    landscape = landscapes.synthetic(0, layers=6, most=3)
+    keys = [c.key for c in landscape.space.everything()]
+    random.Random(0).shuffle(keys)
+    shares = [landscape.share(keys[:n]) for n in range(len(keys) + 1)]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert shares[-1] == 1
+
+
+def test_a_method_may_only_be_asked_for_by_its_name() -> None:
+    assert compare.methods("tpe; layer-sets") == ["tpe", "layer-sets"]
+    with pytest.raises(argparse.ArgumentTypeError, match="tpee: must be of layer-sets;"):
+        compare.methods("tpee;layer-sets")
+
+
 def test_committed_tables_are_whole() -> None:
     tables = [landscapes.table(path) for path in compare.TABLES.glob("*.json")]
     assert len(tables) >= 2
@@ -47,7 +81,7 @@ def test_committed_tables_are_whole() -> None:
 def test_a_search_that_ends_trials_early_is_charged_for_the_steps_that_were_trained(name: str, ends: compare.Ends) -> None:
     table = landscapes.table(compare.TABLES / "quickstart.json")
     assert table is not None
-    run = compare.run(table, compare.METHODS[name](table, 0), trainings=30, ends=ends)
+    run = compare.run(table, compare.METHODS[name].make(table, 0), trainings=30, ends=ends)
     assert run.ended
     assert len(run.settled) > 30 >= sum(run.costs[:-1])
     assert sum(run.costs) >= 30
@@ -62,7 +96,7 @@ def test_a_search_that_ends_trials_early_is_charged_for_the_steps_that_were_trai
 def test_offspring_that_keeps_up_with_its_parent_goes_on() -> None:
     table = landscapes.table(compare.TABLES / "quickstart.json")
     assert table is not None
-    run = compare.run(table, compare.METHODS["staged evolution"](table, 0), trainings=30, ends=compare.staged)
+    run = compare.run(table, compare.METHODS["staged evolution"].make(table, 0), trainings=30, ends=compare.staged)
     best: dict[int, Candidate] = {}
     for candidate in map(Candidate.from_key, run.settled):
         parent = best.get(len(candidate.removed_layers))

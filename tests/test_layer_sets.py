@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from prunesearch.candidate import Candidate
 from prunesearch.search.layer_sets import LayerSetSampler, expected_improvement
-from prunesearch.search.sampler import CandidateSampler
+from prunesearch.search.sampler import CandidateSampler, optuna_sampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.surrogate import EXPECTED, Surrogate
 
@@ -160,10 +160,40 @@ def test_a_study_that_is_taken_up_again_is_proposed_the_same() -> None:
 @pytest.mark.parametrize("scan", [None, SCAN], ids=["no scan", "scan"])
 def test_the_first_sets_are_of_every_size(most: int, scan: dict | None) -> None:
     sampler = LayerSetSampler(SearchSpace(SPACE.removable, most, RANKS, {}), params_of, scan=scan)
-    sizes = [len(sampler._guide.first(n, set(), random.Random(n)).removed_layers) for n in range(most + 1)]  # type: ignore[union-attr]
+    sizes = [len(sampler._guide.first(n, set(), random.Random(n), 0.1).removed_layers) for n in range(most + 1)]  # type: ignore[union-attr]
     assert sorted(sizes) == list(range(most + 1))
     assert sizes[0] == most
     assert sizes[-1] == 0
+
+
+@pytest.mark.parametrize("name", ["layer-sets", "tpe", "random"])
+def test_any_optuna_study_of_this_shape_can_use_it(name: str) -> None:
+    """Optuna's own loop, with candidates that fail."""
+    space = SearchSpace((0, 1, 2, 3), 2, (0, 8), {})
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        removed = [i for i in range(4) if trial.suggest_categorical(f"remove_{i}", [False, True])]
+        candidate = Candidate(tuple(removed), trial.suggest_int("lora_rank", 0, 8))
+        if removed == [0]:
+            raise ValueError
+        return math.exp(log_wer(candidate)), params_of(candidate)
+
+    sampler = LayerSetSampler(space, params_of) if name == "layer-sets" else optuna_sampler(name, space, 0, 4)
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+    study.optimize(objective, n_trials=space.size, catch=ValueError)
+    assert sorted(space.candidate(t.params).key for t in study.trials) == sorted(c.key for c in space.everything())
+    assert sum(t.state == TrialState.FAIL for t in study.trials) == 2
+
+
+def test_what_was_not_proposed_by_a_genetic_sampler_can_become_a_parent_all_the_same() -> None:
+    space = SearchSpace(SPACE.removable, 5, RANKS, {"unpruned": Candidate()})
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna_sampler("nsga2", space, 0, 10, SCAN))
+    for _ in range(40):
+        trial = study.ask(space.distributions)
+        candidate = space.candidate(trial.params)
+        study.tell(trial, [math.exp(log_wer(candidate)), params_of(candidate)])
+    generations = [t.system_attrs["NSGAIISampler:generation"] for t in study.get_trials()]
+    assert generations == [0] * 16 + [1] * 16 + [2] * 8
 
 
 def test_neighbours_are_neighbours_in_the_encoder() -> None:

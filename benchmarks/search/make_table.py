@@ -4,13 +4,15 @@
 
 Hours of two cores. Kill it at any time: it goes on where it was, and writes what there is to `tables/<name>.json` at the
 end. `--seed 1 --share 0.1` trains a random tenth of the candidates once more, anchor and all, from another seed: what two
-trainings of the same candidate differ by goes into the table as well.
+trainings of the same candidate differ by goes into the table as well. After a change to the study file, delete its run folder:
+this script, unlike `prunesearch launch`, does not compare the two.
 """
 
 import argparse
 import json
 import multiprocessing
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -136,6 +138,12 @@ if __name__ == "__main__":
             job.start()
         for job in jobs:
             job.join()
+        if any(job.exitcode for job in jobs):
+            sys.exit("a worker ended with an error, above; the same command goes on where it was")
+    seeds = [int(p.name.rsplit("seed", 1)[1]) for p in a.study.parent.glob(f"run-{a.study.stem}-seed*")]
+    written = TABLES / f"{a.study.stem}.json"
     if a.seed is None:
-        seeds = [int(p.name.rsplit("seed", 1)[1]) for p in a.study.parent.glob(f"run-{a.study.stem}-seed*")]
         write_table(a.study, a.most, a.ranks, seeds)
+    elif written.exists():  # of which the seed's candidates may be a part only
+        table = json.loads(written.read_text(encoding="utf-8"))
+        write_table(a.study, table["max_removed"], table["ranks"], seeds)

@@ -1,7 +1,9 @@
 """Strategies to compare with: what people do by hand, and what the literature does, as samplers of the same study."""
 
+import math
 import random
 from collections.abc import Callable, Mapping
+from itertools import combinations
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -27,7 +29,7 @@ class Planned(CandidateSampler):
         return next((c for c in self._plan if c.key not in seen), None)
 
 
-class IterativeGreedy(CandidateSampler):
+class TrainedGreedy(CandidateSampler):
     """Removes one layer at a time for good: tries every layer beside those already gone, keeps the best, goes on; the
     trials are its scan. Then the same with the next rank."""
 
@@ -43,7 +45,7 @@ class IterativeGreedy(CandidateSampler):
                 tries = [Candidate((*gone, i), rank) for i in self._space.removable if i not in gone]
                 if due := [c for c in tries if c.key not in seen]:
                     return due[0]
-                gone = min(tries, key=lambda c: wer.get(c.key, 9.0)).removed_layers
+                gone = min(tries, key=lambda c: wer.get(c.key, math.inf)).removed_layers
         return None
 
 
@@ -55,16 +57,18 @@ def fittest(study: Study, size: int) -> FrozenTrial | None:
 
 
 class Evolution(CandidateSampler):
-    """(1 + 1) evolution for each number of removed layers in turn, by exchanging layers (EvoPress, arXiv 2410.14649)."""
+    """Evolution after EvoPress (arXiv 2410.14649), for each number of removed layers in turn: its mutation, an exchange of
+    layers, and its elitism. Offspring come one by one, and each may be the next parent (1 + 1), where it draws a batch."""
 
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
     ) -> Candidate | None:
         space = self._space
-        size = 1 + begun % space.max_removed
+        size = space.max_removed - begun % (space.max_removed + 1)
         best = fittest(study, size)
-        if best is None:
-            return Candidate(tuple(rng.sample(space.removable, size)), rng.choice(space.ranks))
+        if best is None or size in (0, len(space.removable)):
+            drawn = Candidate(tuple(sorted(rng.sample(space.removable, size))), rng.choice(space.ranks))
+            return None if drawn.key in seen else drawn
         parent = space.candidate(best.params)
         for _ in range(50):
             layers = set(parent.removed_layers)
@@ -73,7 +77,7 @@ class Evolution(CandidateSampler):
                 layers.add(rng.choice([i for i in space.removable if i not in layers]))
             rank = parent.lora_rank if rng.random() < 0.7 else rng.choice(space.ranks)
             candidate = Candidate(tuple(sorted(layers)), rank)
-            if len(layers) == size and candidate.key not in seen:
+            if candidate.key not in seen:
                 return candidate
         return None
 
@@ -85,7 +89,24 @@ def prefixes(space: SearchSpace, order: list[int]) -> list[LayerSet]:
 
 def by_score(space: SearchSpace, scan: Scores) -> list[int]:
     """Least costly first, by single layers alone."""
-    return sorted(space.removable, key=lambda i: scan.get((i,), 0.0))
+    return sorted(space.removable, key=lambda i: scan[i,])
+
+
+def scanned_greedy(space: SearchSpace, scan: Scores) -> list[LayerSet]:
+    """One layer after the other, each time the one that the scan says costs least beside those that are gone. Of sets that the
+    scan has not measured, singles and pairs are added up."""
+
+    def cost(layers: LayerSet) -> float:
+        if layers in scan:
+            return scan[layers]
+        beyond = sum(scan[a, b] - scan[a,] - scan[b,] for a, b in combinations(layers, 2))
+        return sum(scan[i,] for i in layers) + beyond
+
+    sets: list[LayerSet] = [()]
+    for _ in range(space.max_removed):
+        tries = [tuple(sorted((*sets[-1], i))) for i in space.removable if i not in sets[-1]]
+        sets.append(min(tries, key=cost))
+    return sets
 
 
 def block_influence_order(space: SearchSpace, seed: int, block_influence: Scores) -> CandidateSampler:
@@ -104,6 +125,7 @@ STRATEGIES: dict[str, Callable[[SearchSpace, int, Scores], CandidateSampler]] = 
     "top-down": lambda space, seed, scan: Planned(space, seed, prefixes(space, sorted(space.removable, reverse=True))),
     "evenly spaced": lambda space, seed, scan: Planned(space, seed, evenly_spaced(space)),
     "leave-one-out order": lambda space, seed, scan: Planned(space, seed, prefixes(space, by_score(space, scan))),
-    "iterative greedy": lambda space, seed, scan: IterativeGreedy(space, seed),
+    "iterative greedy, by the scan": lambda space, seed, scan: Planned(space, seed, scanned_greedy(space, scan)),
+    "iterative greedy, by training": lambda space, seed, scan: TrainedGreedy(space, seed),
     "evolution": lambda space, seed, scan: Evolution(space, seed),
 }

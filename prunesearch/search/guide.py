@@ -10,10 +10,6 @@ from prunesearch.candidate import Candidate
 from prunesearch.scan import LayerSet
 from prunesearch.search.space import SearchSpace
 
-# Of 0.05, 0.1 and 0.3, what served best after 10 to 40 trials on the synthetic encoders and the quickstart's table
-# (benchmarks/search). With hardly any luck, the first sets are too much alike to learn from.
-FIRST_TEMPERATURE = 0.1
-
 
 def spread_sizes(most: int) -> list[int]:
     """Every size from 0 to `most` once, in van der Corput's order: most, half of that, the quarters, the eighths."""
@@ -36,12 +32,13 @@ class Guide:
         self._sizes = spread_sizes(space.max_removed)
         self._scale = float(np.median(np.abs(self._alone))) + 1e-12
 
-    def first(self, number: int, seen: set[str], rng: random.Random) -> Candidate | None:
+    def first(self, number: int, seen: set[str], rng: random.Random, temperature: float) -> Candidate | None:
         """What to begin with: sets that the scan speaks for, of sizes that soon lie everywhere between most and none."""
         size = self._sizes[number % len(self._sizes)]
         luck = np.random.default_rng(rng.getrandbits(32))
-        for _ in range(20):
-            candidate = Candidate(self.draw([size], FIRST_TEMPERATURE, luck)[0], rng.choice(self._space.ranks))
+        for attempt in range(20):  # warmer and warmer, where the cheapest ones are taken
+            warmth = temperature * (1 + attempt / 4)
+            candidate = Candidate(self.draw([size], warmth, luck)[0], rng.choice(self._space.ranks))
             if candidate.key not in seen:
                 return candidate
         return None

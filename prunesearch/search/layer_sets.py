@@ -26,6 +26,9 @@ from prunesearch.search.surrogate import Array, Posterior, Surrogate
 
 ParamsOf = Callable[[Candidate], float]
 
+# Of 0.05, 0.1 and 0.3, what served best after 10 to 40 trials (benchmarks/search). With hardly any luck, the first sets are too
+# much alike to learn from.
+FIRST_TEMPERATURE = 0.1
 SMALL_SPACE = 3000  # a space of so many candidates is looked at whole
 POOL = 800
 REFINED = 5  # candidates whose neighbours are looked at in turn
@@ -48,7 +51,8 @@ class Known:
 
 
 class LayerSetSampler(CandidateSampler):
-    """For any study with one boolean `remove_<layer>` per layer, a categorical `lora_rank`, and (WER, parameters) to minimise.
+    """For any study with one boolean `remove_<layer>` per layer, an integer `lora_rank`, and (WER, parameters) to minimise:
+    `study.optimize`, or ask and tell with `space.distributions`.
 
     `params_of` gives a candidate's second objective. `scan` is a criterion of single layers, and of pairs where measured
     (`Scan.score("delta_loss")`): without it, the first `startup_trials` are random sets, with it, sets that it speaks for.
@@ -80,7 +84,7 @@ class LayerSetSampler(CandidateSampler):
     ) -> Candidate | None:
         trials = [t for t in study.get_trials(deepcopy=False) if trial is None or t.number != trial.number]
         if (number := begun - len(self._space.named)) < self._startup_trials:
-            return self._guide.first(max(0, number), seen, rng)
+            return self._guide.first(max(0, number), seen, rng, FIRST_TEMPERATURE)
         known = self._known(trials)
         if len(known.candidates) < 3:
             return None

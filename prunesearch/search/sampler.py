@@ -1,13 +1,13 @@
 """Optuna samplers that never propose the same candidate twice, nor one outside the space."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.candidate import Candidate
 from prunesearch.scan import LayerSet
@@ -48,7 +48,15 @@ class CandidateSampler(BaseSampler):
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         others = Standing.of(t for t in study.get_trials(deepcopy=False) if t.number != trial.number)
-        return self._space.params(self.choose(study, trial, others))
+        candidate = self.choose(study, trial, others)
+        if "fixed_params" not in trial.system_attrs:  # of one that somebody has enqueued, they count
+            study._storage.set_trial_user_attr(trial._trial_id, "candidate", candidate.key)
+        return self._space.params(candidate)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """A candidate that fails under `study.optimize` has had its turn."""
+        if state == TrialState.FAIL and "candidate" in trial.user_attrs and "ended" not in trial.user_attrs:
+            study._storage.set_trial_user_attr(trial._trial_id, "ended", "failed")
 
     def choose(self, study: Study, trial: FrozenTrial | None, others: Standing) -> Candidate:
         """The next candidate, `others` being all trials but the one that it is for. Raises SpaceExhausted."""
@@ -88,6 +96,7 @@ class OptunaSampler(CandidateSampler):
     it was seen before. The first `startup_trials` beside the named ones are sets of every size, of the scan's liking."""
 
     needs_trial = True  # NSGA-II writes to it
+    first_temperature = 0.3
 
     def __init__(
         self,
@@ -102,11 +111,16 @@ class OptunaSampler(CandidateSampler):
         self._startup_trials = startup_trials
         self._guide = Guide(space, scan)
 
+    def choose(self, study: Study, trial: FrozenTrial | None, others: Standing) -> Candidate:
+        if trial is not None and isinstance(inner := self._inner(0), NSGAIISampler):
+            inner.get_trial_generation(study, trial)  # written down: what it has not proposed may become a parent too
+        return super().choose(study, trial, others)
+
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
     ) -> Candidate | None:
         if (number := begun - len(self._space.named)) < self._startup_trials:
-            return self._guide.first(max(0, number), seen, rng)
+            return self._guide.first(max(0, number), seen, rng, self.first_temperature)
         assert trial is not None
         inner = self._inner(rng.randrange(2**31))
         for _ in range(ATTEMPTS):

@@ -1,4 +1,4 @@
-"""The candidates of a study, and how Optuna sees them: one boolean per layer, one category for the rank."""
+"""The candidates of a study, and how Optuna sees them: one boolean per layer, an integer for the rank."""
 
 import math
 import random
