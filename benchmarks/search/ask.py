@@ -43,7 +43,6 @@ def main(trials: int, layers: int, asks: int) -> None:
         begin = time.perf_counter()
         trial = study.ask()
         candidate = space.candidate({n: trial._suggest(n, d) for n, d in space.distributions.items()})
-        trial.set_user_attr("candidate", candidate.key)
         study.tell(trial, [wer_of(candidate), params_of(candidate)])
         seconds.append(time.perf_counter() - begin)
     first, *others = seconds

@@ -40,6 +40,7 @@ from prunesearch.search.worker import finished_at
 TABLES, CURVES = (Path(__file__).parent / name for name in ("tables", "curves"))
 SLOW = "gp"  # seconds to tens of seconds an ask: only when named
 CHECKPOINTS = (10, 20, 40, 80, 160)
+CONFIDENCE = 0.95  # with which a rung ends a trial, as in a study by default
 HELD_OUT = 100  # the first seed of the synthetic encoders that are reported; settings were chosen on seeds from 0
 Ends = Callable[[optuna.Study, Landscape, Candidate, int, float], bool]  # of a trial at a step, with its WER there
 
@@ -86,7 +87,7 @@ def of_scores(make: Callable[[SearchSpace, int, Scores], CandidateSampler]) -> M
 
 METHODS: dict[str, Method] = {
     "layer-sets": Method(layer_sets),
-    "layer-sets with rungs": Method(layer_sets, dominated(0.95), needs=("rungs",)),
+    "layer-sets with rungs": Method(layer_sets, dominated(CONFIDENCE), needs=("rungs",)),
     "layer-sets without scan": Method(lambda landscape, seed: layer_sets(landscape, seed, False)),
     **{name: of_optuna(name) for name in ("tpe", "nsga2", "gp", "random")},
     **{name: of_scores(make) for name, make in STRATEGIES.items()},
@@ -135,7 +136,6 @@ def run(
                 trial = study.ask()
                 params = {n: trial._suggest(n, d) for n, d in landscape.space.distributions.items()}
                 candidate = landscape.space.candidate(params)
-                trial.set_user_attr("candidate", candidate.key)
                 running.append((trial, candidate))
         except SpaceExhausted:
             study.tell(trial, state=TrialState.FAIL)
@@ -370,5 +370,5 @@ if __name__ == "__main__":
     parser.add_argument("--synthetic", type=int, default=5, dest="synthetic_count")
     parser.add_argument("--layers", type=int, help="only synthetic encoders, of so many layers, half of them removable at once")
     parser.add_argument("--noise", action="store_true", help="only what repeats are worth under noise")
-    parser.add_argument("--confidence", type=float, default=0.95, help="with which a rung ends a trial")
+    parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="with which a rung ends a trial, second table")
     main(**vars(parser.parse_args()))
