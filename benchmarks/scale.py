@@ -23,15 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.config import load_study
 from prunesearch.model.encoder import encode
 from prunesearch.model.hub import read_architecture
 from prunesearch.model.llm import Llm, embedding_scale, lora
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
+from prunesearch.study.config import load_study
 from prunesearch.training.device import arithmetic, attention_for_training, pick_dtype
 from prunesearch.training.finetune import trainable
-from prunesearch.training.team import Team
+from prunesearch.training.process_group import ProcessGroup
 
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}  # dense, from the data sheets
 
@@ -59,7 +59,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 def main(study: Path, batch: int, seconds: float, words: int, rank: int, steps: int) -> None:
     config = load_study(study, data_must_exist=False)
-    team = Team.assemble()
+    team = ProcessGroup.assemble()
     device, dtype = team.device, pick_dtype(config.training.precision, team.device)
     shape = read_architecture(config, config.encoder)
     torch.manual_seed(0)

@@ -26,14 +26,14 @@ from rich.table import Table
 from torch import nn
 from transformers.utils import logging
 
-from prunesearch.candidate import Candidate
-from prunesearch.config import load_study
 from prunesearch.model.llm import lora, pad_tokens
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import read_audio
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.config import load_study
+from prunesearch.training.context import TrainingContext
 from prunesearch.training.device import arithmetic, attention_for_training, seed_everything
 from prunesearch.training.finetune import restore, trainable
-from prunesearch.training.workshop import Workshop
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Side:
     optimizer: dict[str, Any] = field(default_factory=dict)
 
 
-def plain_loss(workshop: Workshop, slam: SpeechLlm, batch: list[int]) -> torch.Tensor:
+def plain_loss(workshop: TrainingContext, slam: SpeechLlm, batch: list[int]) -> torch.Tensor:
     """Cross-entropy the plain way: everything from the audio file on, at full length."""
     recordings = [read_audio(workshop.corpora["train"][i].audio) for i in batch]
     with torch.autocast(workshop.device.type, enabled=False):  # the extractor computes in torch, and hands out NumPy
@@ -72,7 +72,7 @@ def run_steps(
     optimizer: torch.optim.Optimizer,
     steps: range,
     loss_of: Callable[[int], torch.Tensor],
-    workshop: Workshop,
+    workshop: TrainingContext,
     seed: int,
 ) -> tuple[list[float], list[float]]:
     """Seconds and loss of each step; dropout is drawn from the seed and the step."""
@@ -96,7 +96,7 @@ def run_steps(
 def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
     logging.set_verbosity_error()
     config = load_study(study)
-    workshop = Workshop.open(config)
+    workshop = TrainingContext.open(config)
     batches = workshop.budget().batches[:steps]
     steps = len(batches)
     training = config.training

@@ -35,16 +35,16 @@ from sqlalchemy import text
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from prunesearch.candidate import Candidate  # noqa: E402
-from prunesearch.config import load_study  # noqa: E402
-from prunesearch.record import read_records  # noqa: E402
-from prunesearch.search.claims import claim  # noqa: E402
 from prunesearch.search.layer_sets import LayerSetSampler  # noqa: E402
-from prunesearch.search.leases import Watch, kept  # noqa: E402
-from prunesearch.search.sampler import CandidateSampler  # noqa: E402
+from prunesearch.search.samplers import CandidateSampler  # noqa: E402
 from prunesearch.search.space import SearchSpace  # noqa: E402
-from prunesearch.search.storage import open_storage  # noqa: E402
-from prunesearch.stopping import Stop  # noqa: E402
+from prunesearch.study.candidate import Candidate  # noqa: E402
+from prunesearch.study.config import load_study  # noqa: E402
+from prunesearch.study.interrupt import Interrupt  # noqa: E402
+from prunesearch.study.record import read_records  # noqa: E402
+from prunesearch.workers.claim import claim  # noqa: E402
+from prunesearch.workers.lease import LeaseMonitor, kept  # noqa: E402
+from prunesearch.workers.storage import open_storage  # noqa: E402
 from tests.servers import GrpcProxy, Postgres  # noqa: E402
 
 LAYERS = int(os.environ.get("LAYERS", "12"))
@@ -71,7 +71,7 @@ def labour(url: str | None, folder: Path, number: int, kind: str, ready: Barrier
     study = optuna.load_study(study_name="s", storage=open_storage(url, folder), sampler=sampler(kind, number))
     study.get_trials(deepcopy=False)
     joins, asks, tells = [time.perf_counter() - begin], [], []
-    watch, stop = Watch(), Stop()
+    watch, stop = LeaseMonitor(), Interrupt()
     ready.wait()
     end = time.monotonic() + seconds
     while time.monotonic() < end:

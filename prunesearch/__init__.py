@@ -14,5 +14,5 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """`SlamAsr`, without importing torch before it is asked for."""
     if name == "SlamAsr":
-        return importlib.import_module("prunesearch.asr").SlamAsr
+        return importlib.import_module("prunesearch.asr.slam_asr").SlamAsr
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

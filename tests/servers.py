@@ -106,7 +106,7 @@ class Postgres:
 PROXY = """
 import sys
 from optuna.storages import RDBStorage, run_grpc_proxy_server
-from prunesearch.search.storage import open_storage
+from prunesearch.workers.storage import open_storage
 run_grpc_proxy_server(open_storage(sys.argv[1], None).inner, host="127.0.0.1", port=int(sys.argv[2]))
 """
 

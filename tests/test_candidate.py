@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
+from prunesearch.study.candidate import BASELINE_NAMES, Candidate, baselines
 
 
 def test_layers_are_kept_sorted_and_compare_equal() -> None:

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from prunesearch.config import StudyConfig, load_study, parse_study
-from prunesearch.mistakes import StudyError
-from prunesearch.template import write_study_file
+from prunesearch.commands.init import write_study_file
+from prunesearch.study.config import StudyConfig, load_study, parse_study
+from prunesearch.study.errors import StudyError
 from tests.conftest import write_study
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").rglob("*.toml"))

@@ -12,14 +12,14 @@ import pytest
 import soundfile
 
 from prunesearch import SlamAsr
-from prunesearch.asr import windows
-from prunesearch.candidate import Candidate
-from prunesearch.config import load_study
-from prunesearch.export import chosen, export
-from prunesearch.launch import launch
-from prunesearch.mistakes import StudyError
-from prunesearch.record import read_records, read_utterances
+from prunesearch.asr.slam_asr import windows
+from prunesearch.commands.export import chosen, export
+from prunesearch.commands.launch import launch
 from prunesearch.speech.text import normalizer_for
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.config import load_study
+from prunesearch.study.errors import StudyError
+from prunesearch.study.record import read_records, read_utterances
 from tests.conftest import write_study
 from tests.test_launch import ROOT, cli
 

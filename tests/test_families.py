@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from prunesearch.config import LlmConfig
-from prunesearch.mistakes import StudyError
 from prunesearch.model.llm import embedding_scale, load_llm, lora, lora_parameters, recompute_activations
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
+from prunesearch.study.config import LlmConfig
+from prunesearch.study.errors import StudyError
 from prunesearch.training.device import arithmetic, attention_for_training
 
 SHAPE = {

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from optuna._hypervolume import compute_hypervolume
 
-from prunesearch.candidate import Candidate
-from prunesearch.scan import family
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.importance import family
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "search"
 sys.path.insert(0, str(BENCHMARK))

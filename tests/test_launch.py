@@ -14,20 +14,21 @@ from typing import Any
 import optuna
 import pytest
 
-from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
-from prunesearch.config import load_study
-from prunesearch.confirm import compared, confirm, confirmation_folder, rank_correlation
-from prunesearch.control import status
-from prunesearch.launch import launch
-from prunesearch.mistakes import StudyError
-from prunesearch.plan import params_of_candidates, plan
-from prunesearch.record import RunRecord, read_records
+from prunesearch.commands.confirm import compared, confirm, confirmation_folder, rank_correlation
+from prunesearch.commands.launch import launch
+from prunesearch.commands.plan import plan
+from prunesearch.commands.status import status
+from prunesearch.model.skeleton import params_of_candidates
 from prunesearch.report import write_report
-from prunesearch.report.front import pareto_front
-from prunesearch.scan import kendall, read_scan, spearman
-from prunesearch.search.storage import open_storage
-from prunesearch.training.evaluate import evaluate
-from prunesearch.training.workshop import Workshop
+from prunesearch.study.candidate import BASELINE_NAMES, Candidate, baselines
+from prunesearch.study.config import load_study
+from prunesearch.study.errors import StudyError
+from prunesearch.study.front import pareto_front
+from prunesearch.study.importance import kendall, read_scan, spearman
+from prunesearch.study.record import RunRecord, read_records
+from prunesearch.training.context import TrainingContext
+from prunesearch.training.recipe import evaluate
+from prunesearch.workers.storage import open_storage
 from tests.conftest import write_study
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,7 @@ def test_launching_again_trains_nothing_and_a_wider_budget_goes_on(calm: Path, m
     assert outcomes(calm) == before
     told: list[RunRecord] = []
 
-    class Watcher:
+    class ProgressListener:
         def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
             pass
 
@@ -114,7 +115,7 @@ def test_launching_again_trains_nothing_and_a_wider_budget_goes_on(calm: Path, m
         def note(self, text: str) -> None:
             pass
 
-    launch(calm, trials=7, watcher=Watcher())
+    launch(calm, trials=7, listener=ProgressListener())
     assert len(told) == 1
     after = outcomes(calm)
     assert {key: after[key]["dev"] for key in before} == {key: before[key]["dev"] for key in before}
@@ -248,14 +249,13 @@ def test_init_validate_resolved(toy: Path, tmp_path: Path) -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    probe = (
-        "import sys, prunesearch.cli; print([m for m in ('torch', 'transformers', 'optuna', 'pydantic') if m in sys.modules])"
-    )
+    heavy = ("torch", "transformers", "optuna", "pydantic")
+    probe = f"import sys, prunesearch.cli.app; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_a_notebook_can_do_the_same(toy: Path, tmp_path: Path) -> None:
-    workshop = Workshop.open(load_study(write_study(tmp_path / "s", toy)))
+    workshop = TrainingContext.open(load_study(write_study(tmp_path / "s", toy)))
     assert evaluate(workshop, Candidate((2,), 2)).state == "complete"
 
 

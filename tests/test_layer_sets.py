@@ -11,11 +11,11 @@ import pytest
 from optuna._hypervolume import compute_hypervolume
 from optuna.trial import TrialState
 
-from prunesearch.candidate import Candidate
 from prunesearch.search.layer_sets import LayerSetSampler, expected_improvement
-from prunesearch.search.sampler import CandidateSampler, optuna_sampler
+from prunesearch.search.samplers import CandidateSampler, optuna_sampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.surrogate import EXPECTED, Surrogate
+from prunesearch.study.candidate import Candidate
 
 DEPTH, RANKS = 10, (0, 4, 16)
 SPACE = SearchSpace(tuple(range(DEPTH)), 5, RANKS, {})

@@ -11,16 +11,16 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-import prunesearch.export
-from prunesearch.config import load_study
-from prunesearch.display import measurement_table
-from prunesearch.export import Base, export
-from prunesearch.launch import launch
-from prunesearch.measure import measure
-from prunesearch.mistakes import StudyError
+import prunesearch.commands.export
+from prunesearch.cli.tables import measurement_table
+from prunesearch.commands.export import Base, export
+from prunesearch.commands.launch import launch
+from prunesearch.commands.measure import measure
 from prunesearch.report import comparison_of
-from prunesearch.report.costs import Figures, Measurement, Ratios, read_measurement
 from prunesearch.report.tables import costs_table
+from prunesearch.study.config import load_study
+from prunesearch.study.errors import StudyError
+from prunesearch.study.measurement import Measurement, Ratios, SystemMetrics, read_measurement
 from prunesearch.training.decode import count_new_tokens
 from tests.conftest import write_study
 from tests.test_launch import cli
@@ -88,13 +88,13 @@ def test_file_bytes_are_what_an_export_writes(study: Path, measured: Measurement
 
 def test_unpruned_is_one_time_itself_and_is_measured_once_a_turn(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
-    put_together = prunesearch.export.put_together
+    put_together = prunesearch.commands.export.put_together
 
     def counting(config: Any, record: Any, base: Any, model: Any) -> Any:
         measured.append(record.candidate.key)
         return put_together(config, record, base, model)
 
-    monkeypatch.setattr(prunesearch.export, "put_together", counting)
+    monkeypatch.setattr(prunesearch.commands.export, "put_together", counting)
     (unpruned,) = measure(study, ["full"], turns=1, utterances=1).systems
     assert measured == ["full", "full"]  # one turn to warm up, one that counts
     assert unpruned.figures == unpruned.unpruned
@@ -138,7 +138,7 @@ def test_the_command_prints_json_and_keeps_the_outcome(study: Path) -> None:
     assert json.loads((load_study(study).run_folder / "measure.json").read_text()) == found
     assert found.keys() == {f.name for f in fields(Measurement)}
     for system in found["systems"]:
-        assert system["figures"].keys() == system["unpruned"].keys() == {f.name for f in fields(Figures)}
+        assert system["figures"].keys() == system["unpruned"].keys() == {f.name for f in fields(SystemMetrics)}
         assert system["ratios"].keys() == {f.name for f in fields(Ratios)}
         for name, ratio in system["ratios"].items():
             assert ratio is None or system["lowest"][name] <= ratio <= system["highest"][name]

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel
 
-from prunesearch.config import LlmConfig
 from prunesearch.model.encoder import encode, load_encoder, positions_of, remove_layers
 from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora, lora_parameters
 from prunesearch.model.parameters import count_parameters
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
+from prunesearch.study.config import LlmConfig
 from tests.conftest import LAYERS
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from prunesearch.candidate import Candidate
 from prunesearch.report import compare
 from prunesearch.report.page import render_page
+from prunesearch.study.candidate import Candidate
 from tests.browser import Browser, find_chromium
 from tests.test_report import LAYERS, add, add_study
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from prunesearch.candidate import Candidate
-from prunesearch.config import load_study
-from prunesearch.plan import params_of_candidates, plan
+from prunesearch.commands.plan import plan
+from prunesearch.model.skeleton import params_of_candidates
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.config import load_study
 
 STUDIES = Path(__file__).parents[1] / "studies" / "paper"
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunesearch.config import load_study
+from prunesearch.commands.plan import TEXT_TOKENS_PER_SECOND, estimate
 from prunesearch.model.llm import lora
+from prunesearch.model.skeleton import PROMPT_TOKENS
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.plan import PROMPT_TOKENS, TEXT_TOKENS_PER_SECOND, estimate
-from prunesearch.training.workshop import Workshop
+from prunesearch.study.config import load_study
+from prunesearch.training.context import TrainingContext
 from tests.conftest import write_study
 
 PAPER = Path(__file__).parents[1] / "studies" / "paper"
@@ -18,7 +19,7 @@ PAPER = Path(__file__).parents[1] / "studies" / "paper"
 
 def test_operations_are_those_of_a_step_that_is_run(toy: Path, tmp_path: Path) -> None:
     config = load_study(write_study(tmp_path, toy, llm={"prompt": "lowmid"}))
-    workshop = Workshop.open(config)
+    workshop = TrainingContext.open(config)
     assert len(workshop.llm.prompt) <= PROMPT_TOKENS
     workshop.llm = workshop.llm.__class__(**{**vars(workshop.llm), "prompt": (1,) * PROMPT_TOKENS})
     text = [5] * (round(2 * TEXT_TOKENS_PER_SECOND) + 1)

@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from prunesearch.candidate import Candidate
-from prunesearch.record import (
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.record import (
     Parameters,
     RunRecord,
     SplitResult,

@@ -14,20 +14,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
-from prunesearch.config import StudyConfig, load_study
-from prunesearch.mistakes import StudyError
-from prunesearch.record import (
-    Parameters,
-    Rung,
-    RunRecord,
-    SplitResult,
-    UtteranceResult,
-    WordErrors,
-    read_records,
-    write_record,
-    write_utterances,
-)
 from prunesearch.report import (
     Comparison,
     Difference,
@@ -43,17 +29,31 @@ from prunesearch.report import (
     write_overlay,
     write_report,
 )
-from prunesearch.report.claims import directed, sized
+from prunesearch.report.anatomy import anatomy, changes, confused, counterpart, without_lora
 from prunesearch.report.data import RECORD_KEYS
-from prunesearch.report.errors import anatomy, changes, confused, counterpart, without_lora
-from prunesearch.report.front import hypervolume, knee
+from prunesearch.report.formats import to_latex, to_markdown
 from prunesearch.report.overlay import check_comparable, overlay_table
 from prunesearch.report.page import render_page
-from prunesearch.report.papers import to_latex, to_markdown
+from prunesearch.report.paper_claims import directed, sized
 from prunesearch.report.plots import draw_front
 from prunesearch.report.statistics import relative_bootstrap
 from prunesearch.report.tables import layers_table, sizes_table, tables
 from prunesearch.speech.wer import count_errors
+from prunesearch.study.candidate import BASELINE_NAMES, Candidate, baselines
+from prunesearch.study.config import StudyConfig, load_study
+from prunesearch.study.errors import StudyError
+from prunesearch.study.front import hypervolume, knee
+from prunesearch.study.record import (
+    Parameters,
+    Rung,
+    RunRecord,
+    SplitResult,
+    UtteranceResult,
+    WordErrors,
+    read_records,
+    write_record,
+    write_utterances,
+)
 
 LAYERS, UTTERANCES = 6, 60
 WHOLE = Parameters(encoder=12_000_000, projector=2_000_000, lora=0, llm=50_000_000)

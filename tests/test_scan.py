@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunesearch.candidate import Candidate
-from prunesearch.config import load_study
-from prunesearch.launch import scan as run_scan
-from prunesearch.mistakes import StudyError
+from prunesearch.commands.launch import scan as run_scan
 from prunesearch.model.encoder import encode
 from prunesearch.report.scan import render_scan_page
-from prunesearch.scan import Scan, evaluations, family, prefixes, spearman
-from prunesearch.training import scan as scanning
-from prunesearch.training.features import log_mel
-from prunesearch.training.workshop import Workshop
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.config import load_study
+from prunesearch.study.errors import StudyError
+from prunesearch.study.importance import Scan, evaluations, family, prefixes, spearman
+from prunesearch.training import importance_scan as scanning
+from prunesearch.training.context import TrainingContext
+from prunesearch.training.states import log_mel
 from tests.conftest import LAYERS, write_study
 
 
@@ -55,17 +55,17 @@ def scanned(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 def test_a_scan_measures_what_removing_the_layers_one_by_one_does(scanned: tuple[Path, Scan]) -> None:
     file, found = scanned
-    workshop = Workshop.open(load_study(file))
-    corpus = workshop.corpora["dev"]
-    chosen = sorted(random.Random(workshop.config.seed).sample(range(len(corpus)), 6))
-    slam = scanning._Scanner(workshop, workshop.anchor(), 6, 11).slam
+    context = TrainingContext.open(load_study(file))
+    corpus = context.corpora["dev"]
+    chosen = sorted(random.Random(context.config.seed).sample(range(len(corpus)), 6))
+    slam = scanning._Scanner(context, context.anchor(), 6, 11).slam
 
     def measured(layers: tuple[int, ...]) -> tuple[float, list[torch.Tensor]]:
         loss, audio, tokens = 0.0, [], 0
         for i in chosen:
-            mel = log_mel(workshop.extractor, corpus[i], None, workshop.device)[None]
-            states, lengths = encode(workshop.pruned_encoder(Candidate(layers)), mel, torch.tensor([mel.shape[-1]]))
-            text = workshop.llm.tokens(corpus[i].target)
+            mel = log_mel(context.extractor, corpus[i], None, context.device)[None]
+            states, lengths = encode(context.pruned_encoder(Candidate(layers)), mel, torch.tensor([mel.shape[-1]]))
+            text = context.llm.tokens(corpus[i].target)
             loss += slam.loss_sum(states, lengths, [text]).item()
             tokens += len(text)
             audio.append(slam.projector(states, lengths)[0])
@@ -88,11 +88,11 @@ def test_a_scan_measures_what_removing_the_layers_one_by_one_does(scanned: tuple
 
 def test_layer_criteria_are_their_definitions(scanned: tuple[Path, Scan]) -> None:
     file, found = scanned
-    workshop = Workshop.open(load_study(file))
-    scanner = scanning._Scanner(workshop, workshop.anchor(), 6, 11)
+    context = TrainingContext.open(load_study(file))
+    scanner = scanning._Scanner(context, context.anchor(), 6, 11)
     befores, afters = [], []
     for indices in scanner.batches:
-        hidden, lengths = scanner.prefix.batch(indices, workshop.device)
+        hidden, lengths = scanner.prefix.batch(indices, context.device)
         path = [states for _, states, is_end in scanner.tree(hidden, lengths, [()]) if not is_end]
         for row, length in enumerate(lengths.tolist()):
             befores.append(path[1][row, :length])
@@ -124,7 +124,7 @@ def test_cka_is_one_for_a_rotation_and_near_zero_for_noise() -> None:
 def test_a_scan_that_was_killed_goes_on(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scanning, "BATCH", 2)
     file = write_study(tmp_path, toy)
-    calm = scanning.scan(Workshop.open(load_study(file)), utterances=6)
+    calm = scanning.scan(TrainingContext.open(load_study(file)), utterances=6)
     (tmp_path / "run" / "scan" / "scan.json").unlink()
     for finished in (tmp_path / "run" / "scan").glob("*.json"):
         finished.unlink()
@@ -138,12 +138,12 @@ def test_a_scan_that_was_killed_goes_on(toy: Path, tmp_path: Path, monkeypatch: 
         batch(self, indices, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(scanning._Scanner, "_batch", once_then_killed)
-    workshop = Workshop.open(load_study(file))
+    context = TrainingContext.open(load_study(file))
     with pytest.raises(KeyboardInterrupt):
-        scanning.scan(workshop, utterances=6)
-    assert scanning.scan(workshop, utterances=6) == calm
+        scanning.scan(context, utterances=6)
+    assert scanning.scan(context, utterances=6) == calm
     assert len(ran) == 1 + 1 + 2  # the batch that was interrupted is run again, the finished one is not
-    assert scanning.scan(workshop, utterances=6) == calm
+    assert scanning.scan(context, utterances=6) == calm
     assert len(ran) == 4
 
 
@@ -156,7 +156,7 @@ def test_a_study_from_scratch_can_be_scanned_and_a_scan_pins_the_study(toy: Path
 
 
 def test_where_pairs_are_many_the_loss_is_asked_of_those_of_least_drift(toy: Path, tmp_path: Path) -> None:
-    found = scanning.scan(Workshop.open(load_study(write_study(tmp_path, toy))), utterances=4, loss_sets=2)
+    found = scanning.scan(TrainingContext.open(load_study(write_study(tmp_path, toy))), utterances=4, loss_sets=2)
     pairs = [s for s in found.sets if len(s.removed_layers) == 2]
     asked = [s for s in pairs if s.delta_loss is not None]
     assert len(asked) == 2

@@ -14,18 +14,18 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from prunesearch.candidate import BASELINE_NAMES, Candidate, baselines
-from prunesearch.config import StudyConfig, load_study
-from prunesearch.mistakes import StudyError
-from prunesearch.record import Parameters, Rung, RunRecord, SplitResult, WordErrors
 from prunesearch.search.layer_sets import LayerSetSampler
 from prunesearch.search.rungs import ENOUGH, Finished, chance_of_domination
-from prunesearch.search.sampler import CandidateSampler, optuna_sampler
+from prunesearch.search.samplers import CandidateSampler, optuna_sampler
 from prunesearch.search.space import SearchSpace
-from prunesearch.search.standing import Standing
-from prunesearch.search.storage import open_storage
-from prunesearch.search.study import open_study
-from prunesearch.search.worker import Referee, work
+from prunesearch.search.study_progress import StudyProgress
+from prunesearch.study.candidate import BASELINE_NAMES, Candidate, baselines
+from prunesearch.study.config import StudyConfig, load_study
+from prunesearch.study.errors import StudyError
+from prunesearch.study.record import Parameters, Rung, RunRecord, SplitResult, WordErrors
+from prunesearch.workers.loop import TrialMonitor, work
+from prunesearch.workers.optuna_study import open_study
+from prunesearch.workers.storage import open_storage
 from tests.conftest import write_study
 
 DEPTH = 6
@@ -64,7 +64,7 @@ def config(toy: Path, tmp_path: Path) -> StudyConfig:
 
 
 def settled(study: optuna.Study) -> int:
-    return Standing.of(study.get_trials(deepcopy=False)).settled
+    return StudyProgress.of(study.get_trials(deepcopy=False)).settled
 
 
 def run(
@@ -163,7 +163,7 @@ def test_a_study_interrupted_between_any_two_candidates_proposes_what_it_would_h
 
 
 def test_what_was_handed_back_comes_first_and_is_not_counted(config: StudyConfig) -> None:
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         if candidate == Candidate((4, 5)) and not gone:
             gone.append(candidate)
             raise KeyboardInterrupt
@@ -188,7 +188,7 @@ def test_another_definition_is_refused_and_the_difference_named(toy: Path, tmp_p
 
 
 def test_failed_and_pruned_candidates_settle_but_never_complete(config: StudyConfig) -> None:
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         state = {8: "failed", 4: "pruned"}.get(candidate.lora_rank, "complete")
         return landscape(candidate).model_copy(update={"state": state, "reason": "because"})
 
@@ -235,7 +235,7 @@ def test_the_chance_of_domination_is_a_frequency(noise: float, falls: float, mos
 
 
 def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) -> None:
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         record = landscape(candidate)
         assert record.dev
         stop = referee.on_rung(1, record.dev.errors)
@@ -250,7 +250,7 @@ def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) ->
 
 
 def test_a_record_that_was_there_already_tells_its_rungs(config: StudyConfig) -> None:
-    def found(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def found(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         record = landscape(candidate)
         assert record.dev
         rungs = (Rung(step=1, errors=record.dev.errors),)
@@ -263,7 +263,7 @@ def test_a_record_that_was_there_already_tells_its_rungs(config: StudyConfig) ->
 
 
 def slow_worker(source: Path) -> None:
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         with (source.parent / "evaluated.txt").open("a") as log:
             log.write(candidate.key + "\n")
         time.sleep(random.random() * 0.05)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from prunesearch.config import load_study
-from prunesearch.mistakes import StudyError
-from prunesearch.record import WordErrors
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, seconds_of
 from prunesearch.speech.corpus import load_corpus
 from prunesearch.speech.text import normalizer_for
 from prunesearch.speech.wer import count_errors, is_loop, longest_repetition
+from prunesearch.study.config import load_study
+from prunesearch.study.errors import StudyError
+from prunesearch.study.record import WordErrors
 from tests.conftest import write_study
 
 

@@ -11,33 +11,33 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prunesearch.candidate import Candidate
-from prunesearch.config import load_study
-from prunesearch.mistakes import StudyError
 from prunesearch.model.encoder import encode
 from prunesearch.model.llm import recomputes_activations
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.record import RunRecord, WordErrors, read_record, read_utterances
-from prunesearch.training import evaluate as evaluation
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.config import load_study
+from prunesearch.study.errors import StudyError
+from prunesearch.study.record import RunRecord, WordErrors, read_record, read_utterances
 from prunesearch.training import finetune as tuning
+from prunesearch.training import recipe
 from prunesearch.training.batches import by_length, plan_batches
+from prunesearch.training.context import TrainingContext
 from prunesearch.training.decode import token_limit
-from prunesearch.training.evaluate import decode_test, evaluate
-from prunesearch.training.features import log_mel
 from prunesearch.training.finetune import schedule
-from prunesearch.training.workshop import Workshop
+from prunesearch.training.recipe import decode_test, evaluate
+from prunesearch.training.states import log_mel
 from tests.conftest import write_study
 
 
 @pytest.fixture
-def open_workshop(toy: Path, tmp_path: Path) -> Callable[..., Workshop]:
-    def opened(name: str = "s", **sections: dict) -> Workshop:
-        return Workshop.open(load_study(write_study(tmp_path / name, toy, **sections)))
+def open_context(toy: Path, tmp_path: Path) -> Callable[..., TrainingContext]:
+    def opened(name: str = "s", **sections: dict) -> TrainingContext:
+        return TrainingContext.open(load_study(write_study(tmp_path / name, toy, **sections)))
 
     return opened
 
 
-def weights(workshop: Workshop, candidate: Candidate) -> dict[str, torch.Tensor]:
+def weights(workshop: TrainingContext, candidate: Candidate) -> dict[str, torch.Tensor]:
     return load_file(workshop.config.run_folder / "records" / candidate.key / "weights.safetensors")
 
 
@@ -66,8 +66,8 @@ def test_the_learning_rate_rises_then_falls_to_its_share() -> None:
 
 
 @torch.no_grad()
-def test_cached_states_equal_recomputed_ones(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop(search={"removable_layers": [2, 3]})
+def test_cached_states_equal_recomputed_ones(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context(search={"removable_layers": [2, 3]})
     assert workshop.shared_depth == 2
     encoder = workshop.pruned_encoder(Candidate((3,)))
     store = workshop.encoded(encoder, "dev", workshop.used("dev"))
@@ -82,29 +82,31 @@ def test_cached_states_equal_recomputed_ones(open_workshop: Callable[..., Worksh
     assert not list((workshop.config.run_folder / "scratch").iterdir()), "a candidate's states go with it"
 
 
-def test_only_the_utterances_that_some_step_draws_are_encoded(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop(anchor={"steps": 1}, training={"steps": 2, "batch_size": 3})
+def test_only_the_utterances_that_some_step_draws_are_encoded(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context(anchor={"steps": 1}, training={"steps": 2, "batch_size": 3})
     assert len(workshop.used("train")) <= 9 < len(workshop.corpora["train"])
     assert set(workshop.prefix("train").spans) == set(workshop.used("train"))
 
 
-def test_the_same_candidate_gives_the_same_record_and_starts_from_the_anchor(open_workshop: Callable[..., Workshop]) -> None:
+def test_the_same_candidate_gives_the_same_record_and_starts_from_the_anchor(
+    open_context: Callable[..., TrainingContext],
+) -> None:
     candidate = Candidate((1,), 4)
-    first, second = open_workshop("a"), open_workshop("b")
+    first, second = open_context("a"), open_context("b")
     one, two = evaluate(first, candidate), evaluate(second, candidate)
     assert {**one.outcome(), "study": ""} == {**two.outcome(), "study": ""}
     assert same(weights(first, candidate), weights(second, candidate))
     assert one.dev is not None
     assert one.parameters.lora > 0
-    scratch = open_workshop("c", training={"init": "scratch"})
+    scratch = open_context("c", training={"init": "scratch"})
     assert evaluate(scratch, candidate).losses[0] > one.losses[0]
     assert not (scratch.config.run_folder / "anchor").exists()
 
 
 def test_a_repeat_is_the_same_system_on_other_batches_and_has_a_record_of_its_own(
-    open_workshop: Callable[..., Workshop],
+    open_context: Callable[..., TrainingContext],
 ) -> None:
-    workshop = open_workshop()
+    workshop = open_context()
     first, again = (evaluate(workshop, Candidate((1,), 2, repeat)) for repeat in (0, 1))
     assert again.parameters == first.parameters
     assert (again.seed, again.candidate.key) == (first.seed + 1, "minus-1+lora2@1")
@@ -116,8 +118,8 @@ def test_a_repeat_is_the_same_system_on_other_batches_and_has_a_record_of_its_ow
     assert read_record(workshop.config.run_folder / "records", first.candidate) == first
 
 
-def test_a_rank_of_zero_trains_the_projector_alone(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop()
+def test_a_rank_of_zero_trains_the_projector_alone(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context()
     before = {k: v.clone() for k, v in workshop.llm.model.state_dict().items()}
     record = evaluate(workshop, Candidate())
     assert record.parameters.lora == 0
@@ -130,13 +132,13 @@ class Killed(BaseException):
 
 
 def test_a_killed_trial_goes_on_to_the_same_weights(
-    open_workshop: Callable[..., Workshop], monkeypatch: pytest.MonkeyPatch
+    open_context: Callable[..., TrainingContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     candidate = Candidate((0,), 2)
-    calm = open_workshop("calm", training={"rungs": [0.5]})
+    calm = open_context("calm", training={"rungs": [0.5]})
     expected = evaluate(calm, candidate)
 
-    killed = open_workshop("killed", training={"rungs": [0.5]})
+    killed = open_context("killed", training={"rungs": [0.5]})
     steps_seen: list[int] = []
     seed = tuning.seed_everything
 
@@ -163,19 +165,19 @@ def test_a_killed_trial_goes_on_to_the_same_weights(
 
 
 def test_a_candidate_with_a_record_is_not_trained_again(
-    open_workshop: Callable[..., Workshop], monkeypatch: pytest.MonkeyPatch
+    open_context: Callable[..., TrainingContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workshop = open_workshop()
+    workshop = open_context()
     record = evaluate(workshop, Candidate((2,)))
-    monkeypatch.setattr(evaluation, "finetune", lambda *a, **k: pytest.fail("trained twice"))
+    monkeypatch.setattr(recipe, "finetune", lambda *a, **k: pytest.fail("trained twice"))
     assert evaluate(workshop, Candidate((2,))) == record
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
-    open_workshop: Callable[..., Workshop], monkeypatch: pytest.MonkeyPatch
+    open_context: Callable[..., TrainingContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm = {"projector": {"dropout": 0.0}, "llm": {"lora_dropout": 0.0}}  # masks depend on the shape of what is masked
-    expected = evaluate(open_workshop("whole", **calm), Candidate((1,), 2))
+    expected = evaluate(open_context("whole", **calm), Candidate((1,), 2))
     whole = SpeechLlm.loss_sum
 
     def small_memory(self: SpeechLlm, states: torch.Tensor, lengths: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
@@ -183,7 +185,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, states, lengths, texts)
 
-    halved = open_workshop("halved", **calm)
+    halved = open_context("halved", **calm)
     halved.anchor()
     monkeypatch.setattr(SpeechLlm, "loss_sum", small_memory)
     record = evaluate(halved, Candidate((1,), 2))
@@ -195,7 +197,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, states, lengths, texts)
 
-    tight = open_workshop("tight", **calm)
+    tight = open_context("tight", **calm)
     monkeypatch.setattr(SpeechLlm, "loss_sum", whole)
     tight.anchor()
     monkeypatch.setattr(SpeechLlm, "loss_sum", less_memory)
@@ -210,15 +212,15 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
     assert "out of memory, with one utterance at a time too" in (failed.reason or "")
 
 
-def test_recomputed_activations_give_the_same_record(open_workshop: Callable[..., Workshop]) -> None:
-    kept = evaluate(open_workshop("kept"), Candidate((1,), 2))
-    recomputed = evaluate(open_workshop("recomputed", training={"gradient_checkpointing": True}), Candidate((1,), 2))
+def test_recomputed_activations_give_the_same_record(open_context: Callable[..., TrainingContext]) -> None:
+    kept = evaluate(open_context("kept"), Candidate((1,), 2))
+    recomputed = evaluate(open_context("recomputed", training={"gradient_checkpointing": True}), Candidate((1,), 2))
     assert recomputed.losses == pytest.approx(kept.losses, abs=1e-4)
     assert recomputed.dev == kept.dev
 
 
-def test_a_curve_lies_beside_the_record(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop()
+def test_a_curve_lies_beside_the_record(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context()
     record = evaluate(workshop, Candidate())
     lines = (workshop.config.run_folder / "records" / "full" / "curve.jsonl").read_text().splitlines()
     points = [json.loads(line) for line in lines]
@@ -227,8 +229,8 @@ def test_a_curve_lies_beside_the_record(open_workshop: Callable[..., Workshop]) 
     assert all(p["tokens_per_second"] > 0 and p["memory_bytes"] > 0 and p["learning_rate"] > 0 for p in points)
 
 
-def test_a_curve_goes_to_tensorboard_with_one_key(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop(training={"tracker": "tensorboard"})
+def test_a_curve_goes_to_tensorboard_with_one_key(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context(training={"tracker": "tensorboard"})
     record = evaluate(workshop, Candidate())
     events = EventAccumulator(str(workshop.config.run_folder / "tensorboard" / "full"))
     events.Reload()
@@ -236,13 +238,13 @@ def test_a_curve_goes_to_tensorboard_with_one_key(open_workshop: Callable[..., W
     assert [round(event.value, 5) for event in events.Scalars("loss")] == [round(loss, 5) for loss in record.losses]
 
 
-def test_a_tracker_that_is_not_installed_is_told_before_anything_runs(open_workshop: Callable[..., Workshop]) -> None:
+def test_a_tracker_that_is_not_installed_is_told_before_anything_runs(open_context: Callable[..., TrainingContext]) -> None:
     with pytest.raises(StudyError, match=r"training\.tracker: the package trackio is not installed: pip install trackio"):
-        open_workshop(training={"tracker": "trackio"})
+        open_context(training={"tracker": "trackio"})
 
 
-def test_a_record_that_was_there_already_takes_the_baselines_name(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop()
+def test_a_record_that_was_there_already_takes_the_baselines_name(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context()
     first = evaluate(workshop, Candidate((2, 3)))
     again = evaluate(workshop, Candidate((2, 3)), "top2")
     assert (first.name, again.name) == (None, "top2")
@@ -251,8 +253,8 @@ def test_a_record_that_was_there_already_takes_the_baselines_name(open_workshop:
     assert evaluate(workshop, Candidate((2, 3)), "minus-2-3").name == "top2"
 
 
-def test_divergence_is_recorded_with_its_step(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop(training={"learning_rate": 1e30, "clip": 1e30})
+def test_divergence_is_recorded_with_its_step(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context(training={"learning_rate": 1e30, "clip": 1e30})
     record = evaluate(workshop, Candidate((), 2))
     assert record.state == "failed"
     assert record.dev is None
@@ -260,15 +262,15 @@ def test_divergence_is_recorded_with_its_step(open_workshop: Callable[..., Works
     assert read_record(workshop.config.run_folder / "records", Candidate((), 2)) == record
 
 
-def test_an_anchor_that_diverges_is_one_line_and_leaves_nothing(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop(anchor={"learning_rate": 1e30}, training={"clip": 1e30})
+def test_an_anchor_that_diverges_is_one_line_and_leaves_nothing(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context(anchor={"learning_rate": 1e30}, training={"clip": 1e30})
     with pytest.raises(StudyError, match=r"anchor\.learning_rate: with 1e\+30, the loss left all reason at step \d+ .*smaller"):
         workshop.anchor()
     assert not workshop.anchor_weights.exists()
 
 
-def test_a_rung_can_end_a_trial_and_its_partial_record_is_kept(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop(training={"rungs": [0.25, 0.5]})
+def test_a_rung_can_end_a_trial_and_its_partial_record_is_kept(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context(training={"rungs": [0.25, 0.5]})
     seen: list[tuple[int, WordErrors]] = []
 
     def stop_at_second(step: int, errors: WordErrors) -> bool:
@@ -285,7 +287,7 @@ def test_decoding_the_test_split_uses_the_candidates_own_weights(toy: Path, tmp_
     # a test split that is the dev split: the same weights must make the same errors
     again = toy / "dev-again.jsonl"
     again.write_text((toy / "dev.jsonl").read_text())
-    workshop = Workshop.open(load_study(write_study(tmp_path / "s", toy, data={"test": str(again)})))
+    workshop = TrainingContext.open(load_study(write_study(tmp_path / "s", toy, data={"test": str(again)})))
     records = workshop.config.run_folder / "records"
     for candidate in (Candidate((1,), 4), Candidate((), 0)):
         tested = decode_test(workshop, evaluate(workshop, candidate))
@@ -297,7 +299,7 @@ def test_decoding_the_test_split_uses_the_candidates_own_weights(toy: Path, tmp_
 
 def test_every_utterance_has_its_own_limit_of_tokens(toy: Path, tmp_path: Path) -> None:
     decoding = {"tokens_per_second": 5.0, "extra_tokens": 1, "max_tokens": 4}
-    workshop = Workshop.open(load_study(write_study(tmp_path, toy, decoding=decoding)))
+    workshop = TrainingContext.open(load_study(write_study(tmp_path, toy, decoding=decoding)))
     assert [token_limit(s, workshop.config.decoding) for s in (0.2, 0.4, 3.0)] == [2, 3, 4]
     evaluate(workshop, Candidate())
     results = read_utterances(workshop.config.run_folder / "records", Candidate(), "dev") or []
@@ -309,9 +311,9 @@ def test_every_utterance_has_its_own_limit_of_tokens(toy: Path, tmp_path: Path) 
 
 
 def test_a_batch_that_does_not_fit_is_halved_in_decoding_too(
-    open_workshop: Callable[..., Workshop], monkeypatch: pytest.MonkeyPatch
+    open_context: Callable[..., TrainingContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workshop = open_workshop()
+    workshop = open_context()
     calm = evaluate(workshop, Candidate())
     sizes, prefix = [], SpeechLlm.prefix
 
@@ -323,13 +325,13 @@ def test_a_batch_that_does_not_fit_is_halved_in_decoding_too(
         return prefix(self, states, lengths)
 
     monkeypatch.setattr(SpeechLlm, "prefix", only_three)
-    other = open_workshop("other")
+    other = open_context("other")
     assert evaluate(other, Candidate()).dev == calm.dev
     assert sizes == [8, 4, 2, 2, 4, 2, 2] * 2  # the anchor's dev, then the candidate's
 
 
-def test_dev_counts_are_the_sum_of_the_utterances(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop()
+def test_dev_counts_are_the_sum_of_the_utterances(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context()
     record = evaluate(workshop, Candidate((3,), 2))
     results = read_utterances(workshop.config.run_folder / "records", Candidate((3,), 2), "dev") or []
     assert record.dev is not None
@@ -338,22 +340,22 @@ def test_dev_counts_are_the_sum_of_the_utterances(open_workshop: Callable[..., W
     assert record.dev.errors.reference_words == sum(len(u.reference.split()) for u in workshop.corpora["dev"])
 
 
-def test_a_record_says_where_it_comes_from(open_workshop: Callable[..., Workshop]) -> None:
-    record = evaluate(open_workshop(), Candidate())
+def test_a_record_says_where_it_comes_from(open_context: Callable[..., TrainingContext]) -> None:
+    record = evaluate(open_context(), Candidate())
     assert record.provenance["config"]["training"]["steps"] == 8
     assert record.provenance["versions"].keys() >= {"torch", "transformers", "peft", "optuna"}
     assert RunRecord.model_validate_json(record.model_dump_json()) == record
     assert all(map(math.isfinite, record.losses))
 
 
-def test_a_fine_tune_learns(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop(training={"init": "scratch", "steps": 60, "learning_rate": 1e-2, "lora_learning_rate": 5e-2})
+def test_a_fine_tune_learns(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context(training={"init": "scratch", "steps": 60, "learning_rate": 1e-2, "lora_learning_rate": 5e-2})
     losses = evaluate(workshop, Candidate((), 8)).losses
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_anchor_is_trained_once(open_workshop: Callable[..., Workshop]) -> None:
-    workshop = open_workshop()
+def test_the_anchor_is_trained_once(open_context: Callable[..., TrainingContext]) -> None:
+    workshop = open_context()
     path = workshop.anchor()
     stamp, log = path.stat().st_mtime_ns, json.loads((path.parent / "anchor.json").read_text())
     assert log["steps"] == 12
@@ -364,26 +366,26 @@ def test_the_anchor_is_trained_once(open_workshop: Callable[..., Workshop]) -> N
 def test_a_recording_longer_than_the_encoders_window_is_told_before_anything_runs(toy: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path, toy, data={"pad_to_seconds": 3.0})  # the toy encoder knows 100 positions: 2 s
     with pytest.raises(StudyError, match=r"longer than the encoder's window of 2 s, the first is train/0.wav"):
-        _ = Workshop.open(load_study(file)).corpora
+        _ = TrainingContext.open(load_study(file)).corpora
 
 
 def test_lora_targets_that_the_llm_lacks_are_told_before_anything_runs(toy: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path, toy, llm={"lora_targets": ["q_proj", "kproj"]})
     with pytest.raises(StudyError, match=r"no layer 'kproj'; it has .*k_proj"):
-        Workshop.open(load_study(file))
+        TrainingContext.open(load_study(file))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_quantisation_without_a_gpu_is_told_under_its_own_key(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(StudyError) as caught:
-        Workshop.open(load_study(write_study(tmp_path, toy, llm={"quantization": "4bit"})))
+        TrainingContext.open(load_study(write_study(tmp_path, toy, llm={"quantization": "4bit"})))
     assert caught.value.lines == ["llm.quantization: '4bit' needs a GPU, and there is none; leave the key out"]
 
 
 def test_models_of_the_wrong_kind_are_told(toy: Path, tmp_path: Path) -> None:
     swapped = write_study(tmp_path, toy, encoder={"model": str(toy / "llm")}, llm={"model": str(toy / "encoder")})
     with pytest.raises(StudyError) as caught:
-        Workshop.open(load_study(swapped))
+        TrainingContext.open(load_study(swapped))
     assert caught.value.lines == [
         "encoder.model: must be a Whisper checkpoint, got one of type 'llama'",
         "llm.model: must be a decoder-only language model, got one of type 'whisper'",
@@ -393,8 +395,8 @@ def test_models_of_the_wrong_kind_are_told(toy: Path, tmp_path: Path) -> None:
 def test_models_that_cannot_be_had_are_one_clear_error(toy: Path, tmp_path: Path) -> None:
     offline = r"the hub cannot be reached, and nobody/{} is not in its cache on this machine\ngive a local folder instead: {}"
     with pytest.raises(StudyError, match=offline.format("no-such-model", "llm.model")):
-        Workshop.open(load_study(write_study(tmp_path / "a", toy, llm={"model": "nobody/no-such-model"})))
+        TrainingContext.open(load_study(write_study(tmp_path / "a", toy, llm={"model": "nobody/no-such-model"})))
     with pytest.raises(StudyError, match=offline.format("no-such-whisper", "encoder.model")):
-        Workshop.open(load_study(write_study(tmp_path / "b", toy, encoder={"model": "nobody/no-such-whisper"})))
+        TrainingContext.open(load_study(write_study(tmp_path / "b", toy, encoder={"model": "nobody/no-such-whisper"})))
     with pytest.raises(StudyError, match=r"encoder\.model: .*there is no folder /nowhere/at/all"):
         load_study(write_study(tmp_path / "c", toy, encoder={"model": "/nowhere/at/all"}))

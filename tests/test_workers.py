@@ -22,24 +22,27 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
 
-from prunesearch import control
-from prunesearch.candidate import Candidate
-from prunesearch.config import StudyConfig, load_study
-from prunesearch.launch import launch
-from prunesearch.mistakes import StudyError
-from prunesearch.record import RunRecord, read_records
-from prunesearch.search import claims, leases, patience, worker
-from prunesearch.search.leases import LEASE_SECONDS, MOST_TIMES, Lease, Watch, end_lost
-from prunesearch.search.patience import is_away, patient
-from prunesearch.search.sampler import CandidateSampler
-from prunesearch.search.shelf import Shelf, once
-from prunesearch.search.standing import Standing
-from prunesearch.search.storage import filled_in, holds_secret, open_storage, shown
-from prunesearch.search.study import check_writable, open_study, pin
-from prunesearch.search.worker import Referee, work
-from prunesearch.slurm import submit
-from prunesearch.stopping import Stop, Stopped
-from prunesearch.work import create
+from prunesearch.commands import status as control
+from prunesearch.commands.launch import launch
+from prunesearch.commands.slurm import submit
+from prunesearch.search.samplers import CandidateSampler
+from prunesearch.search.study_progress import StudyProgress
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.config import StudyConfig, load_study
+from prunesearch.study.errors import StudyError
+from prunesearch.study.interrupt import Interrupt, Interrupted
+from prunesearch.study.record import RunRecord, read_records
+from prunesearch.workers import claim as claims
+from prunesearch.workers import lease as leases
+from prunesearch.workers import loop as worker
+from prunesearch.workers import retry as patience
+from prunesearch.workers.artifacts import ArtifactMirror, once
+from prunesearch.workers.lease import LEASE_SECONDS, MOST_TIMES, Lease, LeaseMonitor, end_lost
+from prunesearch.workers.loop import TrialMonitor, work
+from prunesearch.workers.optuna_study import check_writable, open_study, pin
+from prunesearch.workers.retry import is_away, patient
+from prunesearch.workers.storage import filled_in, holds_secret, open_storage, shown
+from prunesearch.workers.worker import create
 from tests.conftest import write_study
 from tests.servers import GrpcProxy, Postgres, until
 from tests.test_launch import ROOT, cli, outcomes
@@ -74,7 +77,7 @@ def opened(config: StudyConfig, url: str | None, notes: list[str] | None = None)
 
 
 def settled(study: optuna.Study) -> int:
-    return Standing.of(study.get_trials(deepcopy=False)).settled
+    return StudyProgress.of(study.get_trials(deepcopy=False)).settled
 
 
 def complete(study: optuna.Study) -> list[str]:
@@ -87,7 +90,7 @@ def labour(source: Path, url: str | None, trials: int, seconds: float, locked: b
     if not locked:
         claims.turn = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         with (source.parent / "evaluated.txt").open("a") as log:
             log.write(candidate.key + "\n")
         time.sleep(seconds * random.random())
@@ -154,7 +157,7 @@ def test_a_trial_that_came_in_between_is_seen(config: StudyConfig, url: str | No
     class Overtaken(CandidateSampler):
         rival = ""
 
-        def choose(self, study: optuna.Study, trial: optuna.trial.FrozenTrial | None, others: Standing) -> Candidate:
+        def choose(self, study: optuna.Study, trial: optuna.trial.FrozenTrial | None, others: StudyProgress) -> Candidate:
             candidate = super().choose(study, trial, others)
             if not self.rival:
                 self.rival = candidate.key
@@ -166,7 +169,7 @@ def test_a_trial_that_came_in_between_is_seen(config: StudyConfig, url: str | No
 
     study = opened(config, url)
     study.sampler = sampler = Overtaken(space(), 0)
-    claimed = claims.claim(study, space(), 5, Watch(), Stop(), config.run_folder)
+    claimed = claims.claim(study, space(), 5, LeaseMonitor(), Interrupt(), config.run_folder)
     assert claimed is not None
     assert sampler.rival == "full" != claimed.candidate.key
     trials = study.get_trials(deepcopy=False)
@@ -235,7 +238,7 @@ def test_a_mark_that_stays_the_same_for_a_minute_of_ones_own_clock_is_a_lost_wor
     elsewhere = Lease("there", "another machine", 1, 0.0, renewed=time.time() + 9999)  # its clock is hours off
     trial = frozen(study, elsewhere)
     now = [0.0]
-    watch = Watch(lambda: now[0])
+    watch = LeaseMonitor(lambda: now[0])
 
     def look(after: float) -> list[int]:
         now[0] += after
@@ -252,7 +255,7 @@ def test_who_could_not_look_for_a_while_begins_anew() -> None:
     study = optuna.create_study(directions=["minimize"] * 2)
     trial = frozen(study, Lease("there", "another machine", 1, 0.0))
     now = [0.0]
-    watch = Watch(lambda: now[0])
+    watch = LeaseMonitor(lambda: now[0])
     watch.lost([trial])
     now[0] = 10 * LEASE_SECONDS  # asleep, or the storage was away and nobody could leave a mark
     assert watch.lost([trial]) == []
@@ -271,7 +274,7 @@ def test_a_slow_worker_that_comes_back_overwrites_nothing(config: StudyConfig) -
     study = opened(config, None)
     times = Counter[str]()
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         times[candidate.key] += 1
         if candidate.key == "full" and times["full"] == 1:  # asleep for long: somebody takes it for lost
             (trial,) = study.get_trials(states=[TrialState.RUNNING])
@@ -292,7 +295,7 @@ def test_an_outcome_that_comes_too_late_is_not_told(config: StudyConfig) -> None
     study = opened(config, None)
     late: list[str] = []
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         if not late:
             late.append(candidate.key)
             (trial,) = study.get_trials(states=[TrialState.RUNNING])
@@ -307,7 +310,7 @@ def test_an_outcome_that_comes_too_late_is_not_told(config: StudyConfig) -> None
 def test_a_candidate_that_workers_crash_over_has_failed_after_a_few_times(config: StudyConfig) -> None:
     study = opened(config, None)
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         if candidate.key == "full":
             raise ZeroDivisionError("in the middle of it")
         return landscape(candidate)
@@ -330,7 +333,7 @@ def test_a_full_disk_is_waited_for(config: StudyConfig, monkeypatch: pytest.Monk
     study, notes = opened(config, None), []
     full = [True, True]
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         if full:
             full.pop()
             raise OSError(errno.ENOSPC, "No space left on device", "record.json")
@@ -393,20 +396,20 @@ def test_a_stop_hands_the_candidate_back_and_aborting_stops_everybody(
     config: StudyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "BEAT_SECONDS", 0.05)
-    study, stop = opened(config, None), Stop()
+    study, stop = opened(config, None), Interrupt()
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         if candidate.key == "full+lora8":
             assert control.abort(config.source) == 1
             until(lambda: stop.requested, "word of it")
             stop.check()
         return landscape(candidate)
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         work(study, space(), evaluate, params_of, "speech_params", 9, config.run_folder, 0.95, stop=stop)
     assert control.status(config.source)["aborted"]
     assert settled(study) == 1
-    with pytest.raises(Stopped):  # until it is launched again, nobody goes on
+    with pytest.raises(Interrupted):  # until it is launched again, nobody goes on
         work(study, space(), evaluate, params_of, "speech_params", 9, config.run_folder, 0.95)
     assert settled(study) == 1
 
@@ -414,7 +417,7 @@ def test_a_stop_hands_the_candidate_back_and_aborting_stops_everybody(
 def test_what_failed_can_be_tried_again(config: StudyConfig) -> None:
     study, good = opened(config, None), []
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         state = "complete" if good or candidate.key != "full" else "failed"
         return landscape(candidate).model_copy(update={"state": state, "reason": "because"})
 
@@ -533,7 +536,7 @@ def test_end_lost_ends_what_has_no_mark_at_all_after_a_minute(config: StudyConfi
     study = opened(config, None)
     study.ask()
     now = [0.0]
-    watch = Watch(lambda: now[0])
+    watch = LeaseMonitor(lambda: now[0])
     for _ in range(3):
         assert end_lost(study, watch) == []
         now[0] += LEASE_SECONDS / 3
@@ -568,7 +571,7 @@ def test_workers_without_a_common_folder_share_anchor_checkpoints_and_records(to
 def test_half_a_file_on_the_shelf_is_none(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    mine, theirs = (Shelf.open(str(tmp_path / "shelf"), "s", tmp_path / name) for name in ("a", "b"))
+    mine, theirs = (ArtifactMirror.open(str(tmp_path / "shelf"), "s", tmp_path / name) for name in ("a", "b"))
     (tmp_path / "a" / "x.bin").write_bytes(b"0123456789")
     mine.put("x.bin")
     (stored,) = (tmp_path / "shelf").iterdir()
@@ -592,7 +595,7 @@ def test_of_many_one_does_it_and_if_it_dies_another(tmp_path: Path) -> None:
         done.touch()
 
     def one() -> None:
-        once(open_storage(url, tmp_path), "s (anchor)", Stop(), done.exists, lambda make_sure: act())
+        once(open_storage(url, tmp_path), "s (anchor)", Interrupt(), done.exists, lambda make_sure: act())
 
     processes = [FORK.Process(target=one) for _ in range(4)]
     for process in processes:
@@ -631,7 +634,7 @@ def test_a_storage_that_may_only_be_read_is_told_before_anything_is_trained(conf
 def test_a_fixed_candidate_of_another_rank_may_be_added_to_a_study(config: StudyConfig) -> None:
     study = opened(config, None)
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         return landscape(candidate)
 
     work(study, space(), evaluate, params_of, "speech_params", 6, config.run_folder, 0.95)
@@ -646,10 +649,10 @@ def test_a_fixed_candidate_of_another_rank_may_be_added_to_a_study(config: Study
 def test_a_retry_that_is_interrupted_is_still_due(config: StudyConfig) -> None:
     study, state = opened(config, None), ["fail"]
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         if candidate.key == "full" and state[0] == "stop":
             state[0] = "good"
-            raise Stopped
+            raise Interrupted
         bad = candidate.key == "full" and state[0] == "fail"
         return landscape(candidate).model_copy(update={"state": "failed" if bad else "complete", "reason": "because"})
 
@@ -659,7 +662,7 @@ def test_a_retry_that_is_interrupted_is_still_due(config: StudyConfig) -> None:
     go()
     control.retry(config.source)
     state[0] = "stop"
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         go()
     go()
     assert complete(study).count("full") == 1
@@ -670,7 +673,7 @@ def test_a_budget_that_is_widened_meanwhile_is_seen_and_never_shrinks_unasked(co
     study = opened(config, None)
     create(config, study._storage, 5)
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         if candidate.key == "full":
             study.set_user_attr("trials", 9)
         return landscape(candidate)
@@ -689,7 +692,7 @@ def test_something_that_goes_wrong_beside_a_trial_does_not_cost_it(
     monkeypatch.setattr(leases, "BEAT_SECONDS", 0.02)
     study, notes = opened(config, None), []
 
-    def evaluate(candidate: Candidate, name: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
         before = referee.held._mark.beat
         until(lambda: notes and referee.held._mark.beat > before + 2, "some beats")
         return landscape(candidate)

@@ -36,9 +36,9 @@ def worker(source: Path, url: str, log: Path, skew: float, machine: str | None) 
     """One worker process, with a clock and a machine of its own."""
     import torch
 
-    from prunesearch.launch import join
-    from prunesearch.search import leases
-    from prunesearch.stopping import Stopped
+    from prunesearch.commands.launch import join
+    from prunesearch.study.interrupt import Interrupted
+    from prunesearch.workers import lease as leases
 
     out = log.open("a", buffering=1)
     os.dup2(out.fileno(), 1)
@@ -63,7 +63,7 @@ def worker(source: Path, url: str, log: Path, skew: float, machine: str | None) 
 
     try:
         join(source, url, Log())
-    except Stopped:
+    except Interrupted:
         sys.exit(130)
 
 
@@ -94,8 +94,8 @@ class Disk:
 
 def outcomes(source: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
     """Each candidate's record without what differs between any two runs, and its weights."""
-    from prunesearch.config import load_study
-    from prunesearch.record import read_records, record_folder
+    from prunesearch.study.config import load_study
+    from prunesearch.study.record import read_records, record_folder
 
     records = load_study(source).run_folder / "records"
     return {
@@ -110,12 +110,12 @@ def outcomes(source: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
 def main(seed: int, workers: int, kills: int, restarts: int, pauses: int, interval: float) -> None:
     import optuna
 
-    from prunesearch.config import load_study
-    from prunesearch.launch import launch
-    from prunesearch.record import read_records
-    from prunesearch.report.front import pareto_front
-    from prunesearch.search.standing import Standing
-    from prunesearch.search.storage import open_storage
+    from prunesearch.commands.launch import launch
+    from prunesearch.search.study_progress import StudyProgress
+    from prunesearch.study.config import load_study
+    from prunesearch.study.front import pareto_front
+    from prunesearch.study.record import read_records
+    from prunesearch.workers.storage import open_storage
 
     begin = time.monotonic()
     rng = random.Random(seed)
@@ -139,7 +139,9 @@ def main(seed: int, workers: int, kills: int, restarts: int, pauses: int, interv
     study.set_user_attr("trials", 1000)
 
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "peft", "prunesearch.launch", "prunesearch.training.workshop"])
+    context.set_forkserver_preload(
+        ["torch", "transformers", "peft", "prunesearch.commands.launch", "prunesearch.training.context"]
+    )
     log = place / "workers.log"
     running: list[BaseProcess] = []
 
@@ -196,7 +198,9 @@ def main(seed: int, workers: int, kills: int, restarts: int, pauses: int, interv
             disk.fill()
             time.sleep(FULL_SECONDS)
             disk.clear()
-        print(f"\r{kill + 1} kills, {Standing.of(study.get_trials(deepcopy=False)).settled} candidates", end="", flush=True)
+        print(
+            f"\r{kill + 1} kills, {StudyProgress.of(study.get_trials(deepcopy=False)).settled} candidates", end="", flush=True
+        )
     print()
     while held_up:
         time.sleep(1)
@@ -244,7 +248,7 @@ def torch_threads_alone(calm: Path, candidates: int) -> None:
     """The calm run, with as many threads as the workers had: bits depend on them."""
     import torch
 
-    from prunesearch.launch import launch
+    from prunesearch.commands.launch import launch
 
     torch.set_num_threads(1)
     launch(calm, trials=candidates)

@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.storage import SPACE, params_of, wer_of  # noqa: E402
-from prunesearch.candidate import Candidate  # noqa: E402
-from prunesearch.record import Parameters, RunRecord, SplitResult, WordErrors  # noqa: E402
-from prunesearch.search import leases  # noqa: E402
-from prunesearch.search.sampler import CandidateSampler  # noqa: E402
-from prunesearch.search.standing import Standing  # noqa: E402
-from prunesearch.search.storage import open_storage  # noqa: E402
-from prunesearch.search.worker import Referee, work  # noqa: E402
+from prunesearch.search.samplers import CandidateSampler  # noqa: E402
+from prunesearch.search.study_progress import StudyProgress  # noqa: E402
+from prunesearch.study.candidate import Candidate  # noqa: E402
+from prunesearch.study.record import Parameters, RunRecord, SplitResult, WordErrors  # noqa: E402
+from prunesearch.workers import lease as leases  # noqa: E402
+from prunesearch.workers.loop import TrialMonitor, work  # noqa: E402
+from prunesearch.workers.storage import open_storage  # noqa: E402
 from tests.servers import Postgres, until  # noqa: E402
 
 HOSTS = {"red": ("10.77.1.1", "10.77.1.2"), "blue": ("10.77.2.1", "10.77.2.2")}  # this end of the wire, and theirs
@@ -55,7 +55,7 @@ def labour(url: str, folder: Path, name: str) -> None:
     leases.BEAT_SECONDS, leases.LEASE_SECONDS = BEAT, LEASE
     leases.place = lambda: name  # type: ignore[assignment]
 
-    def evaluate(candidate: Candidate, baseline: str | None, referee: Referee) -> RunRecord:
+    def evaluate(candidate: Candidate, baseline: str | None, referee: TrialMonitor) -> RunRecord:
         print(f"{name} begins {candidate.key}", flush=True)
         time.sleep(TRIAL_SECONDS)
         referee.make_sure()
@@ -94,7 +94,7 @@ def main(seconds: float) -> None:
             workers.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=folder))
 
         def known() -> int:
-            return Standing.of(study.get_trials(deepcopy=False)).settled
+            return StudyProgress.of(study.get_trials(deepcopy=False)).settled
 
         until(lambda: known() >= 4, "progress", 120)
         begin = time.monotonic()

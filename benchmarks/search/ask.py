@@ -14,9 +14,9 @@ import optuna
 from optuna.trial import create_trial
 from rich.console import Console
 
-from prunesearch.candidate import Candidate
 from prunesearch.search.layer_sets import LayerSetSampler
 from prunesearch.search.space import SearchSpace
+from prunesearch.study.candidate import Candidate
 
 
 def main(trials: int, layers: int, asks: int) -> None:

@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 from strategies import STRATEGIES, Evolution, Scores, block_influence_order, fittest
 
-from prunesearch.candidate import Candidate
-from prunesearch.scan import spearman
 from prunesearch.search.layer_sets import LayerSetSampler
 from prunesearch.search.rungs import chance_of_domination
-from prunesearch.search.sampler import CandidateSampler, SpaceExhausted, optuna_sampler
+from prunesearch.search.samplers import CandidateSampler, SpaceExhausted, optuna_sampler
 from prunesearch.search.space import SearchSpace
-from prunesearch.search.worker import finished_at
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.importance import spearman
+from prunesearch.workers.loop import finished_at
 
 TABLES, CURVES = (Path(__file__).parent / name for name in ("tables", "curves"))
 SLOW = "gp"  # seconds to tens of seconds an ask: only when named

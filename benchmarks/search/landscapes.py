@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from prunesearch.candidate import Candidate
-from prunesearch.scan import LayerSet, family
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.surrogate import Array
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.importance import LayerSet, family
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from prunesearch.candidate import Candidate
-from prunesearch.config import StudyConfig, load_study
-from prunesearch.record import RunRecord, read_record, write_atomically
-from prunesearch.scan import family
-from prunesearch.training.evaluate import evaluate
-from prunesearch.training.scan import scan
-from prunesearch.training.workshop import Workshop
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.config import StudyConfig, load_study
+from prunesearch.study.importance import family
+from prunesearch.study.record import RunRecord, read_record, write_atomically
+from prunesearch.training.context import TrainingContext
+from prunesearch.training.importance_scan import scan
+from prunesearch.training.recipe import evaluate
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -48,15 +48,15 @@ def candidates_of(config: StudyConfig, depth: int, most: int, ranks: list[int], 
     return [everything[i] for i in sorted(chosen)]
 
 
-def open_workshop(source: Path, seed: int | None) -> Workshop:
+def open_context(source: Path, seed: int | None) -> TrainingContext:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return Workshop.open(seeded(source, seed))
+    return TrainingContext.open(seeded(source, seed))
 
 
 def train(source: Path, seed: int | None, most: int, ranks: list[int], share: float, number: int, workers: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    workshop = open_workshop(source, seed)
+    workshop = open_context(source, seed)
     workshop.anchor()
     due = candidates_of(workshop.config, workshop.depth, most, ranks, share)
     for i, candidate in enumerate(due):
@@ -72,7 +72,7 @@ def records_of(config: StudyConfig, depth: int, most: int, ranks: list[int]) -> 
 
 
 def write_table(source: Path, most: int, ranks: list[int], seeds: list[int]) -> None:
-    workshop = open_workshop(source, None)
+    workshop = open_context(source, None)
     config = workshop.config
     scores = scan(workshop, most=max(2, min(most, 3)), loss_sets=10_000)
     records = records_of(config, workshop.depth, most, ranks)
@@ -128,7 +128,7 @@ if __name__ == "__main__":
     parser.add_argument("--only-write", action="store_true")
     a = parser.parse_args()
     if not a.only_write:
-        open_workshop(a.study, a.seed).anchor()  # with every core, before the workers share them
+        open_context(a.study, a.seed).anchor()  # with every core, before the workers share them
         context = multiprocessing.get_context("spawn")
         jobs = [
             context.Process(target=train, args=(a.study, a.seed, a.most, a.ranks, a.share, n, a.workers))

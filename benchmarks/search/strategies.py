@@ -8,10 +8,10 @@ from itertools import combinations
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from prunesearch.candidate import Candidate
-from prunesearch.scan import LayerSet
-from prunesearch.search.sampler import CandidateSampler
+from prunesearch.search.samplers import CandidateSampler
 from prunesearch.search.space import SearchSpace
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.importance import LayerSet
 
 Scores = Mapping[LayerSet, float]
 

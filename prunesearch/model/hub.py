@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from prunesearch.config import EncoderConfig, LlmConfig, StudyConfig
-from prunesearch.mistakes import StudyError
+from prunesearch.study.config import EncoderConfig, LlmConfig, StudyConfig
+from prunesearch.study.errors import StudyError
 
 # Dimensions of models that studies name often, so that a plan needs no network.
 _WHISPER = {  # layers, width, heads, mel bins, decoder layers

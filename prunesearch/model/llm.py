@@ -14,8 +14,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from prunesearch.config import LlmConfig
-from prunesearch.mistakes import StudyError
+from prunesearch.study.config import LlmConfig
+from prunesearch.study.errors import StudyError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj")  # the published targets; the same, fused
 

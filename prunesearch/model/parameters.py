@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from prunesearch.model.llm import lora_parameters
-from prunesearch.record import Parameters
+from prunesearch.study.record import Parameters
 
 
 def _size(module: nn.Module) -> int:

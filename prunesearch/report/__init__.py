@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from prunesearch.config import StudyConfig
-from prunesearch.mistakes import StudyError
 from prunesearch.report.comparison import Best, Comparison, Contrast, Reductions, compare
-from prunesearch.report.costs import read_measurement
 from prunesearch.report.data import to_csv, to_json
-from prunesearch.report.front import non_dominated, pareto_front
 from prunesearch.report.overlay import check_comparable, overlay_table
 from prunesearch.report.statistics import Difference, paired_bootstrap
 from prunesearch.report.tables import render, tables, verdict
-from prunesearch.scan import read_scan
+from prunesearch.study.config import StudyConfig
+from prunesearch.study.errors import StudyError
+from prunesearch.study.front import non_dominated, pareto_front
+from prunesearch.study.importance import read_scan
+from prunesearch.study.measurement import read_measurement
 
 __all__ = [
     "Best",
@@ -44,8 +44,8 @@ def write_report(config: StudyConfig, folder: Path | None = None) -> Comparison:
 
     Raises StudyError when nothing was launched yet.
     """
+    from prunesearch.report.formats import to_latex, to_markdown
     from prunesearch.report.page import render_page
-    from prunesearch.report.papers import to_latex, to_markdown
     from prunesearch.report.plots import draw_front, write_figures
 
     comparison = comparison_of(config)
@@ -64,8 +64,8 @@ def write_overlay(configs: Sequence[StudyConfig], folder: Path) -> list[Comparis
 
     Raises StudyError where they cannot be compared, or nothing was launched yet.
     """
+    from prunesearch.report.formats import to_latex, to_markdown
     from prunesearch.report.page import render_overlay
-    from prunesearch.report.papers import to_latex, to_markdown
     from prunesearch.report.plots import draw_fronts, write_figures
 
     comparisons = [comparison_of(config) for config in configs]

@@ -8,15 +8,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from prunesearch.candidate import BASELINE_NAMES, Candidate
-from prunesearch.record import Parameters, RunRecord, UtteranceResult, read_records, read_utterances
-from prunesearch.report.claims import Decoded, Finding, findings
-from prunesearch.report.costs import Measurement
-from prunesearch.report.errors import Anatomy, Change, anatomy, changes, counterpart, without_lora
-from prunesearch.report.front import dev_wer, hypervolume, knee, pareto_front, pooled_by_system, within
+from prunesearch.report.anatomy import Anatomy, Change, anatomy, changes, counterpart, without_lora
+from prunesearch.report.paper_claims import Decoded, Finding, findings
 from prunesearch.report.published import Mark, marks
 from prunesearch.report.statistics import Counts, Difference, paired_bootstrap
-from prunesearch.scan import Scan
+from prunesearch.study.candidate import BASELINE_NAMES, Candidate
+from prunesearch.study.front import dev_wer, hypervolume, knee, pareto_front, pooled_by_system, within
+from prunesearch.study.importance import Scan
+from prunesearch.study.measurement import Measurement
+from prunesearch.study.record import Parameters, RunRecord, UtteranceResult, read_records, read_utterances
 
 Split = Literal["test", "dev"]
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from prunesearch.record import RunRecord, WordErrors
+from prunesearch.report.anatomy import KINDS, Anatomy, Change
 from prunesearch.report.comparison import Comparison, Contrast
-from prunesearch.report.errors import KINDS, Anatomy, Change
-from prunesearch.report.front import dev_wer
 from prunesearch.report.tables import verdict
+from prunesearch.study.front import dev_wer
+from prunesearch.study.record import RunRecord, WordErrors
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from prunesearch.mistakes import StudyError
 from prunesearch.report.comparison import Comparison
 from prunesearch.report.tables import Table, millions, points, signed, title, wer_percent
+from prunesearch.study.errors import StudyError
 
 
 def check_comparable(comparisons: Sequence[Comparison]) -> None:

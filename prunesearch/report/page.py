@@ -6,7 +6,6 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from prunesearch.record import RunRecord
 from prunesearch.report.comparison import Comparison
 from prunesearch.report.overlay import overlay_table
 from prunesearch.report.pins import PANEL, full_title, pin_script, strip
@@ -21,6 +20,7 @@ from prunesearch.report.tables import (
     verdict,
     wer_percent,
 )
+from prunesearch.study.record import RunRecord
 
 SYMBOLS = {"s": "square-open", "D": "diamond-open", "^": "triangle-up-open", "v": "triangle-down-open"}
 

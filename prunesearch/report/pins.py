@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Iterable
 from importlib.resources import files
 
-from prunesearch.record import RunRecord, SplitResult, WordErrors
 from prunesearch.report.tables import title
+from prunesearch.study.record import RunRecord, SplitResult, WordErrors
 
 PANEL = (
     '<section id="pins" aria-live="polite" aria-label="Pinned candidates" tabindex="-1">'

@@ -16,10 +16,10 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-from prunesearch.record import RunRecord
 from prunesearch.report.comparison import Comparison
-from prunesearch.report.front import dev_wer
 from prunesearch.report.tables import OBJECTIVES, title
+from prunesearch.study.front import dev_wer
+from prunesearch.study.record import RunRecord
 
 BASELINE_MARKERS = {"unpruned": "s", "unpruned+lora": "D", "top2": "^", "top2+lora": "v"}
 INK, FAINT = "#222222", "#8a8a8a"

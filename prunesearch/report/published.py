@@ -7,7 +7,7 @@ a mark for orientation, not a competitor at equal budget.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prunesearch.record import RunRecord
+from prunesearch.study.record import RunRecord
 
 PAPER = "arXiv 2603.27981"
 FOLLOW_UP = "Pruning for Efficiency, Paying in Fairness"

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunesearch.report.page import STYLE, scroll_box
-from prunesearch.scan import Scan
+from prunesearch.study.importance import Scan
 
 LABELS = {
     "delta_loss": "Δ loss, nats a token",

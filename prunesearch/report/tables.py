@@ -8,10 +8,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from prunesearch.record import RunRecord, SplitResult
+from prunesearch.report.anatomy import KINDS, Change, length_ratio
 from prunesearch.report.comparison import CLAIMS, TO_BEAT, Comparison, Contrast
-from prunesearch.report.errors import KINDS, Change, length_ratio
-from prunesearch.report.front import dev_wer, non_dominated, within
+from prunesearch.study.front import dev_wer, non_dominated, within
+from prunesearch.study.record import RunRecord, SplitResult
 
 OBJECTIVES = {
     "speech_params": "speech parameters (encoder + projector + LoRA)",

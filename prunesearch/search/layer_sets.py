@@ -17,12 +17,12 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
-from prunesearch.candidate import Candidate
-from prunesearch.scan import LayerSet
-from prunesearch.search.guide import Guide
-from prunesearch.search.sampler import WORST_GROUP_WER, CandidateSampler
+from prunesearch.search.samplers import WORST_GROUP_WER, CandidateSampler
+from prunesearch.search.scan_proposer import ScanProposer
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.surrogate import Array, Posterior, Surrogate
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.importance import LayerSet
 
 ParamsOf = Callable[[Candidate], float]
 
@@ -74,7 +74,7 @@ class LayerSetSampler(CandidateSampler):
         self._limit = None if max_worst_group_wer is None else _log_wer(max_worst_group_wer)
         self._startup_trials = startup_trials
         self._scan = scan
-        self._guide = Guide(space, scan)
+        self._guide = ScanProposer(space, scan)
         self._seen: dict[int, tuple[Candidate, float]] = {}  # finished trials, by number
         self._fitted: tuple[int, Surrogate] | None = None
         self._everything: list[Candidate] | None = None

@@ -9,8 +9,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from prunesearch.candidate import Candidate, baselines
-from prunesearch.config import StudyConfig
+from prunesearch.study.candidate import Candidate, baselines
+from prunesearch.study.config import StudyConfig
 
 REMOVE = "remove_"
 

@@ -15,8 +15,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from prunesearch.candidate import Candidate
-from prunesearch.scan import LayerSet
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.importance import LayerSet
 
 Array = NDArray[np.float64]
 

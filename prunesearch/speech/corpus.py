@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from prunesearch.config import StudyConfig
-from prunesearch.mistakes import StudyError
-from prunesearch.record import write_atomically
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, Recording, is_there, read_audio, seconds_of, version_of
 from prunesearch.speech.sources import Row, read_source
 from prunesearch.speech.text import normalizer_for
+from prunesearch.study.config import StudyConfig
+from prunesearch.study.errors import StudyError
+from prunesearch.study.record import write_atomically
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")

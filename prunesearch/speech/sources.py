@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunesearch.config import CommonVoiceSource, DatasetSource, FleursSource, Source, StudyConfig
-from prunesearch.mistakes import StudyError
 from prunesearch.speech.audio import Cell, Recording
+from prunesearch.study.config import CommonVoiceSource, DatasetSource, FleursSource, Source, StudyConfig
+from prunesearch.study.errors import StudyError
 
 FLEURS_CONFIGS = {"da": "da_dk", "nl": "nl_nl", "en": "en_us"}
 
@@ -137,7 +137,7 @@ def _open_dataset(source: DatasetSource, config: StudyConfig) -> Any:
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # the watcher tells of progress
+    disable_progress_bar()  # the listener tells of progress
     folder = Path(config.locate(source.dataset))
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():

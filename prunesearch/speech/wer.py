@@ -2,8 +2,8 @@
 
 import jiwer
 
-from prunesearch.record import UtteranceResult, WordErrors
 from prunesearch.speech.corpus import Utterance
+from prunesearch.study.record import UtteranceResult, WordErrors
 
 
 def count_errors(reference: str, hypothesis: str) -> WordErrors:

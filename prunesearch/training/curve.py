@@ -9,8 +9,8 @@ from typing import Any
 
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
-from prunesearch.config import StudyConfig
-from prunesearch.mistakes import StudyError
+from prunesearch.study.config import StudyConfig
+from prunesearch.study.errors import StudyError
 from prunesearch.training.finetune import CurvePoint
 
 

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from prunesearch.config import DecodingConfig, StudyConfig
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.record import UtteranceResult
 from prunesearch.speech.corpus import Utterance
 from prunesearch.speech.text import normalizer_for
 from prunesearch.speech.wer import score
+from prunesearch.study.config import DecodingConfig, StudyConfig
+from prunesearch.study.record import UtteranceResult
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import arithmetic
-from prunesearch.training.features import StateStore
+from prunesearch.training.states import StateStore
 
 
 class _RowLimits(StoppingCriteria):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunesearch.mistakes import StudyError
+from prunesearch.study.errors import StudyError
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

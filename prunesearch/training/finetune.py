@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunesearch.config import TrainingConfig
 from prunesearch.model.llm import lora_parameters, recompute_activations, recomputes_activations
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.record import write_atomically
-from prunesearch.stopping import Stopped
+from prunesearch.study.config import TrainingConfig
+from prunesearch.study.interrupt import Interrupted
+from prunesearch.study.record import write_atomically
 from prunesearch.training.device import arithmetic, attention_for_training, peak_memory_bytes, seed_everything
-from prunesearch.training.features import Fetched, Prefetched, StateStore
-from prunesearch.training.team import Team
+from prunesearch.training.process_group import ProcessGroup
+from prunesearch.training.states import Fetched, Prefetched, StateStore
 
 LOSS_EVERY = 10  # steps between two points of the recorded loss curve
 EXPLODED = 10.0  # times the loss of guessing among the whole vocabulary
@@ -82,7 +82,7 @@ def finetune(
     targets: Sequence[list[int]],
     budget: Budget,
     config: TrainingConfig,
-    team: Team,
+    team: ProcessGroup,
     dtype: torch.dtype,
     checkpoint: Path | None = None,
     rungs: dict[int, Callable[[Progressed], None]] | None = None,
@@ -94,7 +94,7 @@ def finetune(
     `rungs` maps a step to what is done after it; it may raise Pruned. Every step draws its randomness from the seed
     and its own number alone, so that a resumed fine-tune ends in the weights of an uninterrupted one. A batch that does
     not fit in memory is halved into micro-batches, whose gradients add up to the batch's; the steps stay the same. `check` is
-    called after every step; when it, or a rung, raises Stopped, a checkpoint is left.
+    called after every step; when it, or a rung, raises Interrupted, a checkpoint is left.
     Raises Diverged when the loss is not finite, or ten times that of a guess: at the next point of the curve, naming the step.
     """
     weights = trainable(slam)
@@ -147,7 +147,7 @@ def finetune(
                 if team.leads:
                     _save(checkpoint, weights, optimizer, progressed)
                 saved = now
-    except Stopped:
+    except Interrupted:
         if checkpoint and team.leads:
             _save(checkpoint, weights, optimizer, progressed)
         raise
@@ -161,7 +161,7 @@ def _gradients(
     targets: Sequence[list[int]],
     seed: int,
     progressed: Progressed,
-    team: Team,
+    team: ProcessGroup,
     dtype: torch.dtype,
     parameters: Sequence[torch.nn.Parameter],
 ) -> Tensor:

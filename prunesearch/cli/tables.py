@@ -1,0 +1,158 @@
+"""Plans and states of studies as terminal tables."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from prunesearch.commands.confirm import Confirmation
+from prunesearch.commands.plan import Estimate, Plan
+from prunesearch.study.measurement import Measurement
+
+
+def plan_tables(plan: Plan, cost: Estimate) -> Group:
+    """Parameters by group for the baselines and the fixed candidates, and what the study will run."""
+    counts = Table(title=f"{plan.study}: parameters")
+    shares = Table(title="parameters saved against unpruned")
+    for table in (counts, shares):
+        table.add_column("system", no_wrap=True)
+    for column in ("encoder", "projector", "LoRA", "LLM", "speech side"):
+        counts.add_column(column, justify="right", no_wrap=True)
+    for column in ("of the encoder", "of the speech side", "of the whole system"):
+        shares.add_column(column, justify="right", no_wrap=True)
+    for name, p in plan.named.items():
+        counts.add_row(name, *(f"{n:,}" for n in (p.encoder, p.projector, p.lora, p.llm, p.speech)))
+        shares.add_row(name, *(f"{100 * share:.2f} %" for share in plan.reduction(name).values()))
+    run = Table(title="what will be run", show_header=False)
+    for label, value in (
+        ("encoder layers", f"{plan.encoder_layers}, {plan.layer_params:,} parameters each"),
+        ("candidates in the space", f"{plan.candidates:,}"),
+        ("candidates to evaluate", f"{plan.trials} (the {len(plan.named)} above first)"),
+        ("steps", f"anchor {plan.anchor_steps}, then {plan.steps} each, batch {plan.batch_size}"),
+    ):
+        run.add_row(label, value)
+    needs = Table(title="what it will take on a GPU", show_header=False)
+    for label, value in (
+        ("assumed", f"recordings of {cost.seconds:g} s, {cost.teraflops:g} x 10^12 operations a second; decoding not counted"),
+        ("memory of a step", f"{_gib(cost.memory_bytes)}, on the longest recordings {_gib(cost.memory_bytes_longest)}"),
+        (
+            "a step",
+            f"{cost.step_operations / 1e12:.2f} x 10^12 operations in {cost.step_calls:,} calls: {cost.step_seconds:.3f} s",
+        ),
+        ("encoding", f"{cost.encoding_operations / 1e12:.3f} x 10^12 operations an utterance"),
+        ("time", f"{_duration(cost.candidate_hours)} a candidate, {_duration(cost.study_hours)} in all"),
+    ):
+        needs.add_row(label, value)
+    if not plan.overrides:
+        return Group(counts, shares, run, needs)
+    changed = Table(title="what differs from the preset")
+    for column in ("key", "preset", "this study"):
+        changed.add_column(column)
+    for key, (preset, own) in plan.overrides.items():
+        changed.add_row(key, str(preset), str(own))
+    return Group(counts, shares, run, needs, changed)
+
+
+def confirmation_table(found: Confirmation) -> Group:
+    """Short and long runs side by side, and how well the one foretold the other."""
+    table = Table(title="confirmation, dev WER in %")
+    for column in ("system", "short", "long, mean", "by seed", "test, mean"):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for short, long, seeds in found.rows:
+        assert short.dev
+        assert long.dev
+        table.add_row(
+            short.name or short.candidate.key,
+            f"{100 * short.dev.errors.wer:.2f}",
+            f"{100 * long.dev.errors.wer:.2f}",
+            " ".join(f"{100 * wer:.2f}" for wer in seeds),
+            f"{100 * long.test.errors.wer:.2f}" if long.test else "–",
+        )
+    said = [
+        f"{name} {c.value:.2f} (95 % interval {c.low:.2f} to {c.high:.2f}, over systems)"
+        for name, c in (("Spearman's ρ", found.spearman), ("Kendall's τ", found.kendall))
+    ]
+    regret = f"taking the short runs' word costs at most {100 * found.regret:.2f} points of dev WER at any size"
+    return Group(table, *said, regret)
+
+
+def measurement_table(found: Measurement) -> Group:
+    """Each system's figures, behind their ratios to the unpruned system's."""
+    table = Table(title=f"{found.study}: ratio to unpruned, and the figure itself (medians over {found.turns} turns)")
+    table.add_column("system")
+    for column in (
+        "encoder,\nms alone", "encoder,\nms in batches", "samples to text,\nms alone", "real-time factor,\nin batches",
+        "tokens\nwritten", "peak memory,\nMiB", "parameters,\nMiB", "file,\nMiB",
+    ):  # fmt: skip
+        table.add_column(column, justify="right", no_wrap=True)
+    for system in found.systems:
+        f, r, low, high = system.figures, system.ratios, system.lowest, system.highest
+        table.add_row(
+            system.name or system.candidate,
+            f"{r.encoder:.3f}  {1e3 * f.encoder_seconds:9.2f}\n{low.encoder:.2f} to {high.encoder:.2f}",
+            f"{r.batch_encoder:.3f}  {1e3 * f.batch_encoder_seconds:9.2f}\n{low.batch_encoder:.2f} to {high.batch_encoder:.2f}",
+            f"{r.end_to_end:.3f}  {1e3 * f.end_to_end_seconds:9.2f}\n{low.end_to_end:.2f} to {high.end_to_end:.2f}",
+            f"{r.batch_end_to_end:.3f}  {f.real_time_factor:8.4f}\n{low.batch_end_to_end:.2f} to {high.batch_end_to_end:.2f}",
+            f"{r.new_tokens:.2f}  {f.new_tokens:6.1f}",
+            "–" if f.peak_memory_bytes is None else f"{r.peak_memory:.3f}  {_mib(f.peak_memory_bytes)}",
+            f"{r.parameters:.3f}  {_mib(f.parameter_bytes)}",
+            f"{r.file:.3f}  {_mib(f.file_bytes)}",
+        )
+    said = (
+        "Milliseconds are a recording's. Ratios are taken within a turn: unpruned is measured anew beside each system. Below a "
+        "ratio is the turns' range: where it is wide, the machine was busy. The more tokens are written, the longer samples to "
+        "text takes: compare it between systems that write about as many. File: encoder, projector and LoRA."
+    )
+    where = (
+        f"{found.device}, {found.dtype}, {found.threads} threads, torch {found.torch}; {found.utterances} recordings of dev, "
+        f"{found.audio_seconds:.1f} s, batches of {min(found.batch_size, found.utterances)}"
+    )
+    return Group(table, said, where)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:8.2f}"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def status_tables(found: dict[str, Any]) -> Group:
+    """Trials by state, what is left, workers and what they do, and the front so far."""
+    states = ", ".join(f"{count} {state}" for state, count in found["states"].items() if count)
+    head = Table(title=f"{found['study']}: {found['settled']} of {found['trials']} candidates", show_header=False)
+    head.add_row("trials", states or "none yet")
+    if found["ended"]:
+        head.add_row("of these", ", ".join(f"{count} {why}" for why, count in found["ended"].items()))
+    if found["aborted"]:
+        head.add_row("aborted", "workers stop; `prunesearch launch` goes on")
+    if found["seconds_each"] is not None:
+        left = f"{_duration(found['worker_hours_left'])} of one worker"
+        left += f", {_duration(found['seconds_left'] / 3600)} of those at work" if found["seconds_left"] is not None else ""
+        left += f", {found['price_left']:,.2f} to pay" if found["price_left"] is not None else ""
+        head.add_row("left", f"{left} ({found['seconds_each']:.0f} s a candidate so far)")
+    workers = Table(title="workers")
+    for column in ("where", "candidate", "doing", "heard"):
+        workers.add_column(column)
+    for worker in found["running"]:
+        doing = f"{worker['doing']} ({worker['done']}/{worker['of']})" if worker["doing"] else ""
+        heard = f"{worker['heard_seconds_ago']:.0f} s ago"
+        workers.add_row(
+            f"{worker['host']}, process {worker['pid']}",
+            str(worker["candidate"] or "–"),
+            doing if worker["alive"] else f"lost; was at: {doing}" if doing else "lost",
+            heard,
+        )
+    front = Table(title="front so far (dev)")
+    front.add_column("candidate")
+    front.add_column("WER", justify="right")
+    front.add_column("parameters", justify="right")
+    for row in found["front"]:
+        candidate, wer, params = row.values()
+        front.add_row(str(candidate), f"{100 * wer:.2f} %", f"{params:,.0f}")
+    return Group(head, workers, front) if workers.rows else Group(head, front)

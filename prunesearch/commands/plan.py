@@ -1,0 +1,153 @@
+"""What a study will run, before anything is run: parameters by group, the size of the space, steps, hours and memory.
+
+No weights are read, and no data."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from prunesearch.model.skeleton import encoder_layers, params_of_candidates, skeleton
+from prunesearch.search.space import SearchSpace
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.config import StudyConfig
+from prunesearch.study.record import Parameters
+
+TEXT_TOKENS_PER_SECOND = 4.0  # read speech has 2 to 3 words a second; LLMs' tokenizers make 1.3 (English) to 2 tokens of one
+CALL_SECONDS = 10e-6  # what starting an operation takes the host in eager PyTorch; small batches wait for this
+
+
+def _positions_per_second(config: StudyConfig) -> float:
+    """Of the encoder: every other mel frame. Whisper's hop is 10 ms; a local checkpoint may have another."""
+    file = Path(config.locate(config.encoder.model)) / "preprocessor_config.json"
+    hop = json.loads(file.read_text(encoding="utf-8")).get("hop_length", 160) if file.is_file() else 160
+    return 16_000 / (2 * hop)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run."""
+
+    study: str
+    encoder_layers: int
+    layer_params: int
+    named: dict[str, Parameters]
+    candidates: int
+    trials: int
+    steps: int
+    anchor_steps: int
+    batch_size: int
+    overrides: dict[str, tuple[Any, Any]]  # the preset's keys that the study has otherwise: preset's value, study's
+
+    def reduction(self, name: str) -> dict[str, float]:
+        """What a named system saves against `unpruned`, as fractions of encoder, speech side and whole system."""
+        here, full = self.named[name], self.named["unpruned"]
+        return {
+            "encoder": 1 - here.encoder / full.encoder,
+            "speech": 1 - here.speech / full.speech,
+            "total": 1 - here.total / full.total,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        named = {
+            name: {**p.model_dump(), "speech": p.speech, "total": p.total, "reduction": self.reduction(name)}
+            for name, p in self.named.items()
+        }
+        return {**{k: v for k, v in vars(self).items() if k != "named"}, "named": named}
+
+
+def plan(config: StudyConfig) -> Plan:
+    """Count everything that can be counted beforehand. Raises StudyError when a model's configuration cannot be read."""
+    count = params_of_candidates(config)
+    depth = encoder_layers(config)
+    space = SearchSpace.of(config, depth)
+    return Plan(
+        study=config.name,
+        encoder_layers=depth,
+        layer_params=count(Candidate()).encoder - count(Candidate((depth - 1,))).encoder,
+        named={name: count(candidate) for name, candidate in space.named.items()},
+        candidates=space.size,
+        trials=config.search.trials,
+        steps=config.training.steps,
+        anchor_steps=config.anchor.steps if config.training.init == "anchor" else 0,
+        batch_size=config.training.batch_size,
+        overrides=config.overrides(),
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a study will take on a GPU that achieves `teraflops` x 10^12 operations a second, decoding not counted.
+
+    A step takes as long as its operations, or as long as the host needs to start them where that is more.
+    `memory_bytes` is the peak of a step on recordings of `seconds`, `memory_bytes_longest` on ones of the study's
+    `max_seconds`, where no micro-batch is halved; the largest LoRA rank, encoder included, quantisation not counted.
+    """
+
+    seconds: float
+    teraflops: float
+    step_operations: int
+    step_calls: int
+    step_seconds: float
+    encoding_operations: int  # one utterance, all layers
+    memory_bytes: int
+    memory_bytes_longest: int
+    candidate_hours: float
+    study_hours: float
+
+
+def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = None, teraflops: float = 100.0) -> Estimate:
+    """Run a step without data, on recordings of `seconds`; `hours` is the train split's size (default: no epoch repeats).
+
+    Raises StudyError when a model's configuration cannot be read.
+    """
+    import torch
+
+    from prunesearch.model.llm import lora, recompute_activations
+    from prunesearch.model.slam import SpeechLlm
+    from prunesearch.training.step_cost import StepCost, encoding_operations, step_cost
+
+    pace = _positions_per_second(config)
+    training, rank = config.training, max(config.search.lora_ranks[-1], config.search.baseline_lora_rank)
+    dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
+
+    @cache
+    def step(length: float, batch: int) -> StepCost:
+        """A step on recordings of so many seconds."""
+        frame = skeleton(config, dtype)
+        if training.gradient_checkpointing:
+            recompute_activations(frame.llm.model)
+        text = round(length * TEXT_TOKENS_PER_SECOND) + 1
+        with lora(frame.llm, rank, config.llm, seed=0) as adapted:
+            slam = SpeechLlm(frame.projector, frame.llm, adapted)
+            return step_cost(slam, frame.encoder.config.d_model, round(pace * length), text, batch, dtype)
+
+    encoder = skeleton(config, dtype).encoder
+    encoding = encoding_operations(encoder, round(pace * seconds))
+    encoder_bytes = sum(p.nbytes for p in encoder.parameters())
+    micro_batch = min(training.micro_batch or training.batch_size, training.batch_size)
+    whole = step(seconds, training.batch_size)
+    usual, longest = step(seconds, micro_batch), step(config.data.max_seconds, micro_batch)
+
+    parts = -(-training.batch_size // micro_batch)
+    step_seconds = max(whole.operations / (teraflops * 1e12), parts * usual.calls * CALL_SECONDS)
+
+    def fine_tune(steps: int) -> float:
+        drawn = steps * training.batch_size
+        encoded = drawn if hours is None else min(drawn, 3600 * hours / seconds)
+        return (steps * step_seconds + encoded * encoding / (teraflops * 1e12)) / 3600
+
+    anchor = fine_tune(config.anchor.steps) if training.init == "anchor" else 0.0
+    return Estimate(
+        seconds=seconds,
+        teraflops=teraflops,
+        step_operations=whole.operations,
+        step_calls=parts * usual.calls,
+        step_seconds=step_seconds,
+        encoding_operations=encoding,
+        memory_bytes=usual.peak_bytes + encoder_bytes,
+        memory_bytes_longest=longest.peak_bytes + encoder_bytes,
+        candidate_hours=fine_tune(training.steps),
+        study_hours=anchor + config.search.trials * fine_tune(training.steps),
+    )
