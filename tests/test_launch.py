@@ -27,7 +27,7 @@ from prunesearch.study.front import pareto_front
 from prunesearch.study.importance import kendall, read_scan, spearman
 from prunesearch.study.record import RunRecord, read_records
 from prunesearch.training.context import TrainingContext
-from prunesearch.training.recipe import evaluate
+from prunesearch.training.recipe import train_and_score
 from prunesearch.workers.storage import open_storage
 from tests.conftest import write_study
 
@@ -256,7 +256,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_a_notebook_can_do_the_same(toy: Path, tmp_path: Path) -> None:
     workshop = TrainingContext.open(load_study(write_study(tmp_path / "s", toy)))
-    assert evaluate(workshop, Candidate((2,), 2)).state == "complete"
+    assert train_and_score(workshop, Candidate((2,), 2)).state == "complete"
 
 
 def test_two_processes_train_one_candidate_as_one_does(toy: Path, tmp_path: Path) -> None:

@@ -133,11 +133,11 @@ def test_many_workers_get_different_candidates_and_what_a_rung_ended_counts() ->
 
     for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
         t.user_attrs["rung_5"] = {"wer": 2 * t.values[0], "params": 0}
-    assert len(sampler._known(study.get_trials(deepcopy=False)).candidates) == 12
+    assert len(sampler._results(study.get_trials(deepcopy=False)).candidates) == 12
     study.tell(trial, state=TrialState.PRUNED)
     ended = study.get_trials(deepcopy=False)[-1]
     ended.user_attrs["rung_5"] = {"wer": 0.4, "params": 0}
-    known = sampler._known(study.get_trials(deepcopy=False))
+    known = sampler._results(study.get_trials(deepcopy=False))
     assert known.candidates[-1] == SPACE.candidate(ended.params)
     assert known.values[-1] == pytest.approx(math.log(0.2))
     assert known.extra[-1] == pytest.approx(0.0, abs=1e-9)
@@ -160,7 +160,7 @@ def test_a_study_that_is_taken_up_again_is_proposed_the_same() -> None:
 @pytest.mark.parametrize("scan", [None, SCAN], ids=["no scan", "scan"])
 def test_the_first_sets_are_of_every_size(most: int, scan: dict | None) -> None:
     sampler = LayerSetSampler(SearchSpace(SPACE.removable, most, RANKS, {}), params_of, scan=scan)
-    sizes = [len(sampler._guide.first(n, set(), random.Random(n), 0.1).removed_layers) for n in range(most + 1)]  # type: ignore[union-attr]
+    sizes = [len(sampler._scan_proposer.propose(n, set(), random.Random(n), 0.1).removed_layers) for n in range(most + 1)]  # type: ignore[union-attr]
     assert sorted(sizes) == list(range(most + 1))
     assert sizes[0] == most
     assert sizes[-1] == 0

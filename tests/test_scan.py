@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunesearch.commands.launch import scan as run_scan
+from prunesearch.commands.scan import scan as run_scan
 from prunesearch.model.encoder import encode
 from prunesearch.report.scan import render_scan_page
+from prunesearch.speech.audio import read_audio
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.importance import Scan, evaluations, family, prefixes, spearman
 from prunesearch.training import importance_scan as scanning
+from prunesearch.training.anchor import train_anchor
 from prunesearch.training.context import TrainingContext
+from prunesearch.training.importance_scan import ScanSettings, importance_scan
 from prunesearch.training.states import log_mel
 from tests.conftest import LAYERS, write_study
 
@@ -58,12 +61,12 @@ def test_a_scan_measures_what_removing_the_layers_one_by_one_does(scanned: tuple
     context = TrainingContext.open(load_study(file))
     corpus = context.corpora["dev"]
     chosen = sorted(random.Random(context.config.seed).sample(range(len(corpus)), 6))
-    slam = scanning._Scanner(context, context.anchor(), 6, 11).slam
+    slam = scanning.Scanner(context, train_anchor(context), 6, 11).slam
 
     def measured(layers: tuple[int, ...]) -> tuple[float, list[torch.Tensor]]:
         loss, audio, tokens = 0.0, [], 0
         for i in chosen:
-            mel = log_mel(context.extractor, corpus[i], None, context.device)[None]
+            mel = log_mel(context.extractor, read_audio(corpus[i].audio), None, context.device)[None]
             states, lengths = encode(context.pruned_encoder(Candidate(layers)), mel, torch.tensor([mel.shape[-1]]))
             text = context.llm.tokens(corpus[i].target)
             loss += slam.loss_sum(states, lengths, [text]).item()
@@ -89,7 +92,7 @@ def test_a_scan_measures_what_removing_the_layers_one_by_one_does(scanned: tuple
 def test_layer_criteria_are_their_definitions(scanned: tuple[Path, Scan]) -> None:
     file, found = scanned
     context = TrainingContext.open(load_study(file))
-    scanner = scanning._Scanner(context, context.anchor(), 6, 11)
+    scanner = scanning.Scanner(context, train_anchor(context), 6, 11)
     befores, afters = [], []
     for indices in scanner.batches:
         hidden, lengths = scanner.prefix.batch(indices, context.device)
@@ -114,8 +117,9 @@ def test_cka_is_one_for_a_rotation_and_near_zero_for_noise() -> None:
     rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
 
     def cka(a: torch.Tensor, b: torch.Tensor) -> float:
-        one, other = scanning._gram(a), scanning._gram(b)
-        return scanning._hsic(one, other) / math.sqrt(scanning._hsic(one, one) * scanning._hsic(other, other))
+        one, other = scanning.gram_matrix(a), scanning.gram_matrix(b)
+        hsic = scanning.unbiased_hsic
+        return hsic(one, other) / math.sqrt(hsic(one, one) * hsic(other, other))
 
     assert cka(x, 3 * x @ rotation + 100) == pytest.approx(1, abs=1e-5)
     assert abs(cka(x, noise)) < 0.02
@@ -124,26 +128,26 @@ def test_cka_is_one_for_a_rotation_and_near_zero_for_noise() -> None:
 def test_a_scan_that_was_killed_goes_on(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scanning, "BATCH", 2)
     file = write_study(tmp_path, toy)
-    calm = scanning.scan(TrainingContext.open(load_study(file)), utterances=6)
+    calm = importance_scan(TrainingContext.open(load_study(file)), ScanSettings(utterances=6))
     (tmp_path / "run" / "scan" / "scan.json").unlink()
     for finished in (tmp_path / "run" / "scan").glob("*.json"):
         finished.unlink()
 
-    batch, ran = scanning._Scanner._batch, []
+    batch, ran = scanning.Scanner._batch, []
 
-    def once_then_killed(self: scanning._Scanner, indices: list[int], *rest: object) -> None:
+    def once_then_killed(self: scanning.Scanner, indices: list[int], *rest: object) -> None:
         ran.append(indices)
         if len(ran) == 2:
             raise KeyboardInterrupt
         batch(self, indices, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(scanning._Scanner, "_batch", once_then_killed)
+    monkeypatch.setattr(scanning.Scanner, "_batch", once_then_killed)
     context = TrainingContext.open(load_study(file))
     with pytest.raises(KeyboardInterrupt):
-        scanning.scan(context, utterances=6)
-    assert scanning.scan(context, utterances=6) == calm
+        importance_scan(context, ScanSettings(utterances=6))
+    assert importance_scan(context, ScanSettings(utterances=6)) == calm
     assert len(ran) == 1 + 1 + 2  # the batch that was interrupted is run again, the finished one is not
-    assert scanning.scan(context, utterances=6) == calm
+    assert importance_scan(context, ScanSettings(utterances=6)) == calm
     assert len(ran) == 4
 
 
@@ -156,7 +160,9 @@ def test_a_study_from_scratch_can_be_scanned_and_a_scan_pins_the_study(toy: Path
 
 
 def test_where_pairs_are_many_the_loss_is_asked_of_those_of_least_drift(toy: Path, tmp_path: Path) -> None:
-    found = scanning.scan(TrainingContext.open(load_study(write_study(tmp_path, toy))), utterances=4, loss_sets=2)
+    found = importance_scan(
+        TrainingContext.open(load_study(write_study(tmp_path, toy))), ScanSettings(utterances=4, loss_sets=2)
+    )
     pairs = [s for s in found.sets if len(s.removed_layers) == 2]
     asked = [s for s in pairs if s.delta_loss is not None]
     assert len(asked) == 2

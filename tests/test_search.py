@@ -23,9 +23,11 @@ from prunesearch.study.candidate import BASELINE_NAMES, Candidate, baselines
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.record import Parameters, Rung, RunRecord, SplitResult, WordErrors
-from prunesearch.workers.loop import TrialMonitor, work
+from prunesearch.workers.loop import run_loop
+from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.optuna_study import open_study
 from prunesearch.workers.storage import open_storage
+from prunesearch.workers.trial import StudyRules, WorkerTrial
 from tests.conftest import write_study
 
 DEPTH = 6
@@ -63,23 +65,27 @@ def config(toy: Path, tmp_path: Path) -> StudyConfig:
     return load_study(write_study(tmp_path / "study", toy))
 
 
-def settled(study: optuna.Study) -> int:
-    return StudyProgress.of(study.get_trials(deepcopy=False)).settled
+def rules(config: StudyConfig, trials: int, where: SearchSpace | None = None, confidence: float = 0.95) -> StudyRules:
+    return StudyRules(where or space(), params_of, "speech_params", trials, confidence, config.run_folder)
+
+
+def count_finished(stored: StoredStudy) -> int:
+    return StudyProgress.of(stored.trials()).finished
 
 
 def run(
     config: StudyConfig, trials: int, where: SearchSpace | None = None, evaluate: object = None, confidence: float = 0.95
-) -> optuna.Study:
+) -> StoredStudy:
     where = where or space()
     sampler = optuna_sampler("tpe", where, 0, 12)
-    study = open_study(config, open_storage(None, config.run_folder), where, sampler)
-    evaluated = evaluate or (lambda candidate, name, referee: landscape(candidate))
-    work(study, where, evaluated, params_of, "speech_params", trials, config.run_folder, confidence)  # type: ignore[arg-type]
-    return study
+    stored = open_study(config, open_storage(None, config.run_folder), where, sampler)
+    evaluated = evaluate or (lambda trial: landscape(trial.candidate))
+    run_loop(stored, rules(config, trials, where, confidence), evaluated)  # type: ignore[arg-type]
+    return stored
 
 
-def proposals(study: optuna.Study) -> list[str]:
-    return [t.user_attrs["candidate"] for t in study.get_trials() if t.state == TrialState.COMPLETE]
+def proposals(stored: StoredStudy) -> list[str]:
+    return [t.user_attrs["candidate"] for t in stored.trials(TrialState.COMPLETE)]
 
 
 def test_a_candidate_survives_optunas_parameters() -> None:
@@ -97,11 +103,11 @@ def test_the_size_of_a_space_is_the_number_of_its_candidates() -> None:
     assert {small.draw(rng) for _ in range(500)} == set(everything)
 
 
-def test_repair_keeps_what_is_allowed() -> None:
+def test_clipping_keeps_what_is_allowed() -> None:
     small, rng = space(removable=(1, 2, 5), max_removed=2), random.Random(0)
     for _ in range(100):
         wild = Candidate(tuple(rng.sample(range(DEPTH), rng.randint(0, 6))), rng.choice([0, 4, 8]))
-        tame = small.repaired(wild, rng)
+        tame = small.clipped(wild, rng)
         assert holds(small, tame)
         assert set(tame.removed_layers) <= set(wild.removed_layers)
         if holds(small, wild):
@@ -139,12 +145,12 @@ def test_no_candidate_twice_none_outside_and_the_whole_space_in_the_end(sampler:
 def test_baselines_first_then_proposals_until_the_budget_is_used(config: StudyConfig) -> None:
     study = run(config, 12)
     assert proposals(study)[:4] == [c.key for c in baselines(DEPTH, 8).values()]
-    assert [t.user_attrs.get("name") for t in study.get_trials()][:5] == [*BASELINE_NAMES, None]
-    assert len(set(proposals(study))) == len(proposals(study)) == settled(study) == 12
+    assert [t.user_attrs.get("name") for t in study.trials()][:5] == [*BASELINE_NAMES, None]
+    assert len(set(proposals(study))) == len(proposals(study)) == count_finished(study) == 12
     run(config, 12)
-    assert settled(study) == 12, "launched again, nothing is left to do"
+    assert count_finished(study) == 12, "launched again, nothing is left to do"
     run(config, 15)
-    assert settled(study) == 15, "a wider budget goes on"
+    assert count_finished(study) == 15, "a wider budget goes on"
 
 
 def test_a_space_that_is_used_up_ends_the_study(config: StudyConfig) -> None:
@@ -163,20 +169,20 @@ def test_a_study_interrupted_between_any_two_candidates_proposes_what_it_would_h
 
 
 def test_what_was_handed_back_comes_first_and_is_not_counted(config: StudyConfig) -> None:
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        if candidate == Candidate((4, 5)) and not gone:
-            gone.append(candidate)
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        if trial.candidate == Candidate((4, 5)) and not gone:
+            gone.append(trial.candidate)
             raise KeyboardInterrupt
-        return landscape(candidate)
+        return landscape(trial.candidate)
 
     gone: list[Candidate] = []
     with pytest.raises(KeyboardInterrupt):
         run(config, 9, evaluate=evaluate)
     study = run(config, 9, evaluate=evaluate)
-    assert study.get_trials()[2].user_attrs["ended"] == "handed back"
+    assert study.trials()[2].user_attrs["ended"] == "handed back"
     assert proposals(study)[2] == "minus-4-5"
     assert Counter(proposals(study)).most_common(1)[0][1] == 1
-    assert settled(study) == 9
+    assert count_finished(study) == 9
 
 
 def test_another_definition_is_refused_and_the_difference_named(toy: Path, tmp_path: Path) -> None:
@@ -188,16 +194,16 @@ def test_another_definition_is_refused_and_the_difference_named(toy: Path, tmp_p
 
 
 def test_failed_and_pruned_candidates_settle_but_never_complete(config: StudyConfig) -> None:
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        state = {8: "failed", 4: "pruned"}.get(candidate.lora_rank, "complete")
-        return landscape(candidate).model_copy(update={"state": state, "reason": "because"})
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        state = {8: "failed", 4: "pruned"}.get(trial.candidate.lora_rank, "complete")
+        return landscape(trial.candidate).model_copy(update={"state": state, "reason": "because"})
 
     study = run(config, 10, evaluate=evaluate)
-    states = Counter(t.state for t in study.get_trials())
-    assert settled(study) == sum(states.values()) == 10
+    states = Counter(t.state for t in study.trials())
+    assert count_finished(study) == sum(states.values()) == 10
     assert states[TrialState.FAIL] == 2
-    assert all(t.params["lora_rank"] == 0 for t in study.best_trials)
-    assert all(t.user_attrs["reason"] == "because" for t in study.get_trials() if t.state != TrialState.COMPLETE)
+    assert all(t.params["lora_rank"] == 0 for t in study.study.best_trials)
+    assert all(t.user_attrs["reason"] == "because" for t in study.trials() if t.state != TrialState.COMPLETE)
 
 
 def finished(count: int, noise: float, seed: int = 0, falls: float = 0.5) -> list[Finished]:
@@ -235,39 +241,39 @@ def test_the_chance_of_domination_is_a_frequency(noise: float, falls: float, mos
 
 
 def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) -> None:
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        record = landscape(candidate)
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        record = landscape(trial.candidate)
         assert record.dev
-        stop = referee.on_rung(1, record.dev.errors)
+        stop = trial.ends_at_rung(1, record.dev.errors)
         return record.model_copy(update={"state": "pruned" if stop else "complete"})
 
     study = run(config, 30, evaluate=evaluate)
-    pruned = [t for t in study.get_trials() if t.state == TrialState.PRUNED]
+    pruned = [t for t in study.trials() if t.state == TrialState.PRUNED]
     assert pruned
     assert not any(t.user_attrs.get("name") in BASELINE_NAMES for t in pruned)
-    best = {t.user_attrs["candidate"] for t in study.best_trials}
+    best = {t.user_attrs["candidate"] for t in study.study.best_trials}
     assert best.isdisjoint(t.user_attrs["candidate"] for t in pruned)
 
 
 def test_a_record_that_was_there_already_tells_its_rungs(config: StudyConfig) -> None:
-    def found(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        record = landscape(candidate)
+    def found(trial: WorkerTrial) -> RunRecord:
+        record = landscape(trial.candidate)
         assert record.dev
         rungs = (Rung(step=1, errors=record.dev.errors),)
-        return record.model_copy(update={"rungs": rungs, "state": "pruned" if candidate.lora_rank == 4 else "complete"})
+        return record.model_copy(update={"rungs": rungs, "state": "pruned" if trial.candidate.lora_rank == 4 else "complete"})
 
     study = run(config, 12, evaluate=found)
-    settled_trials = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
+    settled_trials = study.trials(TrialState.COMPLETE, TrialState.PRUNED)
     assert {t.state for t in settled_trials} == {TrialState.COMPLETE, TrialState.PRUNED}
     assert all(t.user_attrs["rung_1"]["wer"] > 0 for t in settled_trials)
 
 
 def slow_worker(source: Path) -> None:
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
+    def evaluate(trial: WorkerTrial) -> RunRecord:
         with (source.parent / "evaluated.txt").open("a") as log:
-            log.write(candidate.key + "\n")
+            log.write(trial.key + "\n")
         time.sleep(random.random() * 0.05)
-        return landscape(candidate)
+        return landscape(trial.candidate)
 
     run(load_study(source), 20, evaluate=evaluate)
 
@@ -280,15 +286,15 @@ def test_workers_share_a_study_survive_kills_and_evaluate_nothing_twice(config: 
     for worker in workers:
         worker.start()
     deadline = time.time() + 60
-    while settled(study) < 6 and time.time() < deadline:
+    while count_finished(study) < 6 and time.time() < deadline:
         time.sleep(0.02)
     os.kill(workers[0].pid or 0, signal.SIGKILL)
     for worker in workers:
         worker.join(60)
     assert [w.exitcode for w in workers[1:]] == [0, 0, 0]
-    assert settled(study) == 20
+    assert count_finished(study) == 20
     assert len(set(proposals(study))) == 20
-    assert not study.get_trials(states=[TrialState.RUNNING, TrialState.WAITING])
+    assert not study.trials(TrialState.RUNNING, TrialState.WAITING)
     started = Counter((config.folder / "evaluated.txt").read_text().split())
     assert sum(started.values()) <= 21, "only what the killed worker was at is evaluated again"
 
@@ -298,7 +304,7 @@ def test_a_journal_cut_off_by_a_kill_is_mended(config: StudyConfig) -> None:
     journal = config.run_folder / "journal.log"
     whole = journal.read_bytes()
     journal.write_bytes(whole + b'{"op_code": 4, "worker_id": "x", "tri')
-    assert settled(run(config, 6)) == 6
+    assert count_finished(run(config, 6)) == 6
     assert journal.read_bytes().startswith(whole)
 
 
@@ -313,5 +319,5 @@ def test_sqlite_works_for_one_worker(toy: Path, tmp_path: Path) -> None:
     config = load_study(write_study(tmp_path, toy))
     where = space()
     study = open_study(config, open_storage(f"sqlite:///{tmp_path}/s.db", config.run_folder), where)
-    work(study, where, lambda candidate, name, referee: landscape(candidate), params_of, "speech_params", 6, tmp_path, 0.1)
-    assert settled(study) == 6
+    run_loop(study, rules(config, 6, where, 0.1), lambda trial: landscape(trial.candidate))
+    assert count_finished(study) == 6

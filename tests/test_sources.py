@@ -18,7 +18,7 @@ from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.training.context import TrainingContext
-from prunesearch.training.recipe import evaluate
+from prunesearch.training.recipe import train_and_score
 from tests.conftest import write_study
 
 
@@ -88,7 +88,7 @@ def test_a_dataset_and_a_manifest_of_rough_durations_give_the_same_record(toy: P
     outcomes = []
     for name, train in (("manifest", str(tmp_path / "rough.jsonl")), ("dataset", source)):
         file = write_study(tmp_path / name, toy, data={"train": train, "min_seconds": 0.0})
-        outcomes.append(evaluate(TrainingContext.open(load_study(file)), Candidate((1,), 2)).outcome())
+        outcomes.append(train_and_score(TrainingContext.open(load_study(file)), Candidate((1,), 2)).outcome())
     for outcome in outcomes:
         outcome.pop("study")
     assert outcomes[0] == outcomes[1]

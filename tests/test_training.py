@@ -14,17 +14,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from prunesearch.model.encoder import encode
 from prunesearch.model.llm import recomputes_activations
 from prunesearch.model.slam import SpeechLlm
+from prunesearch.speech.audio import read_audio
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.record import RunRecord, WordErrors, read_record, read_utterances
 from prunesearch.training import finetune as tuning
 from prunesearch.training import recipe
+from prunesearch.training.anchor import anchor_weights, train_anchor
 from prunesearch.training.batches import by_length, plan_batches
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.decode import token_limit
 from prunesearch.training.finetune import schedule
-from prunesearch.training.recipe import decode_test, evaluate
+from prunesearch.training.recipe import Unmonitored, decode_test, train_and_score
 from prunesearch.training.states import log_mel
 from tests.conftest import write_study
 
@@ -37,8 +39,8 @@ def open_context(toy: Path, tmp_path: Path) -> Callable[..., TrainingContext]:
     return opened
 
 
-def weights(workshop: TrainingContext, candidate: Candidate) -> dict[str, torch.Tensor]:
-    return load_file(workshop.config.run_folder / "records" / candidate.key / "weights.safetensors")
+def weights(context: TrainingContext, candidate: Candidate) -> dict[str, torch.Tensor]:
+    return load_file(context.config.run_folder / "records" / candidate.key / "weights.safetensors")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -67,25 +69,25 @@ def test_the_learning_rate_rises_then_falls_to_its_share() -> None:
 
 @torch.no_grad()
 def test_cached_states_equal_recomputed_ones(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context(search={"removable_layers": [2, 3]})
-    assert workshop.shared_depth == 2
-    encoder = workshop.pruned_encoder(Candidate((3,)))
-    store = workshop.encoded(encoder, "dev", workshop.used("dev"))
-    again = workshop.encoded(encoder, "dev", [5])  # from the cache on disk
-    for i, utterance in enumerate(workshop.corpora["dev"]):
-        mel = log_mel(workshop.extractor, utterance, None, workshop.device)[None]
+    context = open_context(search={"removable_layers": [2, 3]})
+    assert context.shared_depth == 2
+    encoder = context.pruned_encoder(Candidate((3,)))
+    store = context.encoded(encoder, "dev", context.used("dev"))
+    again = context.encoded(encoder, "dev", [5])  # from the cache on disk
+    for i, utterance in enumerate(context.corpora["dev"]):
+        mel = log_mel(context.extractor, read_audio(utterance.audio), None, context.device)[None]
         direct, lengths = encode(encoder, mel, torch.tensor([mel.shape[-1]]))
-        cached, cached_lengths = store.batch([i], workshop.device)
+        cached, cached_lengths = store.batch([i], context.device)
         assert torch.equal(lengths, cached_lengths)
         torch.testing.assert_close(cached, direct, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(again.batch([5], workshop.device)[0], store.batch([5], workshop.device)[0], atol=1e-5, rtol=1e-4)
-    assert not list((workshop.config.run_folder / "scratch").iterdir()), "a candidate's states go with it"
+    torch.testing.assert_close(again.batch([5], context.device)[0], store.batch([5], context.device)[0], atol=1e-5, rtol=1e-4)
+    assert not list((context.config.run_folder / "scratch").iterdir()), "a candidate's states go with it"
 
 
 def test_only_the_utterances_that_some_step_draws_are_encoded(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context(anchor={"steps": 1}, training={"steps": 2, "batch_size": 3})
-    assert len(workshop.used("train")) <= 9 < len(workshop.corpora["train"])
-    assert set(workshop.prefix("train").spans) == set(workshop.used("train"))
+    context = open_context(anchor={"steps": 1}, training={"steps": 2, "batch_size": 3})
+    assert len(context.used("train")) <= 9 < len(context.corpora["train"])
+    assert set(context.prefix("train").spans) == set(context.used("train"))
 
 
 def test_the_same_candidate_gives_the_same_record_and_starts_from_the_anchor(
@@ -93,38 +95,38 @@ def test_the_same_candidate_gives_the_same_record_and_starts_from_the_anchor(
 ) -> None:
     candidate = Candidate((1,), 4)
     first, second = open_context("a"), open_context("b")
-    one, two = evaluate(first, candidate), evaluate(second, candidate)
+    one, two = train_and_score(first, candidate), train_and_score(second, candidate)
     assert {**one.outcome(), "study": ""} == {**two.outcome(), "study": ""}
     assert same(weights(first, candidate), weights(second, candidate))
     assert one.dev is not None
     assert one.parameters.lora > 0
     scratch = open_context("c", training={"init": "scratch"})
-    assert evaluate(scratch, candidate).losses[0] > one.losses[0]
+    assert train_and_score(scratch, candidate).losses[0] > one.losses[0]
     assert not (scratch.config.run_folder / "anchor").exists()
 
 
 def test_a_repeat_is_the_same_system_on_other_batches_and_has_a_record_of_its_own(
     open_context: Callable[..., TrainingContext],
 ) -> None:
-    workshop = open_context()
-    first, again = (evaluate(workshop, Candidate((1,), 2, repeat)) for repeat in (0, 1))
+    context = open_context()
+    first, again = (train_and_score(context, Candidate((1,), 2, repeat)) for repeat in (0, 1))
     assert again.parameters == first.parameters
     assert (again.seed, again.candidate.key) == (first.seed + 1, "minus-1+lora2@1")
     assert again.losses != first.losses
-    assert len(workshop.budget(1).batches) == len(workshop.budget().batches)
-    assert workshop.budget(1).batches != workshop.budget().batches
-    tested = decode_test(workshop, again)
+    assert len(context.budget(1).batches) == len(context.budget().batches)
+    assert context.budget(1).batches != context.budget().batches
+    tested = decode_test(context, again)
     assert tested.test is not None
-    assert read_record(workshop.config.run_folder / "records", first.candidate) == first
+    assert read_record(context.config.run_folder / "records", first.candidate) == first
 
 
 def test_a_rank_of_zero_trains_the_projector_alone(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context()
-    before = {k: v.clone() for k, v in workshop.llm.model.state_dict().items()}
-    record = evaluate(workshop, Candidate())
+    context = open_context()
+    before = {k: v.clone() for k, v in context.llm.model.state_dict().items()}
+    record = train_and_score(context, Candidate())
     assert record.parameters.lora == 0
-    assert all(name.startswith("projector.") for name in weights(workshop, Candidate()))
-    assert same(before, workshop.llm.model.state_dict())
+    assert all(name.startswith("projector.") for name in weights(context, Candidate()))
+    assert same(before, context.llm.model.state_dict())
 
 
 class Killed(BaseException):
@@ -136,7 +138,7 @@ def test_a_killed_trial_goes_on_to_the_same_weights(
 ) -> None:
     candidate = Candidate((0,), 2)
     calm = open_context("calm", training={"rungs": [0.5]})
-    expected = evaluate(calm, candidate)
+    expected = train_and_score(calm, candidate)
 
     killed = open_context("killed", training={"rungs": [0.5]})
     steps_seen: list[int] = []
@@ -152,13 +154,13 @@ def test_a_killed_trial_goes_on_to_the_same_weights(
 
         return counted
 
-    killed.anchor()
+    train_anchor(killed)
     for step in (3, 6):
         monkeypatch.setattr(tuning, "seed_everything", kill_at(step))
         with pytest.raises(Killed):
-            evaluate(killed, candidate)
+            train_and_score(killed, candidate)
     monkeypatch.setattr(tuning, "seed_everything", kill_at(99))
-    record = evaluate(killed, candidate)
+    record = train_and_score(killed, candidate)
     assert steps_seen == list(range(8)), "no step is trained twice when a checkpoint follows each"
     assert {**record.outcome(), "study": ""} == {**expected.outcome(), "study": ""}
     assert same(weights(calm, candidate), weights(killed, candidate))
@@ -167,17 +169,17 @@ def test_a_killed_trial_goes_on_to_the_same_weights(
 def test_a_candidate_with_a_record_is_not_trained_again(
     open_context: Callable[..., TrainingContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workshop = open_context()
-    record = evaluate(workshop, Candidate((2,)))
-    monkeypatch.setattr(recipe, "finetune", lambda *a, **k: pytest.fail("trained twice"))
-    assert evaluate(workshop, Candidate((2,))) == record
+    context = open_context()
+    record = train_and_score(context, Candidate((2,)))
+    monkeypatch.setattr(recipe, "FineTune", lambda *a, **k: pytest.fail("trained twice"))
+    assert train_and_score(context, Candidate((2,))) == record
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
     open_context: Callable[..., TrainingContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm = {"projector": {"dropout": 0.0}, "llm": {"lora_dropout": 0.0}}  # masks depend on the shape of what is masked
-    expected = evaluate(open_context("whole", **calm), Candidate((1,), 2))
+    expected = train_and_score(open_context("whole", **calm), Candidate((1,), 2))
     whole = SpeechLlm.loss_sum
 
     def small_memory(self: SpeechLlm, states: torch.Tensor, lengths: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
@@ -186,9 +188,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
         return whole(self, states, lengths, texts)
 
     halved = open_context("halved", **calm)
-    halved.anchor()
+    train_anchor(halved)
     monkeypatch.setattr(SpeechLlm, "loss_sum", small_memory)
-    record = evaluate(halved, Candidate((1,), 2))
+    record = train_and_score(halved, Candidate((1,), 2))
     assert (expected.cost.micro_batch, record.cost.micro_batch) == (4, 1)
     assert record.losses == pytest.approx(expected.losses, abs=1e-4)
 
@@ -199,30 +201,30 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
 
     tight = open_context("tight", **calm)
     monkeypatch.setattr(SpeechLlm, "loss_sum", whole)
-    tight.anchor()
+    train_anchor(tight)
     monkeypatch.setattr(SpeechLlm, "loss_sum", less_memory)
-    assert evaluate(tight, Candidate((1,), 2)).losses == pytest.approx(expected.losses, abs=1e-4)
+    assert train_and_score(tight, Candidate((1,), 2)).losses == pytest.approx(expected.losses, abs=1e-4)
 
     def no_memory(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(SpeechLlm, "loss_sum", no_memory)
-    failed = evaluate(halved, Candidate((2,), 2))
+    failed = train_and_score(halved, Candidate((2,), 2))
     assert failed.state == "failed"
-    assert "out of memory, with one utterance at a time too" in (failed.reason or "")
+    assert "out of memory with one utterance at a time" in (failed.reason or "")
 
 
 def test_recomputed_activations_give_the_same_record(open_context: Callable[..., TrainingContext]) -> None:
-    kept = evaluate(open_context("kept"), Candidate((1,), 2))
-    recomputed = evaluate(open_context("recomputed", training={"gradient_checkpointing": True}), Candidate((1,), 2))
+    kept = train_and_score(open_context("kept"), Candidate((1,), 2))
+    recomputed = train_and_score(open_context("recomputed", training={"gradient_checkpointing": True}), Candidate((1,), 2))
     assert recomputed.losses == pytest.approx(kept.losses, abs=1e-4)
     assert recomputed.dev == kept.dev
 
 
 def test_a_curve_lies_beside_the_record(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context()
-    record = evaluate(workshop, Candidate())
-    lines = (workshop.config.run_folder / "records" / "full" / "curve.jsonl").read_text().splitlines()
+    context = open_context()
+    record = train_and_score(context, Candidate())
+    lines = (context.config.run_folder / "records" / "full" / "curve.jsonl").read_text().splitlines()
     points = [json.loads(line) for line in lines]
     assert [p["step"] for p in points] == [1, 8]
     assert [round(p["loss"], 6) for p in points] == list(record.losses)
@@ -230,9 +232,9 @@ def test_a_curve_lies_beside_the_record(open_context: Callable[..., TrainingCont
 
 
 def test_a_curve_goes_to_tensorboard_with_one_key(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context(training={"tracker": "tensorboard"})
-    record = evaluate(workshop, Candidate())
-    events = EventAccumulator(str(workshop.config.run_folder / "tensorboard" / "full"))
+    context = open_context(training={"tracker": "tensorboard"})
+    record = train_and_score(context, Candidate())
+    events = EventAccumulator(str(context.config.run_folder / "tensorboard" / "full"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 8]
     assert [round(event.value, 5) for event in events.Scalars("loss")] == [round(loss, 5) for loss in record.losses]
@@ -244,40 +246,41 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_runs(open_conte
 
 
 def test_a_record_that_was_there_already_takes_the_baselines_name(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context()
-    first = evaluate(workshop, Candidate((2, 3)))
-    again = evaluate(workshop, Candidate((2, 3)), "top2")
+    context = open_context()
+    first = train_and_score(context, Candidate((2, 3)))
+    again = train_and_score(context, Candidate((2, 3)), Unmonitored("top2"))
     assert (first.name, again.name) == (None, "top2")
     assert again.model_copy(update={"name": None}) == first
-    assert read_record(workshop.config.run_folder / "records", Candidate((2, 3))) == again
-    assert evaluate(workshop, Candidate((2, 3)), "minus-2-3").name == "top2"
+    assert read_record(context.config.run_folder / "records", Candidate((2, 3))) == again
+    assert train_and_score(context, Candidate((2, 3)), Unmonitored("minus-2-3")).name == "top2"
 
 
 def test_divergence_is_recorded_with_its_step(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context(training={"learning_rate": 1e30, "clip": 1e30})
-    record = evaluate(workshop, Candidate((), 2))
+    context = open_context(training={"learning_rate": 1e30, "clip": 1e30})
+    record = train_and_score(context, Candidate((), 2))
     assert record.state == "failed"
     assert record.dev is None
-    assert re.match(r"the loss left all reason at step 2 \(nan at step 8\)", record.reason or "")
-    assert read_record(workshop.config.run_folder / "records", Candidate((), 2)) == record
+    assert re.match(r"training diverged at step 2 \(loss is nan at step 8\)", record.reason or "")
+    assert read_record(context.config.run_folder / "records", Candidate((), 2)) == record
 
 
 def test_an_anchor_that_diverges_is_one_line_and_leaves_nothing(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context(anchor={"learning_rate": 1e30}, training={"clip": 1e30})
-    with pytest.raises(StudyError, match=r"anchor\.learning_rate: with 1e\+30, the loss left all reason at step \d+ .*smaller"):
-        workshop.anchor()
-    assert not workshop.anchor_weights.exists()
+    context = open_context(anchor={"learning_rate": 1e30}, training={"clip": 1e30})
+    with pytest.raises(StudyError, match=r"anchor\.learning_rate: with 1e\+30, training diverged at step \d+ .*smaller"):
+        train_anchor(context)
+    assert not anchor_weights(context).exists()
 
 
 def test_a_rung_can_end_a_trial_and_its_partial_record_is_kept(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context(training={"rungs": [0.25, 0.5]})
+    context = open_context(training={"rungs": [0.25, 0.5]})
     seen: list[tuple[int, WordErrors]] = []
 
-    def stop_at_second(step: int, errors: WordErrors) -> bool:
-        seen.append((step, errors))
-        return step == 4
+    class EndsAtSecond(Unmonitored):
+        def ends_at_rung(self, step: int, errors: WordErrors) -> bool:
+            seen.append((step, errors))
+            return step == 4
 
-    record = evaluate(workshop, Candidate((0, 1)), on_rung=stop_at_second)
+    record = train_and_score(context, Candidate((0, 1)), EndsAtSecond())
     assert [step for step, _ in seen] == [2, 4]
     assert (record.state, record.steps, record.reason) == ("pruned", 4, "dominated at step 4")
     assert [(r.step, r.errors) for r in record.rungs] == seen
@@ -287,34 +290,34 @@ def test_decoding_the_test_split_uses_the_candidates_own_weights(toy: Path, tmp_
     # a test split that is the dev split: the same weights must make the same errors
     again = toy / "dev-again.jsonl"
     again.write_text((toy / "dev.jsonl").read_text())
-    workshop = TrainingContext.open(load_study(write_study(tmp_path / "s", toy, data={"test": str(again)})))
-    records = workshop.config.run_folder / "records"
+    context = TrainingContext.open(load_study(write_study(tmp_path / "s", toy, data={"test": str(again)})))
+    records = context.config.run_folder / "records"
     for candidate in (Candidate((1,), 4), Candidate((), 0)):
-        tested = decode_test(workshop, evaluate(workshop, candidate))
+        tested = decode_test(context, train_and_score(context, candidate))
         assert tested.test == tested.dev
         assert read_utterances(records, candidate, "test") == read_utterances(records, candidate, "dev")
         assert read_record(records, candidate) == tested
-        assert decode_test(workshop, tested) is tested
+        assert decode_test(context, tested) is tested
 
 
 def test_every_utterance_has_its_own_limit_of_tokens(toy: Path, tmp_path: Path) -> None:
     decoding = {"tokens_per_second": 5.0, "extra_tokens": 1, "max_tokens": 4}
-    workshop = TrainingContext.open(load_study(write_study(tmp_path, toy, decoding=decoding)))
-    assert [token_limit(s, workshop.config.decoding) for s in (0.2, 0.4, 3.0)] == [2, 3, 4]
-    evaluate(workshop, Candidate())
-    results = read_utterances(workshop.config.run_folder / "records", Candidate(), "dev") or []
-    for utterance, result in zip(workshop.corpora["dev"], results, strict=True):
+    context = TrainingContext.open(load_study(write_study(tmp_path, toy, decoding=decoding)))
+    assert [token_limit(s, context.config.decoding) for s in (0.2, 0.4, 3.0)] == [2, 3, 4]
+    train_and_score(context, Candidate())
+    results = read_utterances(context.config.run_folder / "records", Candidate(), "dev") or []
+    for utterance, result in zip(context.corpora["dev"], results, strict=True):
         # an untrained model goes on until it is stopped; a token is at least a byte
-        assert len(workshop.llm.tokenizer(result.hypothesis).input_ids) <= token_limit(
-            utterance.seconds, workshop.config.decoding
+        assert len(context.llm.tokenizer(result.hypothesis).input_ids) <= token_limit(
+            utterance.seconds, context.config.decoding
         )
 
 
 def test_a_batch_that_does_not_fit_is_halved_in_decoding_too(
     open_context: Callable[..., TrainingContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workshop = open_context()
-    calm = evaluate(workshop, Candidate())
+    context = open_context()
+    calm = train_and_score(context, Candidate())
     sizes, prefix = [], SpeechLlm.prefix
 
     def only_three(self: SpeechLlm, states: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -326,22 +329,22 @@ def test_a_batch_that_does_not_fit_is_halved_in_decoding_too(
 
     monkeypatch.setattr(SpeechLlm, "prefix", only_three)
     other = open_context("other")
-    assert evaluate(other, Candidate()).dev == calm.dev
+    assert train_and_score(other, Candidate()).dev == calm.dev
     assert sizes == [8, 4, 2, 2, 4, 2, 2] * 2  # the anchor's dev, then the candidate's
 
 
 def test_dev_counts_are_the_sum_of_the_utterances(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context()
-    record = evaluate(workshop, Candidate((3,), 2))
-    results = read_utterances(workshop.config.run_folder / "records", Candidate((3,), 2), "dev") or []
+    context = open_context()
+    record = train_and_score(context, Candidate((3,), 2))
+    results = read_utterances(context.config.run_folder / "records", Candidate((3,), 2), "dev") or []
     assert record.dev is not None
     assert sum((r.errors for r in results), WordErrors()) == record.dev.errors
-    assert [r.id for r in results] == [u.id for u in workshop.corpora["dev"]]
-    assert record.dev.errors.reference_words == sum(len(u.reference.split()) for u in workshop.corpora["dev"])
+    assert [r.id for r in results] == [u.id for u in context.corpora["dev"]]
+    assert record.dev.errors.reference_words == sum(len(u.reference.split()) for u in context.corpora["dev"])
 
 
 def test_a_record_says_where_it_comes_from(open_context: Callable[..., TrainingContext]) -> None:
-    record = evaluate(open_context(), Candidate())
+    record = train_and_score(open_context(), Candidate())
     assert record.provenance["config"]["training"]["steps"] == 8
     assert record.provenance["versions"].keys() >= {"torch", "transformers", "peft", "optuna"}
     assert RunRecord.model_validate_json(record.model_dump_json()) == record
@@ -349,18 +352,18 @@ def test_a_record_says_where_it_comes_from(open_context: Callable[..., TrainingC
 
 
 def test_a_fine_tune_learns(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context(training={"init": "scratch", "steps": 60, "learning_rate": 1e-2, "lora_learning_rate": 5e-2})
-    losses = evaluate(workshop, Candidate((), 8)).losses
+    context = open_context(training={"init": "scratch", "steps": 60, "learning_rate": 1e-2, "lora_learning_rate": 5e-2})
+    losses = train_and_score(context, Candidate((), 8)).losses
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_anchor_is_trained_once(open_context: Callable[..., TrainingContext]) -> None:
-    workshop = open_context()
-    path = workshop.anchor()
+    context = open_context()
+    path = train_anchor(context)
     stamp, log = path.stat().st_mtime_ns, json.loads((path.parent / "anchor.json").read_text())
     assert log["steps"] == 12
-    assert not same(load_file(path), workshop.fresh_projector().state_dict())
-    assert workshop.anchor().stat().st_mtime_ns == stamp
+    assert not same(load_file(path), context.fresh_projector().state_dict())
+    assert train_anchor(context).stat().st_mtime_ns == stamp
 
 
 def test_a_recording_longer_than_the_encoders_window_is_told_before_anything_runs(toy: Path, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -31,24 +32,38 @@ from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.interrupt import Interrupt, Interrupted
+from prunesearch.study.progress import NullListener
 from prunesearch.study.record import RunRecord, read_records
-from prunesearch.workers import claim as claims
 from prunesearch.workers import lease as leases
-from prunesearch.workers import loop as worker
-from prunesearch.workers import retry as patience
-from prunesearch.workers.artifacts import ArtifactMirror, once
-from prunesearch.workers.lease import LEASE_SECONDS, MOST_TIMES, Lease, LeaseMonitor, end_lost
-from prunesearch.workers.loop import TrialMonitor, work
-from prunesearch.workers.optuna_study import check_writable, open_study, pin
-from prunesearch.workers.retry import is_away, patient
-from prunesearch.workers.storage import filled_in, holds_secret, open_storage, shown
-from prunesearch.workers.worker import create
+from prunesearch.workers import loop, retry
+from prunesearch.workers.artifacts import ArtifactMirror
+from prunesearch.workers.claim import claim
+from prunesearch.workers.exclusive import ExclusiveTask, run_exclusively
+from prunesearch.workers.lease import ATTEMPTS, LEASE_SECONDS, Lease, LeaseMonitor, release_stale
+from prunesearch.workers.loop import run_loop
+from prunesearch.workers.optuna_internals import StoredStudy
+from prunesearch.workers.optuna_study import check_writable, load_stored_study, lock_provenance, open_study
+from prunesearch.workers.registration import create_study
+from prunesearch.workers.retry import RetryingStorage, is_away
+from prunesearch.workers.storage import open_storage
+from prunesearch.workers.trial import WorkerTrial
+from prunesearch.workers.urls import filled_in, holds_secret, shown
 from tests.conftest import write_study
 from tests.servers import GrpcProxy, Postgres, until
 from tests.test_launch import ROOT, cli, outcomes
-from tests.test_search import landscape, params_of, space
+from tests.test_search import landscape, rules, space
 
 FORK = multiprocessing.get_context("fork")
+
+
+class Notes(NullListener):
+    """A listener that keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def started_postgres() -> Postgres:
@@ -71,34 +86,34 @@ def config(toy: Path, tmp_path: Path) -> StudyConfig:
     return load_study(write_study(tmp_path / f"study-{random.getrandbits(40):x}", toy))
 
 
-def opened(config: StudyConfig, url: str | None, notes: list[str] | None = None) -> optuna.Study:
+def opened(config: StudyConfig, url: str | None, notes: list[str] | None = None) -> StoredStudy:
     storage = open_storage(url, config.run_folder, (notes if notes is not None else []).append)
     return open_study(config, storage, space(), CandidateSampler(space(), 0))
 
 
-def settled(study: optuna.Study) -> int:
-    return StudyProgress.of(study.get_trials(deepcopy=False)).settled
+def finished(stored: StoredStudy) -> int:
+    return StudyProgress.of(stored.trials()).finished
 
 
-def complete(study: optuna.Study) -> list[str]:
-    return [t.user_attrs["candidate"] for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])]
+def complete(stored: StoredStudy) -> list[str]:
+    return [t.user_attrs["candidate"] for t in stored.trials(TrialState.COMPLETE)]
 
 
 def labour(source: Path, url: str | None, trials: int, seconds: float, locked: bool = True) -> None:
     """A worker process: every candidate takes a while, and is written down."""
     config = load_study(source)
-    if not locked:
-        claims.turn = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
+    def evaluate(trial: WorkerTrial) -> RunRecord:
         with (source.parent / "evaluated.txt").open("a") as log:
-            log.write(candidate.key + "\n")
+            log.write(trial.key + "\n")
         time.sleep(seconds * random.random())
-        return landscape(candidate)
+        return landscape(trial.candidate)
 
     storage = open_storage(url, config.run_folder, lambda text: None)
+    if not locked:
+        storage.advisory_lock = lambda study_name: contextlib.nullcontext()
     study = open_study(config, storage, space(), CandidateSampler(space(), 0))
-    work(study, space(), evaluate, params_of, "speech_params", trials, config.run_folder, 0.95)
+    run_loop(study, rules(config, trials), evaluate)
 
 
 def started(config: StudyConfig, url: str | None, count: int, *arguments: object) -> list[multiprocessing.process.BaseProcess]:
@@ -127,14 +142,14 @@ def test_killed_workers_candidates_go_to_the_others_and_nothing_is_evaluated_twi
 ) -> None:
     workers = started(config, url, 4, 20, 0.1)
     study = opened(config, url)
-    until(lambda: settled(study) >= 5, "five candidates")
+    until(lambda: finished(study) >= 5, "five candidates")
     for process in workers[:2]:
         os.kill(process.pid or 0, signal.SIGKILL)
     for process in workers[2:]:
         process.join(60)
     assert [p.exitcode for p in workers[2:]] == [0, 0]
     assert len(set(complete(study))) == len(complete(study)) == 20
-    assert not study.get_trials(states=[TrialState.RUNNING, TrialState.WAITING])
+    assert not study.trials(TrialState.RUNNING, TrialState.WAITING)
     begun = Counter((config.folder / "evaluated.txt").read_text().split())
     assert sum(begun.values()) <= 22, "only what the killed workers were at is evaluated again"
 
@@ -163,17 +178,37 @@ def test_a_trial_that_came_in_between_is_seen(config: StudyConfig, url: str | No
                 self.rival = candidate.key
                 elsewhere = asdict(replace(Lease.mine(), place="elsewhere"))
                 attrs = {"candidate": candidate.key, "lease": elsewhere}
-                template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs)
-                open_storage(url, config.run_folder).create_new_trial(study._study_id, template_trial=template)
+                load_stored_study(config, open_storage(url, config.run_folder)).create_running_trial(attrs)
             return candidate
 
     study = opened(config, url)
-    study.sampler = sampler = Overtaken(space(), 0)
-    claimed = claims.claim(study, space(), 5, LeaseMonitor(), Interrupt(), config.run_folder)
+    study.study.sampler = sampler = Overtaken(space(), 0)
+    claimed = claim(study, rules(config, 5), LeaseMonitor(), Interrupt())
     assert claimed is not None
     assert sampler.rival == "full" != claimed.candidate.key
-    trials = study.get_trials(deepcopy=False)
+    trials = study.trials()
     assert [t.user_attrs.get("ended") for t in trials] == [None, "duplicate", None]
+
+
+def test_a_later_trial_does_not_hide_an_outcome(config: StudyConfig) -> None:
+    """While a candidate is proposed, a rival completes it; before this worker looks again, another rival begins it."""
+    elsewhere = asdict(replace(Lease.mine(), place="elsewhere"))
+
+    class Crowded(StoredStudy):
+        def create_running_trial(self, attrs: Mapping[str, Any]) -> optuna.Trial:
+            if attrs["candidate"] != "full":
+                return super().create_running_trial(attrs)
+            for_others = {**attrs, "lease": elsewhere}
+            self.end_trial(super().create_running_trial(for_others), TrialState.COMPLETE, [0.5, 100.0])
+            ours = super().create_running_trial(attrs)
+            super().create_running_trial(for_others)
+            return ours
+
+    stored = opened(config, None)
+    claimed = claim(Crowded(stored.study, stored.storage), rules(config, 5), LeaseMonitor(), Interrupt())
+    assert claimed is not None
+    assert claimed.key != "full"
+    assert [t.user_attrs.get("ended") for t in stored.trials()] == [None, "duplicate", None, None]
 
 
 def test_several_create_a_study_at_once(config: StudyConfig, postgres: Postgres) -> None:
@@ -194,7 +229,7 @@ def test_a_database_that_restarts_is_waited_for(config: StudyConfig) -> None:
         study = opened(config, server.url)
         workers = started(config, server.url, 3, 24, 0.2)
         for count in (4, 9):
-            until(lambda count=count: settled(study) >= count, "progress")  # type: ignore[misc]
+            until(lambda count=count: finished(study) >= count, "progress")  # type: ignore[misc]
             server.stop()
             time.sleep(1)
             server.start()
@@ -213,17 +248,20 @@ def test_a_proxy_that_restarts_is_waited_for(config: StudyConfig, postgres: Post
     notes: list[str] = []
     study = opened(config, proxy.url, notes)
     workers = started(config, proxy.url, 2, 12, 0.2)
-    until(lambda: settled(study) >= 4, "progress")
+    until(lambda: finished(study) >= 4, "progress")
     proxy.stop()
     back = threading.Timer(1.0, proxy.start)
     back.start()
-    assert settled(study) >= 4
+    assert finished(study) >= 4
     back.join()
     for process in workers:
         process.join(90)
     proxy.stop()
     assert [p.exitcode for p in workers] == [0, 0]
-    assert [note.split(" (")[0].split(" after")[0] for note in notes] == ["the storage is away", "the storage is back"]
+    assert [note.split(" (")[0].split(" after")[0] for note in notes] == [
+        "the storage is unavailable",
+        "the storage is available again",
+    ]
 
 
 def frozen(study: optuna.Study, lease: Lease | None) -> optuna.trial.FrozenTrial:
@@ -242,7 +280,7 @@ def test_a_mark_that_stays_the_same_for_a_minute_of_ones_own_clock_is_a_lost_wor
 
     def look(after: float) -> list[int]:
         now[0] += after
-        return [t.number for t in watch.lost([trial])]
+        return [t.number for t in watch.stale([trial])]
 
     assert look(0) == []
     assert look(LEASE_SECONDS / 3) == look(LEASE_SECONDS / 3) == []
@@ -256,9 +294,9 @@ def test_who_could_not_look_for_a_while_begins_anew() -> None:
     trial = frozen(study, Lease("there", "another machine", 1, 0.0))
     now = [0.0]
     watch = LeaseMonitor(lambda: now[0])
-    watch.lost([trial])
+    watch.stale([trial])
     now[0] = 10 * LEASE_SECONDS  # asleep, or the storage was away and nobody could leave a mark
-    assert watch.lost([trial]) == []
+    assert watch.stale([trial]) == []
 
 
 def test_a_process_of_this_machine_that_has_ended_is_lost_at_once_one_elsewhere_is_not() -> None:
@@ -270,83 +308,83 @@ def test_a_process_of_this_machine_that_has_ended_is_lost_at_once_one_elsewhere_
 
 
 def test_a_slow_worker_that_comes_back_overwrites_nothing(config: StudyConfig) -> None:
-    notes: list[str] = []
+    heard = Notes()
     study = opened(config, None)
     times = Counter[str]()
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        times[candidate.key] += 1
-        if candidate.key == "full" and times["full"] == 1:  # asleep for long: somebody takes it for lost
-            (trial,) = study.get_trials(states=[TrialState.RUNNING])
-            assert leases.give_up(study, trial, "lost")
-            assert not leases.give_up(study, trial, "lost"), "of two that notice, one ends it"
-            referee.make_sure()
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        times[trial.key] += 1
+        if trial.key == "full" and times["full"] == 1:  # asleep for long: somebody takes it for lost
+            (running,) = study.trials(TrialState.RUNNING)
+            assert leases.release(study, running, "lost")
+            assert not leases.release(study, running, "lost"), "of two that notice, one ends it"
+            trial.confirm()
             raise AssertionError("the trial is not this worker's any more")
-        return landscape(candidate)
+        return landscape(trial.candidate)
 
-    work(study, space(), evaluate, params_of, "speech_params", 4, config.run_folder, 0.95, note=notes.append)
-    assert notes == ["full was given to another worker in the meantime"]
+    run_loop(study, rules(config, 4), evaluate, listener=heard)
+    assert heard.notes == ["full was given to another worker in the meantime"]
     assert times["full"] == 2
     assert complete(study).count("full") == 1
-    assert settled(study) == 4
+    assert finished(study) == 4
 
 
 def test_an_outcome_that_comes_too_late_is_not_told(config: StudyConfig) -> None:
     study = opened(config, None)
     late: list[str] = []
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
+    def evaluate(trial: WorkerTrial) -> RunRecord:
         if not late:
-            late.append(candidate.key)
-            (trial,) = study.get_trials(states=[TrialState.RUNNING])
-            leases.give_up(study, trial, "lost")
-        return landscape(candidate)
+            late.append(trial.key)
+            (running,) = study.trials(TrialState.RUNNING)
+            leases.release(study, running, "lost")
+        return landscape(trial.candidate)
 
-    work(study, space(), evaluate, params_of, "speech_params", 4, config.run_folder, 0.95, note=lambda text: None)
+    run_loop(study, rules(config, 4), evaluate)
     assert len(complete(study)) == 4
-    assert Counter(t.user_attrs.get("ended") for t in study.get_trials())["lost"] == 1
+    assert Counter(t.user_attrs.get("ended") for t in study.trials())["lost"] == 1
 
 
 def test_a_candidate_that_workers_crash_over_has_failed_after_a_few_times(config: StudyConfig) -> None:
     study = opened(config, None)
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        if candidate.key == "full":
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        if trial.key == "full":
             raise ZeroDivisionError("in the middle of it")
-        return landscape(candidate)
+        return landscape(trial.candidate)
 
     def go() -> None:
-        work(study, space(), evaluate, params_of, "speech_params", 6, config.run_folder, 0.95)
+        run_loop(study, rules(config, 6), evaluate)
 
-    for _ in range(MOST_TIMES["crashed"]):
+    for _ in range(ATTEMPTS["crashed"]):
         with pytest.raises(ZeroDivisionError):
             go()
     go()
-    assert settled(study) == 6
+    assert finished(study) == 6
     assert "full" not in complete(study)
-    failed = [t for t in study.get_trials() if t.user_attrs.get("ended") == "failed"]
+    failed = [t for t in study.trials() if t.user_attrs.get("ended") == "failed"]
     assert [t.user_attrs["reason"] for t in failed] == ["crashed 3 times: ZeroDivisionError: in the middle of it"]
 
 
 def test_a_full_disk_is_waited_for(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "FULL_DISK_SECONDS", 0.1)
-    study, notes = opened(config, None), []
+    monkeypatch.setattr(loop, "FULL_DISK_SECONDS", 0.1)
+    study, heard = opened(config, None), Notes()
     full = [True, True]
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
+    def evaluate(trial: WorkerTrial) -> RunRecord:
         if full:
             full.pop()
             raise OSError(errno.ENOSPC, "No space left on device", "record.json")
-        return landscape(candidate)
+        return landscape(trial.candidate)
 
-    work(study, space(), evaluate, params_of, "speech_params", 4, config.run_folder, 0.95, note=notes.append)
-    assert settled(study) == 4
-    assert len(notes) == 2
-    assert "disk is full (record.json)" in notes[0]
+    run_loop(study, rules(config, 4), evaluate, listener=heard)
+    assert finished(study) == 4
+    assert len(heard.notes) == 2
+    assert "disk is full (record.json)" in heard.notes[0]
 
 
 def test_calls_are_made_again_while_the_storage_is_away_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.001)
     notes: list[str] = []
 
     class Shaky(InMemoryStorage):
@@ -367,18 +405,19 @@ def test_calls_are_made_again_while_the_storage_is_away_and_only_then(monkeypatc
             return done
 
     shaky = Shaky()
-    study = optuna.create_study(storage=patient(shaky, notes.append))
+    storage = RetryingStorage(shaky, notes.append)
+    study = StoredStudy(optuna.create_study(storage=storage), storage)
     shaky.broken = 3
-    trial = study.ask()
+    trial = study.study.ask()
     assert len(notes) == 2
     shaky.lost_answers = 1
-    study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
-    assert study.best_value == 1.0
+    study.end_trial(trial, TrialState.COMPLETE, [1.0])
+    assert study.study.best_value == 1.0
     shaky.broken = 1
-    study.ask()
+    study.study.ask()
     assert len(notes) == 2, "one failure is no news"
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+        study.end_trial(trial, TrialState.COMPLETE, [1.0])
     assert not is_away(ValueError())
     assert not is_away(FileNotFoundError(errno.ENOENT, "gone"))
 
@@ -395,57 +434,57 @@ def test_locks_that_killed_workers_left_hold_nobody_up(config: StudyConfig) -> N
 def test_a_stop_hands_the_candidate_back_and_aborting_stops_everybody(
     config: StudyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.05)
     study, stop = opened(config, None), Interrupt()
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        if candidate.key == "full+lora8":
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        if trial.key == "full+lora8":
             assert control.abort(config.source) == 1
             until(lambda: stop.requested, "word of it")
             stop.check()
-        return landscape(candidate)
+        return landscape(trial.candidate)
 
     with pytest.raises(Interrupted):
-        work(study, space(), evaluate, params_of, "speech_params", 9, config.run_folder, 0.95, stop=stop)
+        run_loop(study, rules(config, 9), evaluate, stop)
     assert control.status(config.source)["aborted"]
-    assert settled(study) == 1
+    assert finished(study) == 1
     with pytest.raises(Interrupted):  # until it is launched again, nobody goes on
-        work(study, space(), evaluate, params_of, "speech_params", 9, config.run_folder, 0.95)
-    assert settled(study) == 1
+        run_loop(study, rules(config, 9), evaluate)
+    assert finished(study) == 1
 
 
 def test_what_failed_can_be_tried_again(config: StudyConfig) -> None:
     study, good = opened(config, None), []
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        state = "complete" if good or candidate.key != "full" else "failed"
-        return landscape(candidate).model_copy(update={"state": state, "reason": "because"})
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        state = "complete" if good or trial.key != "full" else "failed"
+        return landscape(trial.candidate).model_copy(update={"state": state, "reason": "because"})
 
     def go() -> None:
-        work(study, space(), evaluate, params_of, "speech_params", 5, config.run_folder, 0.95)
+        run_loop(study, rules(config, 5), evaluate)
 
     go()
     assert control.retry(config.source) == ["full"]
     assert control.retry(config.source) == [], "it waits already"
-    assert settled(study) == 4
+    assert finished(study) == 4
     good.append(True)
     go()
-    assert settled(study) == 5
+    assert finished(study) == 5
     assert complete(study).count("full") == 1
 
 
 def test_other_code_and_other_data_are_refused_unless_they_are_adopted(config: StudyConfig) -> None:
     study = opened(config, None)
-    pin(study, "data", {"dev": {"utterances": 4, "digest": "a"}})
-    pin(study, "data", {"dev": {"utterances": 4, "digest": "a"}})
+    lock_provenance(study, "data", {"dev": {"utterances": 4, "digest": "a"}})
+    lock_provenance(study, "data", {"dev": {"utterances": 4, "digest": "a"}})
     with pytest.raises(StudyError) as caught:
-        pin(study, "data", {"dev": {"utterances": 5, "digest": "b"}})
+        lock_provenance(study, "data", {"dev": {"utterances": 5, "digest": "b"}})
     assert caught.value.lines[:2] == [
         "data.dev.digest: the study has 'a', this worker 'b'",
         "data.dev.utterances: the study has 4, this worker 5",
     ]
-    pin(study, "data", {"dev": {"utterances": 5, "digest": "b"}}, adopt=True)
-    pin(study, "data", {"dev": {"utterances": 5, "digest": "b"}})
+    lock_provenance(study, "data", {"dev": {"utterances": 5, "digest": "b"}}, allow_changes=True)
+    lock_provenance(study, "data", {"dev": {"utterances": 5, "digest": "b"}})
 
 
 def test_a_worker_with_other_texts_may_not_join(toy: Path, tmp_path: Path) -> None:
@@ -457,7 +496,7 @@ def test_a_worker_with_other_texts_may_not_join(toy: Path, tmp_path: Path) -> No
     told = cli("worker", file)
     assert told.returncode == 2
     assert [line.split(":")[0] for line in told.stderr.splitlines()][:1] == ["data.dev.digest"]
-    assert cli("worker", file, "--adopt").returncode == 0
+    assert cli("worker", file, "--allow-changes").returncode == 0
 
 
 def test_nobody_joins_what_nobody_launched(toy: Path, tmp_path: Path) -> None:
@@ -534,14 +573,14 @@ def test_a_storage_that_cannot_be_had_is_one_line(url: str, rule: str, tmp_path:
 
 def test_end_lost_ends_what_has_no_mark_at_all_after_a_minute(config: StudyConfig) -> None:
     study = opened(config, None)
-    study.ask()
+    study.study.ask()
     now = [0.0]
     watch = LeaseMonitor(lambda: now[0])
     for _ in range(3):
-        assert end_lost(study, watch) == []
+        assert release_stale(study, watch) == []
         now[0] += LEASE_SECONDS / 3
-    assert end_lost(study, watch) == [""]
-    assert not study.get_trials(states=[TrialState.RUNNING])
+    assert release_stale(study, watch) == [""]
+    assert not study.trials(TrialState.RUNNING)
 
 
 def test_workers_without_a_common_folder_share_anchor_checkpoints_and_records(toy: Path, tmp_path: Path) -> None:
@@ -595,7 +634,8 @@ def test_of_many_one_does_it_and_if_it_dies_another(tmp_path: Path) -> None:
         done.touch()
 
     def one() -> None:
-        once(open_storage(url, tmp_path), "s (anchor)", Interrupt(), done.exists, lambda make_sure: act())
+        task = ExclusiveTask("s (anchor)", done.exists, lambda confirm: act())
+        run_exclusively(open_storage(url, tmp_path), task, Interrupt())
 
     processes = [FORK.Process(target=one) for _ in range(4)]
     for process in processes:
@@ -628,36 +668,36 @@ def test_a_storage_that_may_only_be_read_is_told_before_anything_is_trained(conf
         connection.execute("CREATE ROLE reader LOGIN PASSWORD 'x' IN ROLE pg_read_all_data")
     storage = open_storage(postgres.url.replace(f"study:{Postgres.PASSWORD}", "reader:x"), config.run_folder)
     with pytest.raises(StudyError, match="can be read, but not written"):
-        check_writable(optuna.load_study(study_name=config.name, storage=storage))
+        check_writable(load_stored_study(config, storage))
 
 
 def test_a_fixed_candidate_of_another_rank_may_be_added_to_a_study(config: StudyConfig) -> None:
     study = opened(config, None)
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        return landscape(candidate)
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        return landscape(trial.candidate)
 
-    work(study, space(), evaluate, params_of, "speech_params", 6, config.run_folder, 0.95)
+    run_loop(study, rules(config, 6), evaluate)
     extra = Candidate((1, 3), 64)
     wider = space(named={**space().named, extra.key: extra})
     study = open_study(config, open_storage(None, config.run_folder), wider, CandidateSampler(wider, 0))
-    work(study, wider, evaluate, params_of, "speech_params", 8, config.run_folder, 0.95)
+    run_loop(study, rules(config, 8, wider), evaluate)
     assert extra.key in complete(study)
-    assert settled(study) == 8
+    assert finished(study) == 8
 
 
 def test_a_retry_that_is_interrupted_is_still_due(config: StudyConfig) -> None:
     study, state = opened(config, None), ["fail"]
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        if candidate.key == "full" and state[0] == "stop":
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        if trial.key == "full" and state[0] == "stop":
             state[0] = "good"
             raise Interrupted
-        bad = candidate.key == "full" and state[0] == "fail"
-        return landscape(candidate).model_copy(update={"state": "failed" if bad else "complete", "reason": "because"})
+        bad = trial.key == "full" and state[0] == "fail"
+        return landscape(trial.candidate).model_copy(update={"state": "failed" if bad else "complete", "reason": "because"})
 
     def go() -> None:
-        work(study, space(), evaluate, params_of, "speech_params", 5, config.run_folder, 0.95)
+        run_loop(study, rules(config, 5), evaluate)
 
     go()
     control.retry(config.source)
@@ -666,45 +706,46 @@ def test_a_retry_that_is_interrupted_is_still_due(config: StudyConfig) -> None:
         go()
     go()
     assert complete(study).count("full") == 1
-    assert settled(study) == 5
+    assert finished(study) == 5
 
 
 def test_a_budget_that_is_widened_meanwhile_is_seen_and_never_shrinks_unasked(config: StudyConfig) -> None:
     study = opened(config, None)
-    create(config, study._storage, 5)
+    create_study(config, study.storage, 5)
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        if candidate.key == "full":
-            study.set_user_attr("trials", 9)
-        return landscape(candidate)
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        if trial.key == "full":
+            study.set_attr("trials", 9)
+        return landscape(trial.candidate)
 
-    work(study, space(), evaluate, params_of, "speech_params", 5, config.run_folder, 0.95)
-    assert settled(study) == 9
-    create(config, study._storage)  # launched again, with nothing said
-    assert study.user_attrs["trials"] == 9
-    create(config, study._storage, 4)
-    assert study.user_attrs["trials"] == 4
+    run_loop(study, rules(config, 5), evaluate)
+    assert finished(study) == 9
+    create_study(config, study.storage)  # launched again without --trials
+    assert study.attrs["trials"] == 9
+    create_study(config, study.storage, 4)
+    assert study.attrs["trials"] == 4
 
 
 def test_something_that_goes_wrong_beside_a_trial_does_not_cost_it(
     config: StudyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.02)
-    study, notes = opened(config, None), []
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.02)
+    study, heard = opened(config, None), Notes()
 
-    def evaluate(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-        before = referee.held._mark.beat
-        until(lambda: notes and referee.held._mark.beat > before + 2, "some beats")
-        return landscape(candidate)
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        def beats() -> int:
+            return int(study.trial(trial.trial).user_attrs["lease"]["beat"])
+
+        before = beats()
+        until(lambda: heard.notes and beats() > before + 2, "some heartbeats")
+        return landscape(trial.candidate)
 
     def upload() -> None:
         raise ConnectionError("no bucket")
 
-    work(
-        study, space(), evaluate, params_of, "speech_params", 1, config.run_folder, 0.95, note=notes.append, on_beat=upload
-    )  # fmt: skip
-    assert settled(study) == 1
-    assert "ConnectionError: no bucket" in notes[0]
+    run_loop(study, rules(config, 1), evaluate, listener=heard, duty=upload)
+    assert finished(study) == 1
+    assert "ConnectionError: no bucket" in heard.notes[0]
 
 
 @pytest.mark.parametrize("password", ["p@ss:w/o?r#d", "plain", "%41${X}"])

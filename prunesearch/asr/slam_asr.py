@@ -24,18 +24,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.encoder import embed, encode, load_encoder, run_layers
+from prunesearch.model.encoder import encode, load_encoder
 from prunesearch.model.llm import load_llm
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.speech.audio import SAMPLE_RATE, padded, read_audio
+from prunesearch.speech.audio import SAMPLE_RATE, read_audio
 from prunesearch.study.config import DecodingConfig, LlmConfig, ProjectorConfig, TextConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.record import write_atomically
 from prunesearch.training.batches import by_length
-from prunesearch.training.decode import Written, generate, token_limit
+from prunesearch.training.decode import Decoder, Hypothesis, token_limit
 from prunesearch.training.device import arithmetic
-from prunesearch.training.states import ENCODING_BATCH
+from prunesearch.training.states import ENCODING_BATCH, batch_of, first_layers, last_layers, log_mel
 
 SETTINGS = "slam.json"
 QUIET_SECONDS = 5.0  # a long recording is cut where it is quietest, within so many seconds of a window's end
@@ -181,17 +181,18 @@ class SlamAsr:
         return int(seconds * SAMPLE_RATE)
 
     @torch.inference_mode()
-    def hear(self, parts: Sequence[Samples], batch_size: int | None = None, beams: int | None = None) -> list[Written]:
+    def hear(self, parts: Sequence[Samples], batch_size: int | None = None, beams: int | None = None) -> list[Hypothesis]:
         """What the LLM writes for each part, in the batches that a study's trial makes of the same recordings: see
         `training.features` and `training.decode`. Raises ValueError for a part that is longer than a window."""
         decoding, dtype = self.settings.decoding, getattr(torch, self.settings.dtype)
         beams = beams or decoding.test_beams or decoding.beams
+        decoder = Decoder(self.slam, decoding, self.device, dtype, beams)
         states = self._states(parts, dtype)
-        found: dict[int, Written] = {}
+        found: dict[int, Hypothesis] = {}
         for batch in by_length([len(s) for s in states], batch_size or decoding.batch_size):
             limits = [token_limit(len(parts[i]) / SAMPLE_RATE, decoding) for i in batch]
             hidden, lengths = self._together([states[i] for i in batch])
-            found |= zip(batch, generate(self.slam, hidden, lengths, limits, decoding, dtype, beams), strict=True)
+            found |= zip(batch, decoder.generate(hidden, lengths, limits), strict=True)
         return [found[i] for i in range(len(parts))]
 
     def _states(self, parts: Sequence[Samples], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -206,12 +207,11 @@ class SlamAsr:
         for batch in by_length([len(p) for p in parts], ENCODING_BATCH):
             features, frames = self.log_mels([parts[i] for i in batch])
             with arithmetic(self.device, dtype):
-                hidden, lengths = embed(self.encoder, features, frames)
-                keep(batch, run_layers(self.encoder, hidden, lengths, 0, shared), lengths)
+                keep(batch, *first_layers(self.encoder, features, frames, shared))
         for batch in by_length([len(s) for s in states], ENCODING_BATCH):
             hidden, lengths = self._together([states[i] for i in batch])
             with arithmetic(self.device, dtype):
-                keep(batch, self.encoder.layer_norm(run_layers(self.encoder, hidden, lengths, shared)), lengths)
+                keep(batch, last_layers(self.encoder, hidden, lengths, shared), lengths)
         return states
 
     def _together(self, states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,25 +220,15 @@ class SlamAsr:
         return torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True).to(self.device), lengths
 
     def log_mels(self, parts: Sequence[Samples]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch's features (B, M, F), padded with zeros, and each part's frames (B,), where the system computes."""
-        mels = [self._log_mel(part) for part in parts]
-        frames = torch.tensor([m.shape[1] for m in mels], device=self.device)
-        features = torch.zeros(len(mels), mels[0].shape[0], int(frames.max()))
-        for row, mel in zip(features, mels, strict=True):
-            row[:, : mel.shape[1]] = mel
-        return features.to(self.device), frames
+        """Features (B, M, F) of a batch, padded with zeros, and the frames of each part (B,)."""
+        cpu = torch.device("cpu")
+        return batch_of([log_mel(self.extractor, p, self.settings.pad_to_seconds, cpu) for p in parts], self.device)
 
     @torch.inference_mode()
     def encode(self, features: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoder alone: (B, M, F), frames (B,) -> states (B, T, D), lengths (B,)."""
         with arithmetic(self.device, getattr(torch, self.settings.dtype)):
             return encode(self.encoder, features, frames)
-
-    def _log_mel(self, samples: Samples) -> torch.Tensor:
-        samples = padded(samples, self.settings.pad_to_seconds)
-        out = self.extractor(samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="pt")
-        mel: torch.Tensor = out["input_features"][0]
-        return mel
 
 
 def windows(samples: Samples, longest: int) -> list[tuple[int, int]]:

@@ -76,7 +76,7 @@ def validate(
 
     config = load_study(study)
     if resolved:
-        from prunesearch.workers.storage import shown
+        from prunesearch.workers.urls import shown
 
         table = config.model_dump(mode="json")
         table["storage"]["url"] = config.storage.url and shown(config.storage.url)
@@ -124,7 +124,7 @@ def scan(
     as_json: Json = False,
 ) -> None:
     """Measure what each layer, and each pair, is worth to the anchor's system, before anything else is trained."""
-    from prunesearch.commands.launch import scan as run_scan
+    from prunesearch.commands.scan import scan as run_scan
 
     with _Display() as display:
         found = run_scan(study, most, utterances, loss_sets, wer, check, storage, display)
@@ -181,7 +181,7 @@ def launch(
 @app.command()
 def worker(study: Study, storage: StorageUrl = None, adopt: Adopt = False) -> None:
     """Join a study that was launched, from this machine or another, and work until its budget is used."""
-    from prunesearch.commands.launch import join
+    from prunesearch.commands.worker import join
 
     with _Display() as display:
         config = join(study, storage, display, adopt)
@@ -242,7 +242,7 @@ app.add_typer(storage_commands, name="storage")
 @storage_commands.command("upgrade")
 def storage_upgrade(study: Study, storage: StorageUrl = None) -> None:
     """Bring a database's tables to what the installed Optuna needs."""
-    from prunesearch.commands.status import upgrade
+    from prunesearch.commands.storage import upgrade
 
     typer.echo(upgrade(study, storage))
 
@@ -260,16 +260,16 @@ def report(
 
     Several studies are laid over one another.
     """
-    from prunesearch.commands.launch import collect
     from prunesearch.report import write_overlay, write_report
     from prunesearch.report.data import to_json
     from prunesearch.report.overlay import overlay_table
     from prunesearch.report.tables import render, rich_table
     from prunesearch.study.config import load_study
+    from prunesearch.workers.final_test import fetch_records
 
     configs = [load_study(study, data_must_exist=False) for study in studies]
     for config in configs:
-        collect(config, storage)
+        fetch_records(config, storage)
     if len(configs) > 1:
         folder = out or Path("overlay")
         comparisons = write_overlay(configs, folder)
@@ -291,7 +291,7 @@ def storage_proxy(
     port: Annotated[int, typer.Option(help="The port to listen at.")] = 13000,
 ) -> None:
     """Serve the study's database to many workers through Optuna's gRPC proxy, until Ctrl-C. There is no encryption."""
-    from prunesearch.commands.status import serve
+    from prunesearch.commands.storage import serve
 
     serve(study, storage, host, port, lambda: typer.echo(f"workers may use --storage grpc://{host}:{port}", err=True))
 

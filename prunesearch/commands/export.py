@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
+from prunesearch.search.study_progress import candidate_key
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.front import complete_records, knee, pareto_front, pooled_by_system
 from prunesearch.study.record import RunRecord, read_record, record_folder, write_atomically
-from prunesearch.workers.optuna_study import join_study
-from prunesearch.workers.storage import open_storage
+from prunesearch.workers.optuna_study import open_existing_study
 
 if TYPE_CHECKING:
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -65,11 +65,10 @@ def chosen(
 
 def key_of_trial(config: StudyConfig, number: int, storage: str | None = None) -> str:
     """The key of the candidate that a trial of the study evaluated. Raises StudyError where there is no such trial."""
-    study = join_study(config, open_storage(storage or config.storage.url, config.run_folder))
-    keys = {t.number: t.user_attrs["candidate"] for t in study.get_trials(deepcopy=False) if "candidate" in t.user_attrs}
+    keys = {t.number: key for t in open_existing_study(config, storage).trials() if (key := candidate_key(t))}
     if number not in keys:
         raise StudyError([f"--trial: {config.name} has trials 0 to {max(keys, default=-1)}, got {number}"])
-    return str(keys[number])
+    return keys[number]
 
 
 def export(

@@ -1,4 +1,4 @@
-"""What a study will run, before anything is run: parameters by group, the size of the space, steps, hours and memory.
+"""What a study will run, counted before anything is run: parameters by group, the size of the space, steps, hours and memory.
 
 No weights are read, and no data."""
 

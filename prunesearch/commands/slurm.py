@@ -1,4 +1,4 @@
-"""Workers as SLURM jobs: an array of them, requeued when they are pre-empted or out of time."""
+"""Workers as a SLURM job array; a job is requeued when it is pre-empted or out of time."""
 
 import os
 import signal
@@ -10,28 +10,30 @@ from typing import Any
 from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.interrupt import Interrupted
-from prunesearch.workers.storage import holds_secret, open_storage
+from prunesearch.workers.registration import check_corpora, create_study
+from prunesearch.workers.storage import open_storage
+from prunesearch.workers.urls import holds_secret
 
-SIGNAL_SECONDS = 120  # before a job's time is over, it is told
+SIGNAL_SECONDS = 120  # a job gets its signal so long before its time is over
 
 
 @dataclass
 class Job:
-    """What an array's job does; submitit pickles it, so it must not know a password."""
+    """What a job of the array runs. submitit writes it to a file, so it must hold no password."""
 
     source: Path
     storage: str | None
-    adopt: bool
+    allow_changes: bool
 
     def __call__(self) -> None:
-        from prunesearch.commands.launch import join
+        from prunesearch.commands.worker import join
 
         try:
-            join(self.source, self.storage, adopt=self.adopt)
-        except Interrupted as stopped:
-            # its time is nearly over; what was handed back goes on in the next turn. SIGTERM is scancel's, or of a pre-emption
-            # after which SLURM requeues by itself
-            if stopped.signal == signal.SIGUSR1 and (job := os.environ.get("SLURM_JOB_ID")):
+            join(self.source, self.storage, allow_changes=self.allow_changes)
+        except Interrupted as interrupted:
+            # SIGUSR1: the job's time is nearly over, and it continues when it is requeued. SIGTERM comes from scancel, or from
+            # a pre-emption after which SLURM requeues the job itself
+            if interrupted.signal == signal.SIGUSR1 and (job := os.environ.get("SLURM_JOB_ID")):
                 subprocess.run(["scontrol", "requeue", job], check=True)
 
 
@@ -41,15 +43,13 @@ def submit(
     trials: int | None = None,
     storage: str | None = None,
     options: dict[str, str] | None = None,
-    adopt: bool = False,
+    allow_changes: bool = False,
     cluster: str = "slurm",
 ) -> list[str]:
-    """Create the study and submit `workers` jobs that join it; returns their ids. They need the run folder, and the storage.
+    """Create the study and submit `workers` jobs that join it; returns their ids. Jobs need the run folder and the storage.
 
-    `options` are sbatch's long ones, such as partition, time, gpus_per_node. Raises StudyError for the user's mistakes.
+    `options`: long options of sbatch, such as partition, time, gpus_per_node. Raises StudyError for a user's mistakes.
     """
-    from prunesearch.workers.worker import create
-
     try:
         import submitit
     except ImportError:
@@ -57,9 +57,10 @@ def submit(
     config = load_study(source)
     url = storage or config.storage.url
     if url and holds_secret(url):
-        fix = "write ${VARIABLE} in its place, or use PGPASSWORD or ~/.pgpass"
-        raise StudyError([f"storage.url: a job's files would hold the password: {fix}"])
-    create(config, open_storage(url, config.run_folder), trials or config.search.trials)
+        fix = "write ${VARIABLE} instead, or use PGPASSWORD or ~/.pgpass"
+        raise StudyError([f"storage.url: the files of a job would hold the password: {fix}"])
+    check_corpora(config)
+    create_study(config, open_storage(url, config.run_folder), trials or config.search.trials)
     try:
         executor = submitit.AutoExecutor(folder=config.run_folder / "slurm", cluster=cluster)
     except RuntimeError as error:
@@ -70,5 +71,5 @@ def submit(
         settings |= {"slurm_additional_parameters": {"requeue": True, **told, **(options or {})}}
     executor.update_parameters(**settings)
     with executor.batch():
-        jobs = [executor.submit(Job(config.source.resolve(), storage, adopt)) for _ in range(workers)]
+        jobs = [executor.submit(Job(config.source.resolve(), storage, allow_changes)) for _ in range(workers)]
     return [str(job.job_id) for job in jobs]

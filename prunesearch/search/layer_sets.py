@@ -1,9 +1,10 @@
-"""A sampler for sets of layers: parameters are known beforehand, only WER is uncertain.
+"""A sampler for layer sets: a candidate's parameters are known beforehand, and only its WER is uncertain.
 
-It models log WER with a Gaussian process over candidates (`surrogate`), and proposes the candidate whose expected gain
-in hypervolume is greatest, among neighbours of the front, sets that the scan speaks for, and random ones. The hypervolume
-is one of log WER: errors halved count the same at 4 % as at 40 %, else all trials would go where hardly anything is
-understood. With a known number of parameters, the gain is a sum of expected improvements over the steps of the front.
+It models log WER with a Gaussian process over candidates (`surrogate`), and proposes the candidate with the largest expected
+gain in hypervolume. It chooses among neighbours of the front, sets that the scan finds cheap, and random sets. The hypervolume
+is that of log WER, so that halving the errors counts the same at 4 % and at 40 %; otherwise, all trials would go to systems
+that understand hardly anything. Since the parameters are known, the gain is a sum of expected improvements over the steps of
+the front.
 """
 
 import math
@@ -18,46 +19,47 @@ from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
 from prunesearch.search.samplers import WORST_GROUP_WER, CandidateSampler
+from prunesearch.search.scan_costs import Array, log_wer
 from prunesearch.search.scan_proposer import ScanProposer
 from prunesearch.search.space import SearchSpace
-from prunesearch.search.surrogate import Array, Posterior, Surrogate
+from prunesearch.search.study_progress import candidate_key
+from prunesearch.search.surrogate import Posterior, Surrogate
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.importance import LayerSet
 
 ParamsOf = Callable[[Candidate], float]
 
-# Of 0.05, 0.1 and 0.3, what served best after 10 to 40 trials (benchmarks/search). With hardly any luck, the first sets are too
-# much alike to learn from.
+# The best of 0.05, 0.1 and 0.3 after 10 to 40 trials (benchmarks/search). At lower temperatures, the first sets are too similar
+# to learn from.
 FIRST_TEMPERATURE = 0.1
-SMALL_SPACE = 3000  # a space of so many candidates is looked at whole
+SMALL_SPACE = 3000  # in a space of so many candidates, all of them are considered
 POOL = 800
-REFINED = 5  # candidates whose neighbours are looked at in turn
+REFINED = 5  # candidates whose neighbours are considered in each round
 ROUNDS = 2
-FIT_AT_MOST = 160  # candidates that the parts' variances are fitted to
-BELIEVE_AT_MOST = 260  # candidates that predictions are drawn from: the front's surroundings, and an even choice of the rest
-LEAST_NOISE = 0.01  # of log WER
-LEAST_WER = 1e-4  # logarithms begin here
+FIT_AT_MOST = 160  # results that the variances are fitted to
+PREDICT_FROM = 260  # results that predictions use: half of them near the front, the others spread over the rest
+LEAST_NOISE = 0.01  # of log WER; with less, repeats are never worth a training
 REFERENCE_WER = 1.0
 
 
 @dataclass(frozen=True)
-class Known:
-    """Candidates with log WER, and the variance by which each is known less well than a finished one."""
+class Results:
+    """Candidates with their log WER, by trial number. `extra`: variances of the results besides the noise of a training."""
 
-    numbers: list[int]  # of their trials
+    numbers: list[int]
     candidates: list[Candidate]
     values: Array
     extra: Array
 
 
 class LayerSetSampler(CandidateSampler):
-    """For any study with one boolean `remove_<layer>` per layer, an integer `lora_rank`, and (WER, parameters) to minimise:
-    `study.optimize`, or ask and tell with `space.distributions`.
+    """For any study that minimises (WER, parameters) over `space`: with `study.optimize` and `space.suggest(trial)`, or with
+    ask and tell.
 
-    `params_of` gives a candidate's second objective. `scan` is a criterion of single layers, and of pairs where measured
-    (`Scan.score("delta_loss")`): without it, the first `startup_trials` are random sets, with it, sets that it speaks for.
-    With `max_worst_group_wer`, trials carry the attribute `worst_group_wer`: it is modelled as WER is, and a gain counts as
-    much as it is likely to keep within the limit.
+    `params_of`: a candidate's second objective. `startup_trials`: proposals before the first model; they come from the scan, or
+    are random sets without one. `scan`: a criterion of single layers, and of pairs where it was measured
+    (`Scan.score("delta_loss")`). `max_worst_group_wer`: trials must carry the attribute `worst_group_wer`; it is modelled as
+    WER is, and an expected gain is multiplied by the probability that the limit holds.
     """
 
     def __init__(
@@ -71,11 +73,11 @@ class LayerSetSampler(CandidateSampler):
     ):
         super().__init__(space, seed)
         self._params_of = params_of
-        self._limit = None if max_worst_group_wer is None else _log_wer(max_worst_group_wer)
+        self._limit = None if max_worst_group_wer is None else _bounded_log_wer(max_worst_group_wer)
         self._startup_trials = startup_trials
         self._scan = scan
-        self._guide = ScanProposer(space, scan)
-        self._seen: dict[int, tuple[Candidate, float]] = {}  # finished trials, by number
+        self._scan_proposer = ScanProposer(space, scan)
+        self._seen: dict[int, tuple[Candidate, float]] = {}  # trial number -> candidate, log WER
         self._fitted: tuple[int, Surrogate] | None = None
         self._everything: list[Candidate] | None = None
 
@@ -84,68 +86,72 @@ class LayerSetSampler(CandidateSampler):
     ) -> Candidate | None:
         trials = [t for t in study.get_trials(deepcopy=False) if trial is None or t.number != trial.number]
         if (number := begun - len(self._space.named)) < self._startup_trials:
-            return self._guide.first(max(0, number), seen, rng, FIRST_TEMPERATURE)
-        known = self._known(trials)
+            return self._scan_proposer.propose(max(0, number), seen, rng, FIRST_TEMPERATURE)
+        known = self._results(trials)
         if len(known.candidates) < 3:
             return None
-        with threadpool_limits(limits=1, user_api="blas"):  # for some hundred rows, more threads take twice as long
-            return self._likeliest(trials, known, seen, rng)
+        with threadpool_limits(limits=1, user_api="blas"):  # with a few hundred rows, more threads are slower
+            return self._most_promising(trials, known, seen, rng)
 
-    def _likeliest(self, trials: Sequence[FrozenTrial], known: Known, seen: set[str], rng: random.Random) -> Candidate | None:
-        """Of greatest expected gain, given what is known and what is under way."""
+    def _most_promising(
+        self, trials: Sequence[FrozenTrial], known: Results, seen: set[str], rng: random.Random
+    ) -> Candidate | None:
+        """The candidate with the largest expected gain, given the results and the running trials."""
         surrogate = self._surrogate(trials, known)
-        known = self._telling(known)
+        known = self._informative(known)
         posterior = surrogate.given(known.candidates, known.values, known.extra)
-        running = [Candidate.from_key(t.user_attrs["candidate"]) for t in trials
-                   if t.state == TrialState.RUNNING and "candidate" in t.user_attrs]  # fmt: skip
-        if running:  # believed to come out as expected, so that the next proposal lies elsewhere
+        running = [Candidate.from_key(key) for t in trials if t.state == TrialState.RUNNING and (key := candidate_key(t))]
+        if running:  # taken to end as predicted, so that the next proposal is a different one
             means, _ = posterior.predict(running)
             everyone = known.candidates + running
             extra = np.append(known.extra, np.zeros(len(running)))
-            known = Known(known.numbers, everyone, np.append(known.values, means), extra)
+            known = Results(known.numbers, everyone, np.append(known.values, means), extra)
             posterior = surrogate.given(known.candidates, known.values, known.extra)
         worst = self._worst_groups(trials, surrogate)
         front = self._front(known.candidates, posterior, worst)
         return self._best(posterior, worst, front, seen, rng)
 
     def _worst_groups(self, trials: Sequence[FrozenTrial], surrogate: Surrogate) -> Posterior | None:
-        """What is believed of the worst group's log WER, where the study has a limit: what makes candidates alike in WER
-        makes them alike in that, too."""
+        """The posterior of the worst group's log WER, if the study limits it. It uses the covariance that was fitted to WER."""
         told = [t for t in trials if t.state == TrialState.COMPLETE and WORST_GROUP_WER in t.user_attrs]
         if self._limit is None or len(told) < 3:
             return None
-        told = told[-BELIEVE_AT_MOST:]
-        values = np.array([_log_wer(t.user_attrs[WORST_GROUP_WER]) for t in told])
+        told = told[-PREDICT_FROM:]
+        values = np.array([_bounded_log_wer(t.user_attrs[WORST_GROUP_WER]) for t in told])
         return surrogate.given([self._space.candidate(t.params) for t in told], values, np.zeros(len(told)))
 
-    def _known(self, trials: Sequence[FrozenTrial]) -> Known:
-        """Finished trials, and those that a rung ended, at what their WER at that rung would have become; by number."""
+    def _results(self, trials: Sequence[FrozenTrial]) -> Results:
+        """Results of finished trials, and of trials that ended at a rung, with the WER that they would have reached."""
         finished = [t for t in trials if t.state == TrialState.COMPLETE]
         found: list[tuple[int, Candidate, float, float]] = []
         for t in finished:
             if t.number not in self._seen:
-                self._seen[t.number] = self._space.candidate(t.params), _log_wer(t.values[0])
+                self._seen[t.number] = self._space.candidate(t.params), _bounded_log_wer(t.values[0])
             found.append((t.number, *self._seen[t.number], 0.0))
         for t in trials:
             if t.state != TrialState.PRUNED or (last := _last_rung(t)) is None:
                 continue
             name, wer = last
-            falls = [_log_wer(f.values[0]) - _log_wer(f.user_attrs[name]["wer"]) for f in finished if name in f.user_attrs]
+            falls = [
+                _bounded_log_wer(f.values[0]) - _bounded_log_wer(f.user_attrs[name]["wer"])
+                for f in finished
+                if name in f.user_attrs
+            ]
             if len(falls) >= 3:
-                value = _log_wer(wer) + float(np.mean(falls))
+                value = _bounded_log_wer(wer) + float(np.mean(falls))
                 found.append((t.number, self._space.candidate(t.params), value, float(np.var(falls, ddof=1))))
         found.sort(key=lambda x: x[0])
-        return Known(
+        return Results(
             [n for n, *_ in found],
             [c for _, c, _, _ in found],
             np.array([v for *_, v, _ in found]),
             np.array([e for *_, e in found]),
         )
 
-    def _telling(self, known: Known) -> Known:
-        """All, or those that lie least above the front, and every so many of the others."""
+    def _informative(self, known: Results) -> Results:
+        """All results, or `PREDICT_FROM` of them: those nearest to the front, and an even selection of the others."""
         count = len(known.candidates)
-        if count <= BELIEVE_AT_MOST:
+        if count <= PREDICT_FROM:
             return known
         params = np.array([self._params_of(c) for c in known.candidates])
         order = np.lexsort((known.values, params))
@@ -153,31 +159,33 @@ class LayerSetSampler(CandidateSampler):
         above = np.empty(count)
         above[order] = known.values[order] - best
         ranked = np.argsort(above, kind="stable")
-        near, far = ranked[: BELIEVE_AT_MOST // 2], ranked[BELIEVE_AT_MOST // 2 :]
-        chosen = np.sort(np.append(near, far[np.linspace(0, len(far) - 1, BELIEVE_AT_MOST // 2).astype(int)]))
-        return Known(
+        near, far = ranked[: PREDICT_FROM // 2], ranked[PREDICT_FROM // 2 :]
+        chosen = np.sort(np.append(near, far[np.linspace(0, len(far) - 1, PREDICT_FROM // 2).astype(int)]))
+        return Results(
             [known.numbers[i] for i in chosen], [known.candidates[i] for i in chosen], known.values[chosen], known.extra[chosen]
         )
 
-    def _surrogate(self, trials: Sequence[FrozenTrial], known: Known) -> Surrogate:
-        """Fitted anew when a tenth more is known, and to what was known then: a study taken up again is fitted alike."""
-        due = 1
-        while (following := max(due + 1, int(due * 1.1))) <= len(known.candidates):
-            due = following
-        if self._fitted is None or self._fitted[0] != due:
-            then = self._known([t for t in trials if t.number <= known.numbers[due - 1]])
+    def _surrogate(self, trials: Sequence[FrozenTrial], known: Results) -> Surrogate:
+        """Refit whenever the number of results has grown by 10 %, always on the results up to that point, so that resuming
+        gives the same fit.
+        """
+        count = 1
+        while (following := max(count + 1, int(count * 1.1))) <= len(known.candidates):
+            count = following
+        if self._fitted is None or self._fitted[0] != count:
+            then = self._results([t for t in trials if t.number <= known.numbers[count - 1]])
             layers = tuple(sorted({*self._space.removable, *(i for c in self._space.named.values() for i in c.removed_layers)}))
             surrogate = Surrogate(layers, self._space.ranks, self._scan)
             order = np.argsort(then.values, kind="stable")
             chosen = sorted(order[np.linspace(0, len(order) - 1, min(len(order), FIT_AT_MOST)).astype(int)])
             surrogate.fit([then.candidates[i] for i in chosen], then.values[chosen], then.extra[chosen])
-            self._fitted = due, surrogate
+            self._fitted = count, surrogate
         return self._fitted[1]
 
     def _front(
         self, candidates: Sequence[Candidate], posterior: Posterior, worst: Posterior | None
     ) -> list[tuple[float, float, Candidate]]:
-        """(parameters, log WER as believed, candidate) of the non-dominated ones within the limit, fewest parameters first."""
+        """(parameters, predicted log WER, candidate) of the front within the limit, fewest parameters first."""
         if worst is not None:
             candidates = [c for c, p in zip(candidates, self._within(candidates, worst), strict=True) if p >= 0.5]
         if not candidates:
@@ -192,7 +200,7 @@ class LayerSetSampler(CandidateSampler):
         return front
 
     def _within(self, candidates: Sequence[Candidate], worst: Posterior) -> Array:
-        """How likely each candidate's worst group is to keep within the limit: (N,)."""
+        """The probability that each candidate's worst group keeps within the limit: (N,)."""
         assert self._limit is not None
         means, deviations = worst.predict(candidates)
         likely: Array = ndtr((self._limit - means) / deviations)
@@ -211,11 +219,11 @@ class LayerSetSampler(CandidateSampler):
             return None
         gains = self._gain(pool, posterior, worst, front)
         if self._everything is None:
-            for _ in range(ROUNDS):  # climb from the best ones
+            for _ in range(ROUNDS):  # hill climbing from the best candidates
                 best = np.argsort(-gains)[:REFINED]
-                held = {c.key for c in pool}
+                known_keys = {c.key for c in pool}
                 near = {n.key: n for i in best for n in _neighbours(self._space, pool[i])}
-                new = [c for key, c in near.items() if key not in held and key not in seen]
+                new = [c for key, c in near.items() if key not in known_keys and key not in seen]
                 if not new:
                     break
                 pool += new
@@ -233,17 +241,18 @@ class LayerSetSampler(CandidateSampler):
         pool = rng.sample(sorted(found.values(), key=lambda c: c.key), min(len(found), POOL // 2))
         sizes = [rng.randint(0, self._space.max_removed) for _ in range(POOL - len(pool))]
         third = len(sizes) // 3
-        luck = np.random.default_rng(rng.getrandbits(32))
-        sets = self._guide.draw(sizes[third:], 1.0, luck) + self._guide.draw(sizes[:third], math.inf, luck)
+        noise = np.random.default_rng(rng.getrandbits(32))
+        draw = self._scan_proposer.draw
+        sets = draw(sizes[third:], 1.0, noise) + draw(sizes[:third], math.inf, noise)
         pool += [Candidate(layers, rng.choice(self._space.ranks)) for layers in sets]
         return list({c.key: c for c in pool}.values())
 
     def _repeats(self, posterior: Posterior, front: list[tuple[float, float, Candidate]], seen: set[str]) -> list[Candidate]:
-        """The front's members once more, from the next seed, where two trainings differ by more than a trifle."""
+        """The front's members, each from its next seed; none if two trainings of one system hardly differ."""
         if posterior.noise < LEAST_NOISE:
             return []
         again = ([replace(c, repeat=n) for n in range(1, self._space.repeats + 1)] for _, _, c in front)
-        return [due[0] for each in again if (due := [c for c in each if c.key not in seen])]
+        return [new[0] for each in again if (new := [c for c in each if c.key not in seen])]
 
     def _gain(
         self,
@@ -252,14 +261,15 @@ class LayerSetSampler(CandidateSampler):
         worst: Posterior | None,
         front: list[tuple[float, float, Candidate]],
     ) -> Array:
-        """Expected gain in hypervolume of log WER, under a WER of 1 and the most parameters there can be; where none is left to
-        expect, the most hopeful candidate is still ahead of the others."""
+        """Expected gain in hypervolume of log WER, bounded by a WER of 1 and the largest number of parameters. A tiny term
+        keeps an order among candidates without an expected gain: those that may be better than predicted come first.
+        """
         means, deviations = posterior.predict(pool)
-        deviations = deviations**2 / np.hypot(deviations, posterior.noise)  # of what is believed after one training
+        deviations = deviations**2 / np.hypot(deviations, posterior.noise)  # the part of it that one training would resolve
         params = np.array([self._params_of(c) for c in pool])
         widest = self._params_of(Candidate((), max(self._space.ranks))) * (1 + 1e-9)
         begins = np.array([p for p, _, _ in front])
-        steps = np.append(0.0, [v for _, v, _ in front])  # log WER; 0 is a WER of 1, where nothing is known yet
+        steps = np.append(0.0, [v for _, v, _ in front])  # log WER; 0 is a WER of 1: below the front's smallest member
         left, right = np.append(-np.inf, begins), np.append(begins, widest)
         widths = np.maximum(0.0, right - np.maximum(left, params[:, None]))  # (N, steps)
         gains = (widths * expected_improvement(steps, means[:, None], deviations[:, None])).sum(1)
@@ -276,8 +286,8 @@ def expected_improvement(best: Array, mean: Array, deviation: Array) -> Array:
     return np.maximum(gain, 0.0)
 
 
-def _log_wer(wer: float) -> float:
-    return float(np.log(np.clip(wer, LEAST_WER, REFERENCE_WER)))
+def _bounded_log_wer(wer: float) -> float:
+    return log_wer(min(wer, REFERENCE_WER))
 
 
 def _last_rung(trial: FrozenTrial) -> tuple[str, float] | None:
@@ -286,7 +296,7 @@ def _last_rung(trial: FrozenTrial) -> tuple[str, float] | None:
 
 
 def _neighbours(space: SearchSpace, candidate: Candidate) -> list[Candidate]:
-    """One layer more, one less, one exchanged for another; or the next rank up or down."""
+    """Candidates with one layer more, one less, one exchanged for another, or the next rank up or down."""
     layers, rank = set(candidate.removed_layers) & set(space.removable), candidate.lora_rank
     kept = [i for i in space.removable if i not in layers]
     sets = [layers - {i} for i in layers]

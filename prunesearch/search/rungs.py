@@ -1,10 +1,10 @@
-"""When to end a trial early: when it is all but sure to come out dominated.
+"""When to end a trial early: when it is all but sure to end dominated.
 
-What a finished trial's WER was at this rung and in the end, foretells where a trial that is at the rung will end: a linear
-regression of log WER on log WER, with Student's prediction interval (the textbook's, for one new observation). Errors are
-counts, so the variance of their logarithm falls with their number: the regression is weighted by WER at the rung, and
-says less of good trials than of bad ones. A trial is dominated if one of no more parameters has finished better. Nobody
-waits for anybody: what has finished by now decides.
+The finished trials, with their WER at a rung and at the end, predict where a trial at that rung will end: a linear regression
+of log WER on log WER, with Student's prediction interval for one new observation. Errors are counts, so the variance of their
+logarithm falls with their number: the regression is weighted by the WER at the rung, and is less certain about good trials than
+about bad ones. A trial is dominated if a finished trial with no more parameters has a lower WER. No trial waits for another:
+the trials that have finished by now decide.
 """
 
 import math
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 from scipy.special import stdtr
 
-ENOUGH = 8  # finished trials; below, nothing is foretold
-LEAST_WER = 1e-4  # logarithms begin here
+from prunesearch.search.scan_costs import log_wer
+
+ENOUGH = 8  # finished trials; with fewer, nothing is predicted
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished trial: its parameters, its dev WER (a fraction) in the end, and at the rung where it was measured there."""
+    """A finished trial: its parameters, its dev WER (a fraction) at the end, and at the rung if it was measured there."""
 
     params: float
     wer: float
@@ -27,20 +28,20 @@ class Finished:
 
 
 def chance_of_domination(wer: float, params: float, finished: Iterable[Finished]) -> float:
-    """How likely a trial of this WER at a rung is to end above the best finished one of no more parameters.
+    """The probability that a trial with this WER at a rung ends above the best finished trial with no more parameters.
 
-    0 where there is none, or where too few have finished to foretell anything.
+    0 if there is no such trial, or if too few have finished for a prediction.
     """
     finished = list(finished)
     smaller = [f.wer for f in finished if f.params <= params]
-    pairs = [(_log(f.wer_at_rung), _log(f.wer)) for f in finished if f.wer_at_rung is not None]
+    pairs = [(log_wer(f.wer_at_rung), log_wer(f.wer)) for f in finished if f.wer_at_rung is not None]
     if not smaller or len(pairs) < ENOUGH:
         return 0.0
-    return _chance_above(_log(min(smaller)), _log(wer), pairs)
+    return _chance_above(log_wer(min(smaller)), log_wer(wer), pairs)
 
 
 def _chance_above(limit: float, at: float, pairs: Sequence[tuple[float, float]]) -> float:
-    """P(y > limit | x = at) for y regressed on x, both log WER; the variance of y is taken to be inverse to exp(x)."""
+    """P(y > limit | x = at) for y regressed on x, both log WER; the variance of y is proportional to 1 / exp(x)."""
     n = len(pairs)
     weights = [math.exp(x) for x, _ in pairs]
     whole = sum(weights)
@@ -55,7 +56,3 @@ def _chance_above(limit: float, at: float, pairs: Sequence[tuple[float, float]])
     if deviation == 0:
         return float(expected > limit)
     return float(stdtr(n - 2, (expected - limit) / deviation))
-
-
-def _log(wer: float) -> float:
-    return math.log(max(wer, LEAST_WER))

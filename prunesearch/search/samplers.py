@@ -1,13 +1,13 @@
-"""Optuna samplers that never propose the same candidate twice, nor one outside the space."""
+"""Optuna samplers that never propose a candidate twice, and never one outside the space."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from prunesearch.search.scan_proposer import ScanProposer
 from prunesearch.search.space import SearchSpace
@@ -15,32 +15,34 @@ from prunesearch.search.study_progress import StudyProgress
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.importance import LayerSet
 
-WORST_GROUP_WER = "worst_group_wer"  # a trial's attribute, and its constraint where the study has a limit
-ATTEMPTS = 30  # proposals of the inner sampler, before a random candidate takes their place
+WORST_GROUP_WER = "worst_group_wer"  # a trial's attribute, and its constraint if the study has a limit
+ATTEMPTS = 30  # proposals asked of Optuna's sampler before a random candidate is drawn instead
 
 
 class SpaceExhausted(Exception):
-    """Every candidate of the space has been evaluated, or is being evaluated."""
+    """Every candidate of the space has been evaluated or is being evaluated."""
 
 
 class CandidateSampler(BaseSampler):
-    """Proposes what is due (`StudyProgress.due`), then asks `propose` for a candidate, and sees to it that none is proposed
-    twice, nor one outside the space.
+    """Proposes pending candidates first (`StudyProgress.pending`), then asks `propose`; draws at random if that has no
+    proposal.
 
-    Randomness comes from the seed and the number of settled trials alone: a study that was killed and resumed proposes
-    what it would have.
+    Random numbers depend on the seed and on the numbers of finished and running trials only: a study that was killed and
+    resumed makes the proposals that it would have made.
     """
 
     def __init__(self, space: SearchSpace, seed: int):
         self._space = space
         self._seed = seed
 
-    needs_trial = False  # whether `propose` can do without a trial that it is for
+    needs_trial = False  # whether `propose` needs the trial that it proposes for
 
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
     ) -> Candidate | None:
-        """A candidate whose key is not among `seen`; None to have a random one drawn. `begun`: trials settled or running."""
+        """A candidate whose key is not in `seen`; None to have one drawn at random. `begun`: number of finished and running
+        trials.
+        """
         return None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -48,23 +50,15 @@ class CandidateSampler(BaseSampler):
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         others = StudyProgress.of(t for t in study.get_trials(deepcopy=False) if t.number != trial.number)
-        candidate = self.choose(study, trial, others)
-        if "fixed_params" not in trial.system_attrs:  # of one that somebody has enqueued, they count
-            study._storage.set_trial_user_attr(trial._trial_id, "candidate", candidate.key)
-        return self._space.params(candidate)
-
-    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        """A candidate that fails under `study.optimize` has had its turn."""
-        if state == TrialState.FAIL and "candidate" in trial.user_attrs and "ended" not in trial.user_attrs:
-            study._storage.set_trial_user_attr(trial._trial_id, "ended", "failed")
+        return self._space.params(self.choose(study, trial, others))
 
     def choose(self, study: Study, trial: FrozenTrial | None, others: StudyProgress) -> Candidate:
-        """The next candidate, `others` being all trials but the one that it is for. Raises SpaceExhausted."""
-        if due := others.due(self._space):
-            return due
-        rng = random.Random(f"{self._seed} {others.settled} {others.running}")
+        """The next candidate; `others` summarises all trials except the one that it is for. Raises SpaceExhausted."""
+        if pending := others.pending(self._space):
+            return pending
+        rng = random.Random(f"{self._seed} {others.finished} {others.running}")
         seen = set(others.taken)
-        proposed = self.propose(study, trial, seen, others.settled + others.running, rng)
+        proposed = self.propose(study, trial, seen, others.finished + others.running, rng)
         if proposed is not None:
             return proposed
         for _ in range(10 * ATTEMPTS):
@@ -83,7 +77,7 @@ class CandidateSampler(BaseSampler):
 
 
 class GridSampler(CandidateSampler):
-    """The whole space, small sets first."""
+    """Proposes the whole space in order, small sets first."""
 
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
@@ -92,8 +86,9 @@ class GridSampler(CandidateSampler):
 
 
 class OptunaSampler(CandidateSampler):
-    """One of Optuna's samplers over one boolean per layer. What it proposes is repaired into the space, and asked again if
-    it was seen before. The first `startup_trials` beside the named ones are sets of every size, of the scan's liking."""
+    """One of Optuna's samplers over one boolean per layer. A proposal outside the space is moved into it; a proposal that was
+    made before is asked for again. The first `startup_trials` after the named candidates come from the scan proposer: sets of
+    every size."""
 
     needs_trial = True  # NSGA-II writes to it
     first_temperature = 0.3
@@ -109,27 +104,27 @@ class OptunaSampler(CandidateSampler):
         super().__init__(space, seed)
         self._inner = inner
         self._startup_trials = startup_trials
-        self._guide = ScanProposer(space, scan)
+        self._scan_proposer = ScanProposer(space, scan)
 
     def choose(self, study: Study, trial: FrozenTrial | None, others: StudyProgress) -> Candidate:
         if trial is not None and isinstance(inner := self._inner(0), NSGAIISampler):
-            inner.get_trial_generation(study, trial)  # written down: what it has not proposed may become a parent too
+            inner.get_trial_generation(study, trial)  # stores it, so that candidates of other origin can become parents too
         return super().choose(study, trial, others)
 
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
     ) -> Candidate | None:
         if (number := begun - len(self._space.named)) < self._startup_trials:
-            return self._guide.first(max(0, number), seen, rng, self.first_temperature)
+            return self._scan_proposer.propose(max(0, number), seen, rng, self.first_temperature)
         assert trial is not None
         inner = self._inner(rng.randrange(2**31))
         for _ in range(ATTEMPTS):
             proposed = inner.sample_relative(study, trial, self._space.distributions)
             if not proposed:
                 return None
-            # what a genetic sampler mutates, it leaves out
+            # a genetic sampler leaves out the parameters that it mutates
             whole = {**self._space.params(self._space.draw(rng)), **proposed}
-            candidate = self._space.repaired(self._space.candidate(whole), rng)
+            candidate = self._space.clipped(self._space.candidate(whole), rng)
             if candidate.key not in seen:
                 return candidate
         return None
@@ -138,7 +133,7 @@ class OptunaSampler(CandidateSampler):
 def optuna_sampler(
     name: str, space: SearchSpace, seed: int, startup_trials: int, scan: Mapping[LayerSet, float] | None = None
 ) -> CandidateSampler:
-    """`tpe` (multivariate: layers interact), `nsga2`, `gp`, `random` or `grid`."""
+    """The sampler of that name: `tpe` (multivariate, since layers interact), `nsga2`, `gp`, `random` or `grid`."""
 
     def inner(number: int) -> BaseSampler:
         if name == "tpe":
@@ -147,7 +142,7 @@ def optuna_sampler(
             return NSGAIISampler(population_size=16, seed=number)
         return GPSampler(n_startup_trials=0, deterministic_objective=False, seed=number)
 
-    if name == "random":  # sets of every size alike; independent booleans would hardly ever draw a small one
+    if name == "random":  # all sizes are equally likely; independent booleans would hardly ever draw a small set
         return CandidateSampler(space, seed)
     if name == "grid":
         return GridSampler(space, seed)

@@ -1,4 +1,4 @@
-"""The candidates of a study, and how Optuna sees them: one boolean per layer, an integer for the rank."""
+"""The candidates of a study, and how Optuna sees them: one boolean for each layer, and an integer for the LoRA rank."""
 
 import math
 import random
@@ -7,27 +7,30 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from prunesearch.study.candidate import Candidate, baselines
 from prunesearch.study.config import StudyConfig
+from prunesearch.study.errors import StudyError
 
-REMOVE = "remove_"
+REMOVE = "remove_"  # begins the names of the booleans
+MOST_LISTED = 200_000  # candidates: a larger space is never listed
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Any at most `max_removed` of the `removable` layers, with any of the `ranks`.
+    """Every set of at most `max_removed` of the `removable` layers, with each of the `ranks`.
 
-    `named` are evaluated in any case: the baselines (by name) and the study's fixed candidates (by key). They need not
-    lie within the space.
+    `named` candidates are evaluated in any case: the baselines (by name) and the study's fixed candidates (by key). They need
+    not lie within the space.
     """
 
     removable: tuple[int, ...]
     max_removed: int
     ranks: tuple[int, ...]
     named: Mapping[str, Candidate]
-    repeats: int = 0  # how often a system may be trained again, from other seeds
+    repeats: int = 0  # further trainings of one system, each from another seed
 
     @classmethod
     def of(cls, config: StudyConfig, encoder_layers: int) -> "SearchSpace":
@@ -44,19 +47,29 @@ class SearchSpace:
 
     @property
     def size(self) -> int:
-        """How many candidates there are (named ones outside the space not counted)."""
+        """Number of candidates in the space; named candidates outside it are not counted."""
         return sum(math.comb(len(self.removable), k) for k in range(self.max_removed + 1)) * len(self.ranks)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's parameters. Wide enough for every named candidate; the sampler keeps to the space."""
+        """Optuna's parameters. They cover every named candidate as well; the sampler keeps to the space."""
         layers = sorted({*self.removable, *(i for c in self.named.values() for i in c.removed_layers)})
         ranks = sorted({*self.ranks, *(c.lora_rank for c in self.named.values())})
         bits: dict[str, BaseDistribution] = {f"{REMOVE}{i}": CategoricalDistribution([False, True]) for i in layers}
         most = max([self.repeats, *(c.repeat for c in self.named.values())])
         repeat: dict[str, BaseDistribution] = {"repeat": IntDistribution(0, most)} if most else {}
-        # an integer, not a category: Optuna lets a study's later trials have a wider range, but no further categories
+        # an integer, not a category: Optuna accepts a wider range in later trials of a study, but no further categories
         return bits | {"lora_rank": IntDistribution(0, max(ranks))} | repeat
+
+    def suggest(self, trial: optuna.Trial) -> Candidate:
+        """The trial's candidate, by the suggest calls of any Optuna objective. The study's sampler decides their values."""
+        params: dict[str, Any] = {}
+        for name, distribution in self.distributions.items():
+            if isinstance(distribution, IntDistribution):
+                params[name] = trial.suggest_int(name, distribution.low, distribution.high)
+            else:
+                params[name] = trial.suggest_categorical(name, [False, True])
+        return self.candidate(params)
 
     def params(self, candidate: Candidate) -> dict[str, Any]:
         """The candidate as Optuna's parameters."""
@@ -71,19 +84,24 @@ class SearchSpace:
         return Candidate(layers, int(params["lora_rank"]), int(params.get("repeat", 0)))
 
     def draw(self, rng: random.Random) -> Candidate:
-        """A random candidate: first how many layers go, then which. Sizes are equally likely, else small sets are rare."""
+        """A random candidate: first the number of removed layers, then the layers. All sizes are equally likely; otherwise
+        small sets would be rare.
+        """
         count = rng.randint(0, self.max_removed)
         return Candidate(tuple(rng.sample(self.removable, count)), rng.choice(self.ranks))
 
-    def repaired(self, candidate: Candidate, rng: random.Random) -> Candidate:
-        """The candidate with layers put back, at random, until it lies in the space; and the nearest rank."""
+    def clipped(self, candidate: Candidate, rng: random.Random) -> Candidate:
+        """The candidate moved into the space: random layers are put back until it is small enough, and the rank is the nearest
+        one.
+        """
         layers = [i for i in candidate.removed_layers if i in self.removable]
         rank = min(self.ranks, key=lambda r: abs(r - candidate.lora_rank))
         return Candidate(tuple(rng.sample(layers, min(len(layers), self.max_removed))), rank)
 
-    def everything(self) -> "list[Candidate]":
-        """The whole space, for when it is nearly used up. Raises OverflowError for a space too large to list."""
-        if self.size > 200_000:
-            raise OverflowError(f"{self.size} candidates are too many to list")
+    def everything(self) -> list[Candidate]:
+        """The whole space, small sets first. Raises StudyError for a space too large to list."""
+        if self.size > MOST_LISTED:
+            rule = f"the space must have at most {MOST_LISTED:,} candidates to be listed, got {self.size:,}"
+            raise StudyError([f"search: {rule}; lower search.max_removed, or choose another search.sampler than grid"])
         sets = [s for k in range(self.max_removed + 1) for s in combinations(self.removable, k)]
         return [Candidate(s, rank) for s in sets for rank in self.ranks]

@@ -1,64 +1,94 @@
-"""Where a study stands: what has become of each candidate, and what is due next."""
+"""How far a study has come: the latest trial of each candidate, and which candidates are pending."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from optuna.trial import FrozenTrial, TrialState
 
-from prunesearch.search.space import SearchSpace
+from prunesearch.search.space import REMOVE, SearchSpace
 from prunesearch.study.candidate import Candidate
+from prunesearch.study.errors import StudyError
 
-GIVEN_BACK = ("lost", "crashed", "handed back")  # by a worker: the candidate has no outcome yet
+RELEASED = ("lost", "crashed", "handed back")  # values of a trial's attribute `ended`: the candidate has no outcome yet
 
 
-def is_settled(trial: FrozenTrial) -> bool:
-    """Its candidate has an outcome: a result, an early end at a rung, or a failure of its own (not of its worker)."""
+@cache
+def _checked_key(key: str) -> str:
+    """The same key. Raises ValueError for a text that is no candidate's key: a key becomes the name of a folder."""
+    return Candidate.from_key(key).key
+
+
+def candidate_key(trial: FrozenTrial) -> str | None:
+    """The key of a trial's candidate; None for a trial that has no candidate yet, or that another program made.
+
+    A trial of ours carries it as an attribute. A trial of a plain Optuna loop carries parameters only. Raises StudyError for an
+    attribute that is no candidate's key.
+    """
+    stored = trial.user_attrs.get("candidate")
+    if stored is None:
+        ours = "lora_rank" in trial.params and any(name.startswith(REMOVE) for name in trial.params)
+        return SearchSpace.candidate(trial.params).key if ours else None
+    try:
+        return _checked_key(stored)
+    except (ValueError, TypeError) as error:
+        fix = f"correct or remove trial {trial.number} in the study's storage"
+        raise StudyError([f"trial {trial.number}, attribute candidate: {error}; {fix}"]) from None
+
+
+def is_finished(trial: FrozenTrial) -> bool:
+    """Whether its candidate has an outcome: a result, an early end at a rung, or a failure that is not its worker's.
+
+    A failed trial without the attribute `ended` comes from a plain Optuna loop: its objective raised an exception.
+    """
     if trial.state == TrialState.FAIL:
-        return trial.user_attrs.get("ended") == "failed"
+        return trial.user_attrs.get("ended", "failed") == "failed"
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
 class StudyProgress:
-    """What a study's trials come to. Read once and looked at often: a study may have ten thousand of them."""
+    """A summary of a study's trials, made in one pass and used for several questions: a study may have ten thousand trials."""
 
-    latest: dict[str, FrozenTrial]  # each candidate's, by its key; withdrawn ones left out
-    running: int  # trials
-    waiting: int  # trials that somebody has enqueued
+    latest: dict[str, FrozenTrial]  # by candidate key; withdrawn duplicates are left out
+    running: int  # number of trials
+    waiting: int  # number of enqueued trials
 
     @classmethod
     def of(cls, trials: Iterable[FrozenTrial]) -> "StudyProgress":
-        found: dict[str, FrozenTrial] = {}
+        """Raises StudyError for a trial whose attribute `candidate` is no candidate's key."""
+        latest: dict[str, FrozenTrial] = {}
         running = waiting = 0
         for trial in trials:
-            state, attrs = trial.state, trial.user_attrs
+            state = trial.state
             running += state == TrialState.RUNNING
             waiting += state == TrialState.WAITING
-            key = attrs.get("candidate")
-            if not key or (state == TrialState.FAIL and attrs.get("ended") in (None, "duplicate")):
+            key = candidate_key(trial)
+            if key is None or (state == TrialState.FAIL and trial.user_attrs.get("ended") == "duplicate"):
                 continue
-            if key not in found or found[key].number < trial.number:
-                found[key] = trial
-        return cls(found, running, waiting)
+            if key not in latest or latest[key].number < trial.number:
+                latest[key] = trial
+        return cls(latest, running, waiting)
 
     @cached_property
-    def settled(self) -> int:
-        """How many candidates have an outcome (a failure of their own is one), and are not being tried again."""
-        return sum(map(is_settled, self.latest.values()))
+    def finished(self) -> int:
+        """Number of candidates that have an outcome and are not being evaluated again."""
+        return sum(map(is_finished, self.latest.values()))
 
     @cached_property
     def taken(self) -> set[str]:
-        """The candidates that nobody else need evaluate."""
+        """Keys of the candidates that are finished, running or enqueued: nobody else needs to evaluate them."""
         there = (TrialState.RUNNING, TrialState.WAITING)
-        return {key for key, trial in self.latest.items() if trial.state in there or is_settled(trial)}
+        return {key for key, trial in self.latest.items() if trial.state in there or is_finished(trial)}
 
     @cached_property
-    def given_back(self) -> list[str]:
-        """The candidates whose workers were lost, or gave them back."""
-        return [key for key, t in self.latest.items() if t.state == TrialState.FAIL and t.user_attrs.get("ended") in GIVEN_BACK]
+    def released(self) -> list[str]:
+        """Keys of the candidates that a worker handed back, or whose worker died."""
+        return [key for key, t in self.latest.items() if t.state == TrialState.FAIL and t.user_attrs.get("ended") in RELEASED]
 
-    def due(self, space: SearchSpace) -> Candidate | None:
-        """What has to be evaluated before anything is proposed: what was given back, then the named ones."""
-        first = (*map(Candidate.from_key, self.given_back), *space.named.values())
+    def pending(self, space: SearchSpace) -> Candidate | None:
+        """The candidate to evaluate before anything is proposed: released ones first, then the named ones; None if there is
+        none.
+        """
+        first = (*map(Candidate.from_key, self.released), *space.named.values())
         return next((c for c in first if c.key not in self.taken), None)

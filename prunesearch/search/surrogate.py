@@ -1,9 +1,10 @@
-"""A Gaussian process over candidates: what a trained WER is likely to be, from the ones that were seen.
+"""A Gaussian process over candidates: it predicts the WER of a candidate from those that were trained.
 
-Layers do not add up: neighbours removed together may cost a fraction of one of them alone, and a pair more than its sum.
-So the prior is a sum of parts, each with a variance of its own that the data decide (by their marginal likelihood): single
-layers, pairs at any distance, neighbours, pairs one apart, the number of layers and the shape of their runs, the LoRA rank
-alone, with the number of layers and with each layer, what the scan foretells, and a smooth rest over the Hamming distance.
+The costs of layers do not add up: two neighbours removed together may cost a fraction of one of them alone, and a pair may cost
+more than its sum. So the prior is a sum of parts. Each part has a variance of its own, fitted to the data by marginal
+likelihood: single layers, pairs at any distance, neighbours, pairs one apart, the number of layers and the shape of their runs,
+the LoRA rank alone, with the number of layers and with each layer, the scan's prediction, and a smooth rest over the Hamming
+distance.
 
 Shapes: N candidates, L removable layers, K parts.
 """
@@ -13,18 +14,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.linalg
-from numpy.typing import NDArray
 
+from prunesearch.search.scan_costs import Array, layer_costs
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.importance import LayerSet
 
-Array = NDArray[np.float64]
-
 PARTS = ("one", "layers", "pairs", "neighbours", "one apart", "runs", "rank", "rank x size", "rank x layers", "scan", "rest")
-# before anything is seen: standard deviations of the standardised log WER that each part may explain
+# prior standard deviations of the standardised log WER, part by part
 EXPECTED = np.array([1.0, 0.4, 0.05, 0.15, 0.1, 0.4, 0.1, 0.05, 0.05, 0.5, 0.2])
 NOISE = 0.1
-SPREAD = 1.0  # how far, in natural logarithms of a variance, the data may easily pull one of them
+SPREAD = 1.0  # prior standard deviation of the natural logarithm of a variance
 FIT_STEPS, FIT_RATE = 60, 0.25
 REACH = 3.0  # Hamming distance over which the smooth rest falls to 1 / e
 
@@ -43,7 +42,9 @@ class Encoded:
 
 @dataclass
 class Surrogate:
-    """`layers` rise. Give it candidates and values; it predicts others. Values are what is modelled: log WER."""
+    """Fitted to candidates and their values (log WER), it predicts the values of other candidates. `layers` are in rising
+    order.
+    """
 
     layers: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -54,7 +55,7 @@ class Surrogate:
         rng = np.random.default_rng(0)
         width = len(self.layers)
         draws = [Candidate(tuple(rng.choice(self.layers, rng.integers(1, width), False).tolist())) for _ in range(256)]
-        raw = self._foretold(self._bits(draws))
+        raw = self._predicted_by_scan(self._bits(draws))
         self._scan_mean, self._scan_sd = raw.mean(0), raw.std(0) + 1e-12
 
     def _bits(self, candidates: Sequence[Candidate]) -> Array:
@@ -65,22 +66,17 @@ class Surrogate:
         return bits
 
     def _pairs(self, bits: Array, apart: int) -> Array:
-        """Whether both of two layers so far apart in the encoder are gone."""
+        """For each two layers so far apart in the encoder: whether both are removed."""
         place = {layer: k for k, layer in enumerate(self.layers)}
         both = [(place[i], place[i + apart]) for i in self.layers if i + apart in place]
         left, right = ([pair[side] for pair in both] for side in (0, 1))
         return bits[:, left] * bits[:, right]
 
-    def _foretold(self, bits: Array) -> Array:
+    def _predicted_by_scan(self, bits: Array) -> Array:
         """(N, 3): the scan's sum over layers, the same with pairs, and the logarithm of the latter; (N, 0) without a scan."""
-        if self.scan is None:
+        if not self.scan:
             return np.zeros((len(bits), 0))
-        single = np.array([self.scan.get((i,), 0.0) for i in self.layers])
-        beyond = np.zeros((len(self.layers),) * 2)
-        for a, i in enumerate(self.layers):
-            for b, j in enumerate(self.layers[a + 1 :], a + 1):
-                pair = self.scan.get((i, j))
-                beyond[a, b] = 0.0 if pair is None else pair - single[a] - single[b]
+        single, beyond = layer_costs(self.scan, self.layers)
         alone = bits @ single
         both = alone + np.einsum("na,ab,nb->n", bits, beyond, bits)
         scale = np.median(np.abs(single)) + 1e-12
@@ -91,14 +87,16 @@ class Surrogate:
         width = bits.shape[1]
         neighbours, one_apart = self._pairs(bits, 1), self._pairs(bits, 2)
         size = bits.sum(1)
-        encoder = np.zeros((len(bits), self.layers[-1] + 1))  # a layer that cannot go ends a run
+        encoder = np.zeros((len(bits), self.layers[-1] + 1))  # a layer that cannot be removed ends a run
         encoder[:, self.layers] = bits
         longest = _longest_runs(encoder)
         runs = np.stack([size, size**2 / width, longest, size - neighbours.sum(1)], 1) / (width / 2)
         lora = np.array([c.lora_rank for c in candidates], dtype=float)
         top = np.log2(1 + max(self.ranks)) or 1.0
         rank = np.stack([lora > 0, np.log2(1 + lora) / top], 1).astype(float)
-        return Encoded(bits, neighbours, one_apart, runs, rank, (self._foretold(bits) - self._scan_mean) / self._scan_sd)
+        return Encoded(
+            bits, neighbours, one_apart, runs, rank, (self._predicted_by_scan(bits) - self._scan_mean) / self._scan_sd
+        )
 
     @staticmethod
     def parts(a: Encoded, b: Encoded) -> Array:
@@ -126,7 +124,7 @@ class Surrogate:
         )
 
     def covariance(self, a: Encoded, b: Encoded) -> Array:
-        """(N, M): the parts' sum at this surrogate's variances, in few passes over (N, M)."""
+        """(N, M): the sum of the parts, weighted by the variances, in few passes over (N, M)."""
         v = dict(zip(PARTS, self.variances, strict=False))
         common = a.bits @ b.bits.T
         whole: Array = self._linear(a) @ self._linear(b).T
@@ -147,7 +145,7 @@ class Surrogate:
         return whole
 
     def _linear(self, a: Encoded) -> Array:
-        """(N, F): features whose products are the sum of the parts that are linear in something."""
+        """(N, F): features whose inner products are the sum of the linear parts."""
         v = dict(zip(PARTS, np.sqrt(self.variances), strict=False))
         size = a.bits.sum(1, keepdims=True) / (a.bits.shape[1] / 2)
         return np.hstack(
@@ -168,9 +166,9 @@ class Surrogate:
         return np.stack(rows)
 
     def fit(self, candidates: Sequence[Candidate], values: Array, extra: Array) -> None:
-        """Variances of the parts and of the noise that make the values likeliest, kept near what is expected of them.
+        """Find the variances of the parts and of the noise: those of highest posterior density, given the values.
 
-        `values` (N,); `extra` (N,) is a variance on top of the noise, for values that are known less well.
+        `values` (N,); `extra` (N,): variances in addition to the noise, for values that are known less precisely.
         """
         seen = self.encode(candidates)
         y, scale = _standardised(values)
@@ -191,7 +189,7 @@ class Surrogate:
         self.variances = np.exp(at)
 
     def given(self, candidates: Sequence[Candidate], values: Array, extra: Array) -> "Posterior":
-        """What is known after these values."""
+        """The posterior, given these values."""
         seen = self.encode(candidates)
         y, scale = _standardised(values)
         noise = self.variances[-1] + extra / scale**2 + 1e-6
@@ -202,7 +200,7 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Predictions after some values."""
+    """Predictions, given the values of some candidates."""
 
     surrogate: Surrogate
     seen: Encoded
@@ -213,11 +211,11 @@ class Posterior:
 
     @property
     def noise(self) -> float:
-        """Standard deviation between two trainings of the same system."""
+        """Standard deviation of the values of one system, over trainings from several seeds."""
         return self.scale * float(np.sqrt(self.surrogate.variances[-1]))
 
     def predict(self, candidates: Sequence[Candidate]) -> tuple[Array, Array]:
-        """Mean (N,) and standard deviation (N,) of the values, noise left out."""
+        """Mean (N,) and standard deviation (N,) of the values, without noise."""
         asked = self.surrogate.encode(candidates)
         variances = self.surrogate.variances[:-1]
         across = self.surrogate.covariance(asked, self.seen)

@@ -1,4 +1,4 @@
-"""Which utterances meet in which step: the same for every candidate of a study."""
+"""Which utterances form which batch: the same for every candidate of a study."""
 
 import random
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ MEGABATCH = 50  # batches whose utterances are sorted by length together: enough
 
 
 def plan_batches(lengths: Sequence[float], batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """`steps` batches of utterance indices, epoch after epoch, each epoch in a new order, neighbours in length together.
+    """`steps` batches of utterance indices. Each epoch has a new order; utterances of similar length share a batch.
 
-    An epoch's last batch may be smaller. Depends on nothing but the arguments.
+    An epoch's last batch may be smaller. The result depends on the arguments only.
     """
     plan: list[list[int]] = []
     epoch = 0
@@ -28,6 +28,6 @@ def plan_batches(lengths: Sequence[float], batch_size: int, steps: int, seed: in
 
 
 def by_length(lengths: Sequence[float], batch_size: int) -> list[list[int]]:
-    """Every index once, in batches of neighbours in length, the longest first (if memory runs out, it does so at once)."""
+    """Every index once, in batches of similar length, the longest first: if memory is too small, that shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,25 +1,26 @@
-"""The learning curve of a fine-tune, beside its record and, where the study says so, in TensorBoard, Trackio or W&B."""
+"""The learning curve of a fine-tune, beside its record and, if the study says so, in TensorBoard, Trackio or W&B."""
 
 import json
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
-
-from prunesearch.study.config import StudyConfig
-from prunesearch.study.errors import StudyError
+from prunesearch.training.context import TrainingContext
 from prunesearch.training.finetune import CurvePoint
+from prunesearch.training.tracker import tracker_for
 
 
 class LearningCurve:
-    """Appends points to `curve.jsonl` in the record's folder; the leader's of a team only."""
+    """Appends points to `curve.jsonl` in the record's folder, and tells them as progress; in the main process of a group only.
 
-    def __init__(self, folder: Path, config: StudyConfig, writes: bool):
+    `label`: the candidate's name in progress messages.
+    """
+
+    def __init__(self, folder: Path, context: TrainingContext, label: str, steps: int):
+        writes = context.group.is_main_process
         self._path = folder / "curve.jsonl" if writes else None
-        self._tracker = tracker_for(config, folder.name) if writes else None
+        self._tracker = tracker_for(context.config, folder.name) if writes else None
+        self._context, self._label, self._steps = context, label, steps
 
     def __enter__(self) -> "LearningCurve":
         if self._path:
@@ -29,25 +30,15 @@ class LearningCurve:
         return self
 
     def add(self, point: CurvePoint) -> None:
-        """A run that was killed and goes on from a checkpoint may write some of its points twice: the last one counts."""
+        """A run that was killed and goes on from a checkpoint may append some points twice: the last one counts."""
         if self._path:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(point)) + "\n")
+        pace = f"{point.tokens_per_second:,.0f} tokens/s"
+        self._context.main_progress(f"{self._label}, loss {point.loss:.2f}, {pace}", point.step, self._steps)
         if self._tracker:
             self._tracker.log({name: value for name, value in asdict(point).items() if name != "step"}, step=point.step)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._tracker:
             self._tracker.finish()
-
-
-def tracker_for(config: StudyConfig, run: str) -> Any | None:
-    """accelerate's tracker of the kind that the study names, not started yet. Raises StudyError when it is not installed."""
-    kind = config.training.tracker
-    if kind is None:
-        return None
-    if find_spec(kind) is None:
-        raise StudyError([f"training.tracker: the package {kind} is not installed: pip install {kind}"])
-    if kind == "tensorboard":
-        return TensorBoardTracker(run, config.run_folder / "tensorboard")
-    return (TrackioTracker if kind == "trackio" else WandBTracker)(config.name, name=run)

@@ -1,4 +1,4 @@
-"""Batched generation from audio embeddings, with a KV cache, scored against the references."""
+"""Batched generation from encoder states, with a KV cache, scored against the references."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.corpus import Utterance
 from prunesearch.speech.text import normalizer_for
 from prunesearch.speech.wer import score
-from prunesearch.study.config import DecodingConfig, StudyConfig
+from prunesearch.study.config import DecodingConfig, TextConfig
 from prunesearch.study.record import UtteranceResult
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import arithmetic
@@ -25,96 +25,95 @@ class _RowLimits(StoppingCriteria):
         self.limits = limits
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        rows = input_ids.shape[0] // self.limits.shape[0]  # beams
-        return input_ids.shape[1] >= self.limits.repeat_interleave(rows)
+        beams = input_ids.shape[0] // self.limits.shape[0]
+        return input_ids.shape[1] >= self.limits.repeat_interleave(beams)
 
 
 @dataclass(frozen=True)
-class Written:
-    """What the LLM made of one recording, and how many tokens it took, the end of sequence included."""
+class Hypothesis:
+    """What the LLM wrote for one recording, and the number of its tokens, end of sequence included."""
 
     text: str
     new_tokens: int
 
 
 def token_limit(seconds: float, decoding: DecodingConfig) -> int:
-    """How many tokens an utterance of so many seconds may have."""
+    """The most tokens that an utterance of so many seconds may have."""
     return min(decoding.max_tokens, int(seconds * decoding.tokens_per_second) + decoding.extra_tokens)
 
 
-def generate(
-    slam: SpeechLlm,
-    states: Tensor,
-    lengths: Tensor,
-    limits: Sequence[int],
-    decoding: DecodingConfig,
-    dtype: torch.dtype,
-    beams: int | None = None,
-) -> list[Written]:
-    """Encoder states (B, T, D), (B,) -> what the LLM writes, at most `limits` tokens each."""
-    device = states.device
-    most = torch.tensor(limits, device=device)
-    with arithmetic(device, dtype):
-        embeddings, mask = slam.prefix(states, lengths)
-        written = slam.model.generate(
-            inputs_embeds=embeddings.to(slam.llm.model.dtype),
-            attention_mask=mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=max(limits),
-                num_beams=beams or decoding.beams,
-                repetition_penalty=decoding.repetition_penalty,
-                do_sample=False,
-                eos_token_id=slam.llm.eos,
-                pad_token_id=slam.llm.pad,
-            ),
-            stopping_criteria=StoppingCriteriaList([_RowLimits(most)]),
-        )
-    texts = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
-    counts = [count_new_tokens(row, limit, slam.llm.eos) for row, limit in zip(written.tolist(), limits, strict=True)]
-    return [Written(text, count) for text, count in zip(texts, counts, strict=True)]
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes encoder states with one system. `beams`: None takes the number in `decoding`."""
+
+    slam: SpeechLlm
+    decoding: DecodingConfig
+    device: torch.device
+    dtype: torch.dtype
+    beams: int | None = None
+
+    @torch.inference_mode()
+    def generate(self, states: Tensor, lengths: Tensor, limits: Sequence[int]) -> list[Hypothesis]:
+        """Encoder states (B, T, D), lengths (B,) -> a hypothesis for each, of at most `limits` tokens."""
+        slam, decoding = self.slam, self.decoding
+        most = torch.tensor(limits, device=self.device)
+        with arithmetic(self.device, self.dtype):
+            embeddings, mask = slam.prefix(states, lengths)
+            written = slam.model.generate(
+                inputs_embeds=embeddings.to(slam.llm.model.dtype),
+                attention_mask=mask,
+                generation_config=GenerationConfig(
+                    max_new_tokens=max(limits),
+                    num_beams=self.beams or decoding.beams,
+                    repetition_penalty=decoding.repetition_penalty,
+                    do_sample=False,
+                    eos_token_id=slam.llm.eos,
+                    pad_token_id=slam.llm.pad,
+                ),
+                stopping_criteria=StoppingCriteriaList([_RowLimits(most)]),
+            )
+        texts = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
+        counts = [count_new_tokens(row, limit, slam.llm.eos) for row, limit in zip(written.tolist(), limits, strict=True)]
+        return [Hypothesis(text, count) for text, count in zip(texts, counts, strict=True)]
+
+    def decode(
+        self,
+        states: StateStore,
+        utterances: Sequence[Utterance],
+        indices: Sequence[int],
+        progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+    ) -> dict[int, Hypothesis]:
+        """A hypothesis for each of the utterances at `indices`. A batch that does not fit in memory is halved."""
+        found: dict[int, Hypothesis] = {}
+        batches = by_length([states.length(i) for i in indices], self.decoding.batch_size)
+        waiting = [[indices[row] for row in rows] for rows in batches]
+        while waiting:
+            batch = waiting.pop(0)
+            limits = [token_limit(utterances[i].seconds, self.decoding) for i in batch]
+            try:
+                hypotheses = self.generate(*states.batch(batch, self.device), limits)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+                continue
+            found |= zip(batch, hypotheses, strict=True)
+            progress("decoding", len(found), len(indices))
+        return found
 
 
 def count_new_tokens(row: Sequence[int], limit: int, eos: int) -> int:
-    """Of a row that ends with its end of sequence or at its limit; what stands behind that is padding."""
+    """The tokens of a row that ends with its end of sequence or at its limit; padding after that does not count."""
     return row.index(eos) + 1 if eos in row else min(limit, len(row))
 
 
-@torch.inference_mode()
-def transcribe(
-    slam: SpeechLlm,
-    states: StateStore,
-    utterances: Sequence[Utterance],
-    indices: Sequence[int],
-    config: StudyConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Callable[[str, int, int], None] = lambda what, done, of: None,
-    beams: int | None = None,
+def scored(
+    hypotheses: dict[int, Hypothesis], utterances: Sequence[Utterance], indices: Sequence[int], text: TextConfig
 ) -> list[UtteranceResult]:
-    """The utterances at `indices`, decoded with `beams` (default: the study's) and scored, in that order.
-
-    A batch that does not fit in memory is halved.
-    """
-    texts: dict[int, str] = {}
-    batches = by_length([states.length(i) for i in indices], config.decoding.batch_size)
-    due = [[indices[row] for row in rows] for rows in batches]
-
-    def decoded(batch: list[int]) -> list[Written]:
-        limits = [token_limit(utterances[i].seconds, config.decoding) for i in batch]
-        hidden, lengths = states.batch(batch, device)
-        return generate(slam, hidden, lengths, limits, config.decoding, dtype, beams)
-
-    while due:
-        batch = due.pop(0)
-        try:
-            hypotheses = decoded(batch)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-            due[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-            continue
-        for i, written in zip(batch, hypotheses, strict=True):
-            normalized = normalizer_for(config.text.normalizer_of(utterances[i].language), utterances[i].language)
-            texts[i] = normalized(written.text)
-        progress("decoding", len(texts), len(indices))
-    return [score(utterances[i], texts[i]) for i in indices]
+    """The normalised hypotheses beside their references, in the order of `indices`."""
+    results = []
+    for i in indices:
+        language = utterances[i].language
+        normalize = normalizer_for(text.normalizer_of(language), language)
+        results.append(score(utterances[i], normalize(hypotheses[i].text)))
+    return results

@@ -1,4 +1,4 @@
-"""Where and how precisely to compute."""
+"""The device to compute on, the precision, and the attention kernels."""
 
 import contextlib
 import platform
@@ -15,7 +15,7 @@ from prunesearch.study.errors import StudyError
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 where the GPU or the processor computes in it, else fp32. Raises StudyError for a bf16 that is not there."""
+    """bf16 if the GPU or the processor computes in it, else fp32. Raises StudyError for bf16 on a device without it."""
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported()
     else:
@@ -31,7 +31,9 @@ CUDA_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 
 @contextlib.contextmanager
 def arithmetic(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """bf16 arithmetic for trained weights that stay fp32, nothing where the dtype is fp32; and kernels that can be trusted."""
+    """Autocast to bf16 (trained weights stay fp32), unless the dtype is fp32; on a GPU, only attention kernels known to be
+    right.
+    """
     with contextlib.ExitStack() as stack:
         if dtype != torch.float32:
             stack.enter_context(torch.autocast(device.type, dtype))
@@ -41,7 +43,7 @@ def arithmetic(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def attention_for_training(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The kernels that a backward pass may go through. On a CPU, torch's flash attention takes longer than matrix products."""
+    """Attention kernels for a forward pass with gradients. On a CPU, torch's flash attention is slower than matrix products."""
     if device.type == "cuda":
         return sdpa_kernel(CUDA_ATTENTION)
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
@@ -58,13 +60,13 @@ def seed_everything(seed: int) -> None:
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """What was held at most is counted anew from here. Of a process, the system keeps one count that cannot be set back."""
+    """Reset the peak-memory counter of a GPU. The operating system's counter of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that a GPU's allocator has held since the peak was last forgotten, or, on a CPU, the process ever."""
+    """Peak memory: of a GPU's allocator since the last reset; on a CPU, of the process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,10 +1,11 @@
-"""The short fine-tune: projector and LoRA on cached encoder states."""
+"""The short fine-tune: projector and LoRA on cached encoder states, resumable at every step."""
 
 import io
 import math
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,20 @@ from prunesearch.training.process_group import ProcessGroup
 from prunesearch.training.states import Fetched, Prefetched, StateStore
 
 LOSS_EVERY = 10  # steps between two points of the recorded loss curve
-EXPLODED = 10.0  # times the loss of guessing among the whole vocabulary
+EXPLODED = 10.0  # times the loss of a guess among the whole vocabulary
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number, or beyond reason; the second argument says how far the fine-tune had come."""
+    """The loss at `step` is not finite, or more than ten times that of a guess; `value` is the loss at `noticed_at`."""
 
-
-class Pruned(Exception):
-    """A rung ended this fine-tune; the first argument says how far it had come."""
+    def __init__(self, step: int, value: float, noticed_at: int):
+        super().__init__(f"training diverged at step {step} (loss is {value:.6g} at step {noticed_at})")
+        self.step, self.value, self.noticed_at = step, value, noticed_at
 
 
 @dataclass
 class Budget:
-    """What every competitor gets alike: batches of utterance indices, peak learning rates, and the seed."""
+    """What all competitors get alike: batches of utterance indices, peak learning rates, and the seed."""
 
     batches: Sequence[Sequence[int]]
     learning_rate: float
@@ -47,21 +48,29 @@ class Budget:
         return len(self.batches)
 
 
+@dataclass(frozen=True)
+class TrainingSet:
+    """Encoder states of utterances and the tokens of their texts, by index in the corpus."""
+
+    states: StateStore
+    targets: Sequence[list[int]]
+
+
 @dataclass
-class Progressed:
-    """How far a fine-tune has come; what a checkpoint holds beside weights and optimiser."""
+class FineTuneProgress:
+    """How far a fine-tune has come; a checkpoint holds it beside weights and optimiser."""
 
     micro_batch: int
     step: int = 0
     seconds: float = 0.0
-    tokens: int = 0  # audio embeddings and text tokens that this process' LLM has read
+    tokens: int = 0  # audio embeddings and text tokens that this process's LLM has read
     losses: list[float] = field(default_factory=list)
-    rungs: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    rungs: list[tuple[int, dict[str, int]]] = field(default_factory=list)  # step, dev errors
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A point of the learning curve: loss in nats per token, the projector's learning rate, tokens a second, bytes."""
+    """A point of the learning curve: loss in nats per token, the projector's learning rate, tokens per second, bytes."""
 
     step: int
     loss: float
@@ -76,133 +85,175 @@ def trainable(slam: SpeechLlm) -> dict[str, torch.nn.Parameter]:
     return {**projector, **lora_parameters(slam.model)}
 
 
-def finetune(
-    slam: SpeechLlm,
-    states: StateStore,
-    targets: Sequence[list[int]],
-    budget: Budget,
-    config: TrainingConfig,
-    team: ProcessGroup,
-    dtype: torch.dtype,
-    checkpoint: Path | None = None,
-    rungs: dict[int, Callable[[Progressed], None]] | None = None,
-    on_step: Callable[[CurvePoint], None] | None = None,
-    check: Callable[[], None] = lambda: None,
-) -> Progressed:
-    """Train `slam` in place for the budget's steps, going on from `checkpoint` where there is one.
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """How a fine-tune computes. `on_point` is told every tenth step; `checkpoint`: None keeps none."""
 
-    `rungs` maps a step to what is done after it; it may raise Pruned. Every step draws its randomness from the seed
-    and its own number alone, so that a resumed fine-tune ends in the weights of an uninterrupted one. A batch that does
-    not fit in memory is halved into micro-batches, whose gradients add up to the batch's; the steps stay the same. `check` is
-    called after every step; when it, or a rung, raises Interrupted, a checkpoint is left.
-    Raises Diverged when the loss is not finite, or ten times that of a guess: at the next point of the curve, naming the step.
+    config: TrainingConfig
+    group: ProcessGroup
+    dtype: torch.dtype
+    checkpoint: Path | None = None
+    on_point: Callable[[CurvePoint], None] = lambda point: None
+
+
+class FineTune:
+    """Trains `slam` in place, step by step up to where `run_to` is told, starting from the checkpoint if there is one.
+
+    Each step draws its random numbers from the seed and its own number only, so that a resumed fine-tune ends in the weights of
+    an uninterrupted one. A batch that does not fit in memory is halved into micro-batches, whose gradients add up to the
+    batch's.
     """
-    weights = trainable(slam)
-    lora = [p for name, p in weights.items() if not name.startswith("projector.")]
-    projector = [p for name, p in weights.items() if name.startswith("projector.")]
-    groups = [{"params": projector, "peak": budget.learning_rate}, {"params": lora, "peak": budget.lora_learning_rate}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, weight_decay=config.weight_decay)
-    progressed = _resume(checkpoint, weights, optimizer) or Progressed(micro_batch=config.micro_batch or config.batch_size)
-    begin, saved = time.perf_counter() - progressed.seconds, time.perf_counter()
-    parameters = [*projector, *lora]
 
-    def train(on: bool) -> None:
-        slam.projector.train(on)
-        slam.model.train(on)
+    def __init__(self, slam: SpeechLlm, data: TrainingSet, budget: Budget, settings: FineTuneSettings):
+        self.slam, self.data, self.budget, self.settings = slam, data, budget, settings
+        self._weights = trainable(slam)
+        lora = [p for name, p in self._weights.items() if not name.startswith("projector.")]
+        projector = [p for name, p in self._weights.items() if name.startswith("projector.")]
+        self._parameters = [*projector, *lora]
+        groups = [{"params": projector, "peak": budget.learning_rate}, {"params": lora, "peak": budget.lora_learning_rate}]
+        decay = settings.config.weight_decay
+        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, weight_decay=decay)
+        micro_batch = settings.config.micro_batch or settings.config.batch_size
+        self.progress = self._resumed() or FineTuneProgress(micro_batch)
+        self._saved = time.perf_counter()
+        self._loss_limit = EXPLODED * math.log(slam.llm.model.get_input_embeddings().num_embeddings)
+        self._first_bad_step: Tensor | None = None  # on the device, so that the host need not wait for it at every step
 
-    beyond = EXPLODED * math.log(slam.llm.model.get_input_embeddings().num_embeddings)
-    wrong: Tensor | None = None  # on the device: nobody waits for it at every step
-    try:
-        if rungs and (step := progressed.step) in rungs and step not in (passed for passed, _ in progressed.rungs):
-            rungs[step](progressed)  # it was stopped in this one
-        train(True)
-        for step, fetched in Prefetched(states, budget.batches, progressed.step, team):
-            loss = _gradients(slam, fetched, targets, budget.seed * 1_000_003 + step, progressed, team, dtype, parameters)
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-            rate = schedule(step, budget.steps, config.warmup, config.final_learning_rate)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-            optimizer.step()
-            optimizer.zero_grad()
-            progressed.step = step + 1
-            progressed.seconds = time.perf_counter() - begin
-            progressed.tokens += sum(fetched.positions) // slam.projector.stack + sum(len(targets[i]) for i in fetched.share)
-            here = torch.where(loss < beyond, budget.steps, step)  # no comparison with NaN holds
-            wrong = here if wrong is None else torch.minimum(wrong, here)
-            if step % LOSS_EVERY == 0 or step + 1 == budget.steps:
-                value, first = team.total(loss.item()), team.least(int(wrong))
-                if first < budget.steps or not math.isfinite(value):
-                    raise Diverged(f"the loss left all reason at step {first + 1} ({value:.6g} at step {step + 1})", progressed)
-                progressed.losses.append(round(value, 6))
-                if on_step:
-                    pace = progressed.tokens / max(progressed.seconds, 1e-9)
-                    on_step(CurvePoint(step + 1, value, rate * budget.learning_rate, pace, peak_memory_bytes(team.device)))
-            if rungs and step + 1 in rungs:
-                train(False)
-                rungs[step + 1](progressed)
-                train(True)
-            check()  # before anything is written: another worker may have the trial by now
-            now = time.perf_counter()
-            if checkpoint and now - saved > config.checkpoint_seconds:
-                if team.leads:
-                    _save(checkpoint, weights, optimizer, progressed)
-                saved = now
-    except Interrupted:
-        if checkpoint and team.leads:
-            _save(checkpoint, weights, optimizer, progressed)
-        raise
-    train(False)
-    return progressed
+    def run_to(self, last: int) -> None:
+        """Train up to step `last`, or not at all if that step was reached before.
 
+        Raises Diverged at the next point of the curve; Interrupted or LeaseLost after a step, in all processes after the same
+        one; torch.OutOfMemoryError when one utterance at a time is too much.
+        """
+        group = self.settings.group
+        group.wait_for_all()
+        begin = time.perf_counter() - self.progress.seconds
+        self._train_mode(True)
+        for step, fetched in Prefetched(self.data.states, self.budget.batches[:last], self.progress.step, group):
+            self._step(step, fetched, begin)
+            group.check_step()  # before anything is written: another worker may have the trial by now
+            if time.perf_counter() - self._saved > self.settings.config.checkpoint_seconds:
+                self.save_checkpoint()
+        self._train_mode(False)
 
-def _gradients(
-    slam: SpeechLlm,
-    fetched: Fetched,
-    targets: Sequence[list[int]],
-    seed: int,
-    progressed: Progressed,
-    team: ProcessGroup,
-    dtype: torch.dtype,
-    parameters: Sequence[torch.nn.Parameter],
-) -> Tensor:
-    """Leave the whole batch's gradients in the parameters; returns this member's part of its mean loss per token.
-
-    Every member halves its micro-batch when one of them runs out of memory. When one utterance at a time is still too much,
-    activations are recomputed from then on.
-    """
-    tokens = sum(len(targets[i]) for i in fetched.batch)
-    while True:
-        seed_everything(seed + (team.rank << 40))
-        loss = torch.zeros((), device=team.device)
-        problem = None
+    @contextmanager
+    def checkpoint_when_interrupted(self) -> Iterator[None]:
+        """Within it, Interrupted leaves a checkpoint."""
         try:
-            for first in range(0, len(fetched.share), progressed.micro_batch):
-                rows = slice(first, first + progressed.micro_batch)
-                hidden, lengths = fetched.rows(rows)
-                with attention_for_training(team.device):  # backwards too: what is recomputed must be computed alike
-                    with arithmetic(team.device, dtype):
-                        part = slam.loss_sum(hidden, lengths, [targets[i] for i in fetched.share[rows]]) / tokens
-                    part.backward()
-                loss = loss + part.detach()
-        except torch.OutOfMemoryError as error:
-            problem = error.with_traceback(None)  # the traceback's frames hold tensors
-        if not (team.total(problem is not None) if team.size > 1 else problem):
-            team.sum_gradients(parameters)
-            return loss
-        if progressed.micro_batch > 1:
-            progressed.micro_batch = (min(progressed.micro_batch, len(fetched.share)) + 1) // 2
-        elif not recomputes_activations(slam.llm.model):
-            recompute_activations(slam.llm.model)  # slower, with the same gradients
+            yield
+        except Interrupted:
+            self.save_checkpoint()
+            raise
+
+    def _train_mode(self, on: bool) -> None:
+        self.slam.projector.train(on)
+        self.slam.model.train(on)
+
+    def _step(self, step: int, fetched: Fetched, begin: float) -> None:
+        config, budget, progress = self.settings.config, self.budget, self.progress
+        loss = self._gradients(fetched, seed=budget.seed * 1_000_003 + step)
+        torch.nn.utils.clip_grad_norm_(self._parameters, config.clip)
+        rate = schedule(step, budget.steps, config.warmup, config.final_learning_rate)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        progress.step = step + 1
+        progress.seconds = time.perf_counter() - begin
+        texts = sum(len(self.data.targets[i]) for i in fetched.shard)
+        progress.tokens += sum(fetched.positions) // self.slam.projector.stack + texts
+        here = torch.where(loss < self._loss_limit, budget.steps, step)  # NaN compares false
+        self._first_bad_step = here if self._first_bad_step is None else torch.minimum(self._first_bad_step, here)
+        if step % LOSS_EVERY == 0 or step + 1 == budget.steps:
+            self._add_point(step, loss, rate)
+
+    def _add_point(self, step: int, loss: Tensor, rate: float) -> None:
+        group, progress = self.settings.group, self.progress
+        assert self._first_bad_step is not None
+        value, first_bad = group.total(loss.item()), group.least(int(self._first_bad_step))
+        if first_bad < self.budget.steps or not math.isfinite(value):
+            raise Diverged(first_bad + 1, value, step + 1)
+        progress.losses.append(round(value, 6))
+        pace = progress.tokens / max(progress.seconds, 1e-9)
+        memory = peak_memory_bytes(group.device)
+        self.settings.on_point(CurvePoint(step + 1, value, rate * self.budget.learning_rate, pace, memory))
+
+    def _gradients(self, fetched: Fetched, seed: int) -> Tensor:
+        """Leave the whole batch's gradients in the parameters; returns this process's part of the mean loss per token.
+
+        When one process runs out of memory, all of them halve their micro-batch. When one utterance at a time is still too
+        much, activations are recomputed from then on.
+        """
+        group, progress = self.settings.group, self.progress
+        while True:
+            problem = None
+            loss = torch.zeros((), device=group.device)
+            seed_everything(seed + (group.rank << 40))
+            try:
+                for first in range(0, len(fetched.shard), progress.micro_batch):
+                    loss = loss + self._backward(fetched, slice(first, first + progress.micro_batch))
+            except torch.OutOfMemoryError as error:
+                problem = error.with_traceback(None)  # the traceback's frames hold tensors
+            if not group.any(problem is not None):
+                group.sum_gradients(self._parameters)
+                return loss
+            self._save_memory(problem, len(fetched.shard))
+
+    def _backward(self, fetched: Fetched, rows: slice) -> Tensor:
+        group, targets = self.settings.group, self.data.targets
+        hidden, lengths = fetched.rows(rows)
+        texts = [targets[i] for i in fetched.shard[rows]]
+        with attention_for_training(group.device):  # backwards too: recomputed activations must be computed alike
+            with arithmetic(group.device, self.settings.dtype):
+                part = self.slam.loss_sum(hidden, lengths, texts) / sum(len(targets[i]) for i in fetched.batch)
+            part.backward()
+        return part.detach()
+
+    def _save_memory(self, problem: torch.OutOfMemoryError | None, shard: int) -> None:
+        """Make the next attempt at a step smaller. Raises torch.OutOfMemoryError when nothing is left to try."""
+        progress, model = self.progress, self.slam.llm.model
+        if progress.micro_batch > 1:
+            progress.micro_batch = (min(progress.micro_batch, shard) + 1) // 2
+        elif not recomputes_activations(model):
+            recompute_activations(model)  # slower, with the same gradients
         else:
-            raise problem or torch.OutOfMemoryError("another process of the team ran out of memory")
-        for p in parameters:
+            raise problem or torch.OutOfMemoryError("another process of the group ran out of memory")
+        for p in self._parameters:
             p.grad = None
-        if team.device.type == "cuda":
+        if self.settings.group.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def save_checkpoint(self) -> None:
+        """The main process writes weights, optimiser and progress, whole or not at all."""
+        self._saved = time.perf_counter()
+        path = self.settings.checkpoint
+        if path is None or not self.settings.group.is_main_process:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content: dict[str, Any] = {
+            "weights": {name: p.detach() for name, p in self._weights.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "progressed": vars(self.progress),
+        }
+        buffer = io.BytesIO()  # torch would turn a full disk into a RuntimeError
+        torch.save(content, buffer)
+        write_atomically(path, buffer.getbuffer())
+
+    def _resumed(self) -> FineTuneProgress | None:
+        path = self.settings.checkpoint
+        if path is None or not path.exists():
+            return None
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError):  # damaged, by a loss of power for example: start again
+            return None
+        restore(self._weights, content["weights"])
+        self._optimizer.load_state_dict(content["optimizer"])
+        return FineTuneProgress(**content["progressed"])
 
 
 def schedule(step: int, steps: int, warmup: float, final: float) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to `final`."""
+    """Fraction of the peak learning rate: linear warm-up, then a cosine down to `final`."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
@@ -210,34 +261,10 @@ def schedule(step: int, steps: int, warmup: float, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _save(path: Path, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, progressed: Progressed) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole: dict[str, Any] = {
-        "weights": {name: p.detach() for name, p in weights.items()},
-        "optimizer": optimizer.state_dict(),
-        "progressed": vars(progressed),
-    }
-    buffer = io.BytesIO()  # torch would call a full disk a RuntimeError
-    torch.save(whole, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
-def _resume(path: Path | None, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Progressed | None:
-    if path is None or not path.exists():
-        return None
-    try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):  # spoilt, by a loss of power perhaps: begin anew
-        return None
-    restore(weights, whole["weights"])
-    optimizer.load_state_dict(whole["optimizer"])
-    return Progressed(**whole["progressed"])
-
-
 @torch.no_grad()
 def restore(weights: dict[str, torch.nn.Parameter], saved: dict[str, Tensor]) -> None:
-    """Copy saved values into the weights. Raises KeyError when the names are not the same."""
-    if missing := weights.keys() ^ saved.keys():
-        raise KeyError(f"these weights are not of this candidate: {sorted(missing)[:3]}")
+    """Copy saved values into the weights. Raises KeyError when the names differ."""
+    if different := weights.keys() ^ saved.keys():
+        raise KeyError(f"these weights belong to another candidate: {sorted(different)[:3]}")
     for name, parameter in weights.items():
         parameter.copy_(saved[name])

@@ -1,7 +1,7 @@
-"""The importance scan: the anchor's system with layers removed, and nothing trained.
+"""The importance scan: what the anchor's system loses when layers are removed and nothing is trained.
 
-Sets of layers form a tree. The states that sets have in common are computed once, and all sets that are alive at a layer
-go through it as one batch. Shapes: B batch, T positions, D width, A audio embeddings.
+Layer sets form a tree. States that several sets have in common are computed once, and all sets that are alive at a layer go
+through it as one batch. Shapes: B batch, T positions, D width, A audio embeddings.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,23 @@ from prunesearch.study.importance import (
 )
 from prunesearch.study.interrupt import locked
 from prunesearch.study.record import SplitResult, write_atomically
+from prunesearch.training.anchor import anchor_weights, train_anchor
 from prunesearch.training.batches import by_length
 from prunesearch.training.context import TrainingContext
-from prunesearch.training.decode import transcribe
 from prunesearch.training.device import arithmetic
 
 ROWS = 128  # sequences that go through a layer at once
-BATCH = 16  # utterances, if the end states of all sets fit
-END_STATES = 2 * 2**30  # bytes that they may take
-CKA_POSITIONS = 2048  # of a batch, at most: the Gram matrices are squares of this
+BATCH = 16  # utterances, if the end states of all sets fit into END_STATES bytes
+END_STATES = 2 * 2**30
+CKA_POSITIONS = 2048  # positions of a batch that are compared, at most: the Gram matrices have this size squared
 
 
 class _Sums(BaseModel):
-    """What batches have added up to, by set or by layer; kept on disk, so that a killed scan goes on."""
+    """Sums over batches, by set or by layer; kept on disk, so that a killed scan can be continued."""
 
     batches: int = 0
     seconds: float = 0.0
-    drift: dict[str, float] = {}  # squared error of the projector's output; the whole output's own under ""
+    drift: dict[str, float] = {}  # squared error of the projector's output
     reference: float = 0.0
     loss: dict[str, float] = {}
     tokens: int = 0
@@ -70,57 +71,51 @@ def _key(layers: LayerSet) -> str:
     return ",".join(map(str, layers))
 
 
-def scan(
-    workshop: TrainingContext,
-    most: int = 2,
-    utterances: int = 64,
-    loss_sets: int = 128,
-    with_wer: bool = False,
-    check: bool = False,
-) -> Scan:
-    """Score every set of at most `most` removable layers on `utterances` of dev, going on where a killed scan stopped.
-
-    The loss is measured for single layers, and for the `loss_sets` larger sets of least projector drift; `with_wer` decodes
-    for single layers; `check` runs every set by itself as well, compares, and takes the time of both. A scan that is
-    finished is not repeated. The result lies in `scan/scan.json` in the study's run folder.
+@dataclass(frozen=True)
+class ScanSettings:
+    """`most`: layers in a set, at most. `utterances`: of dev. `loss_sets`: number of larger sets whose loss is measured (those
+    with the least projector drift). `with_wer`: also decode without each single layer. `check`: also run each set on its own,
+    compare, and time both ways.
     """
-    folder = workshop.config.run_folder / "scan"
+
+    most: int = 2
+    utterances: int = 64
+    loss_sets: int = 128
+    with_wer: bool = False
+    check: bool = False
+
+
+def importance_scan(context: TrainingContext, settings: ScanSettings | None = None) -> Scan:
+    """Score every set of at most `most` removable layers, continuing where a killed scan stopped.
+
+    A finished scan is not repeated. The result is in `scan/scan.json` in the study's run folder.
+    """
+    folder = context.config.run_folder / "scan"
     folder.mkdir(parents=True, exist_ok=True)
-    weights = workshop.anchor_weights if workshop.anchor_weights.exists() else workshop.anchor()
-    with locked(folder / "lock", workshop.check):  # the other workers of the study wait, and find it finished
-        return _scan(workshop, folder, weights, most, utterances, loss_sets, with_wer, check)
+    weights = anchor_weights(context) if anchor_weights(context).exists() else train_anchor(context)
+    with locked(folder / "lock", context.group.check_anywhere):  # the study's other workers wait, and find it finished
+        return _scan(context, folder, weights, settings or ScanSettings())
 
 
-def _scan(
-    workshop: TrainingContext,
-    folder: Path,
-    weights: Path,
-    most: int,
-    utterances: int,
-    loss_sets: int,
-    with_wer: bool,
-    check: bool,
-) -> Scan:
+def _scan(context: TrainingContext, folder: Path, weights: Path, settings: ScanSettings) -> Scan:
     anchor = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
-    removable = workshop.config.removable(workshop.depth)
-    dev = [(u.id, u.target, version_of(u.audio)) for u in workshop.corpora["dev"]]
-    settings = [workshop.config.fingerprint(), anchor, dev, removable, most, utterances, loss_sets, with_wer, check]
-    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    removable = context.config.removable(context.depth)
+    name = _scan_name(context, anchor, settings)
     if finished := read_scan(folder / f"{name}.json"):
         write_scan(folder / "scan.json", finished)
         return finished
-    sets = family(removable, most)
-    scanner = _Scanner(workshop, weights, utterances, len(sets))
+    sets = family(removable, settings.most)
+    scanner = Scanner(context, weights, settings.utterances, len(sets))
 
     small = [s for s in sets if len(s) < 2]
-    everything = len(sets) - len(small) <= loss_sets
-    sums = scanner.run(folder / f"{name}.first", sets, set(sets if everything else small))
-    if not everything:  # the LLM is asked about the most promising ones only
-        best = sorted((s for s in sets if len(s) > 1), key=lambda s: sums.drift[_key(s)])[:loss_sets]
+    all_losses = len(sets) - len(small) <= settings.loss_sets
+    sums = scanner.run(folder / f"{name}.first", sets, set(sets if all_losses else small))
+    if not all_losses:  # the LLM is slow: only the most promising sets go through it
+        best = sorted((s for s in sets if len(s) > 1), key=lambda s: sums.drift[_key(s)])[: settings.loss_sets]
         sums.loss |= scanner.run(folder / f"{name}.second", [(), *best], set(best), statistics=False).loss
-    counted = evaluations(sets, scanner.first, workshop.depth)
-    wer = scanner.wer(small) if with_wer else {}
-    if check:
+    counted = evaluations(sets, scanner.first, context.depth)
+    wer = scanner.wer(small) if settings.with_wer else {}
+    if settings.check:
         counted = counted.model_copy(update=scanner.compare(sets))
     result = scanner.result(sums, sets, wer, counted, anchor)
     write_scan(folder / f"{name}.json", result)
@@ -130,43 +125,52 @@ def _scan(
     return result
 
 
-class _Scanner:
-    """The study's dev subset, and the anchor's system."""
+def _scan_name(context: TrainingContext, anchor: str, settings: ScanSettings) -> str:
+    """A name for everything that a scan's result depends on."""
+    dev = [(u.id, u.target, version_of(u.audio)) for u in context.corpora["dev"]]
+    removable = context.config.removable(context.depth)
+    everything = [context.config.fingerprint(), context.model_digests, anchor, dev, removable, asdict(settings)]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
 
-    def __init__(self, workshop: TrainingContext, anchor: Path, utterances: int, sets: int):
-        self.workshop = workshop
-        self.first = workshop.shared_depth
-        self.prefix = workshop.prefix("dev")
-        corpus = workshop.corpora["dev"]
-        chosen = sorted(random.Random(workshop.config.seed).sample(range(len(corpus)), min(utterances, len(corpus))))
+
+class Scanner:
+    """A subset of dev, and the anchor's system."""
+
+    def __init__(self, context: TrainingContext, anchor: Path, utterances: int, sets: int):
+        self.context = context
+        self.first = context.shared_depth
+        self.prefix = context.prefix("dev")
+        corpus = context.corpora["dev"]
+        chosen = sorted(random.Random(context.config.seed).sample(range(len(corpus)), min(utterances, len(corpus))))
         self.chosen = chosen
         longest = max(self.prefix.length(i) for i in chosen)
         one = sets * longest * self.prefix.values.shape[1] * self.prefix.values.element_size()
         batch = max(1, min(BATCH, END_STATES // one))
         self.batches = [[chosen[j] for j in b] for b in by_length([self.prefix.length(i) for i in chosen], batch)]
-        self.texts = {i: workshop.llm.tokens(corpus[i].target) for i in chosen}
-        projector = workshop.fresh_projector()
+        self.texts = {i: context.llm.tokens(corpus[i].target) for i in chosen}
+        projector = context.fresh_projector()
         projector.load_state_dict(load_file(anchor))
-        self.slam = SpeechLlm(projector.eval(), workshop.llm, workshop.llm.model)
+        self.slam = SpeechLlm(projector.eval(), context.llm, context.llm.model)
 
     def layer(self, states: Sequence[Tensor], lengths: Tensor, layer: int) -> list[Tensor]:
-        """One layer on several sets' states (each (B, T, D)), as few batches."""
+        """One layer applied to the states of several sets (each (B, T, D)), in few batches."""
         batch = states[0].shape[0]
         step, out = max(1, ROWS // batch), []
         for begin in range(0, len(states), step):
             part = torch.cat(list(states[begin : begin + step]))
-            ran = run_layers(self.workshop.encoder, part, lengths.repeat(len(part) // batch), layer, layer + 1)
+            ran = run_layers(self.context.encoder, part, lengths.repeat(len(part) // batch), layer, layer + 1)
             out.extend(ran.split(batch))
         return out
 
     def tree(self, hidden: Tensor, lengths: Tensor, sets: Sequence[LayerSet]) -> Iterator[tuple[LayerSet, Tensor, bool]]:
-        """Yields each set's states behind the last layer, and before it the unpruned ones before and behind each layer.
+        """Yields the unpruned states before each layer and after the last one (with False), then each set's final states
+        (True).
 
-        The last item tells the two apart: True for a set's end. Nodes of the tree are dropped once nothing follows them.
+        A node of the tree is dropped once no set continues from it.
         """
         until = prefixes(sets)
         alive: dict[LayerSet, Tensor] = {(): hidden}
-        depth = self.workshop.depth
+        depth = self.context.depth
         for layer in range(self.first, depth):
             yield (), alive[()], False
             branches = {(*node, layer): states for node, states in alive.items() if (*node, layer) in until}
@@ -179,15 +183,15 @@ class _Scanner:
 
     def projected(self, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states (B, T, D) and the projector's output (B, A, D), zero beyond an utterance's end."""
-        states = self.workshop.encoder.layer_norm(hidden)
+        states = self.context.encoder.layer_norm(hidden)
         audio, audio_lengths = self.slam.projector(states, lengths)
         inside = torch.arange(audio.shape[1], device=audio.device) < audio_lengths[:, None]
         return states, audio.float() * inside[..., None]
 
     @torch.inference_mode()
     def run(self, path: Path, sets: Sequence[LayerSet], with_loss: set[LayerSet], statistics: bool = True) -> _Sums:
-        """All batches, from where the file says that an earlier run has come."""
-        workshop = self.workshop
+        """All batches that an earlier run, whose sums are in the file, has not done yet."""
+        context = self.context
         sums = _Sums.model_validate_json(path.read_text()) if path.exists() else _Sums()
         for done, indices in list(enumerate(self.batches))[sums.batches :]:
             begin = time.perf_counter()
@@ -195,17 +199,17 @@ class _Scanner:
             sums.batches = done + 1
             sums.seconds += time.perf_counter() - begin
             write_atomically(path, sums.model_dump_json())
-            workshop.progress("scanning", done + 1, len(self.batches))
+            context.progress("scanning", done + 1, len(self.batches))
         return sums
 
     def _batch(
         self, indices: list[int], sets: Sequence[LayerSet], with_loss: set[LayerSet], statistics: bool, sums: _Sums
     ) -> None:
-        hidden, lengths = self.prefix.batch(indices, self.workshop.device)
+        hidden, lengths = self.prefix.batch(indices, self.context.device)
         texts = [self.texts[i] for i in indices]
         path: list[Tensor] = []
         whole = None
-        with arithmetic(self.workshop.device, self.workshop.dtype):
+        with arithmetic(self.context.device, self.context.dtype):
             for node, states, is_end in self.tree(hidden, lengths, sets):
                 if not is_end:
                     path.append(states)
@@ -222,7 +226,7 @@ class _Scanner:
             self._statistics(path, lengths, sums)
 
     def _statistics(self, path: Sequence[Tensor], lengths: Tensor, sums: _Sums) -> None:
-        """What the layers of the unpruned encoder do to their input."""
+        """Statistics of what the layers of the unpruned encoder do to their input."""
         inside = torch.arange(path[0].shape[1], device=lengths.device) < lengths[:, None]
         flat = [states[inside].float() for states in path]  # (positions, D) before the first layer, between, and behind
         sums.positions += len(flat[0])
@@ -236,33 +240,31 @@ class _Scanner:
         before = None
         for i, states in enumerate(flat):
             sums.add("size", i, states.square().sum().item())
-            gram = _gram(states[::every])
-            sums.add("hsic", f"{i}-{i}", _hsic(gram, gram))
+            gram = gram_matrix(states[::every])
+            sums.add("hsic", f"{i}-{i}", unbiased_hsic(gram, gram))
             if before is not None:
-                sums.add("hsic", f"{i - 1}-{i}", _hsic(before, gram))
+                sums.add("hsic", f"{i - 1}-{i}", unbiased_hsic(before, gram))
             before = gram
 
     def wer(self, sets: Sequence[LayerSet]) -> dict[LayerSet, float]:
-        """Dev WER of the subset, decoded."""
-        workshop, found = self.workshop, {}
+        """Dev WER without the sets' layers, on the subset."""
+        context, found = self.context, {}
         for done, layers in enumerate(sets):
-            states = workshop.encoded(workshop.pruned_encoder(Candidate(layers)), "dev", self.chosen)
-            results = transcribe(
-                self.slam, states, workshop.corpora["dev"], self.chosen, workshop.config, workshop.device, workshop.dtype
-            )
+            states = context.encoded(context.pruned_encoder(Candidate(layers)), "dev", self.chosen)
+            results = context.decode(self.slam, "dev", states, self.chosen)
             found[layers] = SplitResult.of(results).errors.wer
-            workshop.progress("decoding without a layer", done + 1, len(sets))
+            context.progress("decoding without a layer", done + 1, len(sets))
         return found
 
     @torch.inference_mode()
     def compare(self, sets: Sequence[LayerSet]) -> dict[str, float]:
-        """Seconds of the encoder as a tree, and set by set, in turns over the batches.
+        """Seconds of the encoder for all sets as a tree and set by set, in turns for each batch.
 
-        Raises AssertionError when the two do not agree.
+        Raises AssertionError when the results differ.
         """
-        workshop, seconds = self.workshop, {"tree_seconds": 0.0, "one_by_one_seconds": 0.0}
+        context, seconds = self.context, {"tree_seconds": 0.0, "one_by_one_seconds": 0.0}
 
-        encoders = {s: workshop.pruned_encoder(Candidate(s)) for s in sets}
+        encoders = {s: context.pruned_encoder(Candidate(s)) for s in sets}
 
         def one_by_one(hidden: Tensor, lengths: Tensor) -> dict[LayerSet, Tensor]:
             return {s: run_layers(encoder, hidden, lengths, self.first) for s, encoder in encoders.items()}
@@ -271,22 +273,22 @@ class _Scanner:
             return {node: states for node, states, is_end in self.tree(hidden, lengths, sets) if is_end}
 
         for done, indices in enumerate(self.batches):
-            hidden, lengths = self.prefix.batch(indices, workshop.device)
-            with arithmetic(workshop.device, workshop.dtype):
+            hidden, lengths = self.prefix.batch(indices, context.device)
+            with arithmetic(context.device, context.dtype):
                 found = [
                     self._timed(f, k, seconds, hidden, lengths) for f, k in zip((as_tree, one_by_one), seconds, strict=True)
                 ]
             for layers, states in found[0].items():
                 difference = (states - found[1][layers]).norm() / states.norm()
-                assert difference < (1e-4 if workshop.dtype == torch.float32 else 5e-2), (layers, difference)
-            workshop.progress("comparing with one set at a time", done + 1, len(self.batches))
+                assert difference < (1e-4 if context.dtype == torch.float32 else 5e-2), (layers, difference)
+            context.progress("comparing with one set at a time", done + 1, len(self.batches))
         return seconds
 
     def _timed(self, run: Callable[..., Any], name: str, seconds: dict[str, float], *inputs: Tensor) -> Any:
         begin = time.perf_counter()
         out = run(*inputs)
-        if self.workshop.device.type == "cuda":
-            torch.cuda.synchronize(self.workshop.device)
+        if self.context.device.type == "cuda":
+            torch.cuda.synchronize(self.context.device)
         seconds[name] += time.perf_counter() - begin
         return out
 
@@ -294,9 +296,9 @@ class _Scanner:
         self, sums: _Sums, sets: Sequence[LayerSet], wer: dict[LayerSet, float], counted: Evaluations, anchor: str
     ) -> Scan:
         """Sums -> means."""
-        workshop = self.workshop
+        context = self.context
         unpruned_loss = sums.loss[""] / sums.tokens
-        depth = workshop.depth - self.first  # of the part that was looked at
+        depth = context.depth - self.first  # of the part that was looked at
 
         def scored(layers: LayerSet) -> SetScore:
             key = _key(layers)
@@ -312,10 +314,10 @@ class _Scanner:
             return cross / (own * other) ** 0.5
 
         return Scan(
-            study=workshop.config.name,
+            study=context.config.name,
             anchor=anchor,
-            encoder_layers=workshop.depth,
-            removable=workshop.config.removable(workshop.depth),
+            encoder_layers=context.depth,
+            removable=context.config.removable(context.depth),
             utterances=len(self.chosen),
             unpruned_loss=unpruned_loss,
             unpruned_wer=wer.get(()),
@@ -338,13 +340,13 @@ class _Scanner:
         )
 
 
-def _gram(features: Tensor) -> Tensor:
+def gram_matrix(features: Tensor) -> Tensor:
     """(n, D) -> linear Gram matrix (n, n) of the centred features, its diagonal zero."""
     features = features - features.mean(0)
     return (features @ features.T).fill_diagonal_(0)
 
 
-def _hsic(a: Tensor, b: Tensor) -> float:
+def unbiased_hsic(a: Tensor, b: Tensor) -> float:
     """The unbiased Hilbert-Schmidt independence criterion of two Gram matrices without diagonals (Song et al. 2012)."""
     n = len(a)
     a, b = a.double(), b.double()

@@ -1,13 +1,16 @@
-"""From a candidate to its record, top to bottom: prune, encode, fine-tune, decode, score."""
+"""From a candidate to its record, top to bottom: prepare, fine-tune, score, write."""
 
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -19,6 +22,7 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.interrupt import LeaseLost
 from prunesearch.study.record import (
+    Parameters,
     RunCost,
     Rung,
     RunRecord,
@@ -29,183 +33,250 @@ from prunesearch.study.record import (
     write_record,
     write_utterances,
 )
-from prunesearch.training.context import TrainingContext, save_weights
+from prunesearch.training.anchor import starting_projector
+from prunesearch.training.context import TrainingContext, write_tensors
 from prunesearch.training.curve import LearningCurve
-from prunesearch.training.decode import transcribe
 from prunesearch.training.device import device_name, forget_peak_memory, peak_memory_bytes
-from prunesearch.training.finetune import CurvePoint, Diverged, Progressed, Pruned, finetune, restore, trainable
+from prunesearch.training.finetune import (
+    Diverged,
+    FineTune,
+    FineTuneProgress,
+    FineTuneSettings,
+    TrainingSet,
+    restore,
+    trainable,
+)
+from prunesearch.training.states import StateStore
 
-OnRung = Callable[[int, WordErrors], bool]  # step, dev errors -> whether to stop here
+
+class TrialMonitor(Protocol):
+    """What a trial of a study is asked while its candidate is evaluated; only the main process asks."""
+
+    @property
+    def name(self) -> str | None:
+        """The candidate's name, if it is a baseline."""
+
+    def ends_at_rung(self, step: int, errors: WordErrors) -> bool:
+        """Whether to end the trial with these dev errors after `step` steps. Raises LeaseLost."""
+
+    def confirm(self) -> None:
+        """Raises LeaseLost if another worker has the trial by now."""
 
 
-def _keep_going(step: int, errors: WordErrors) -> bool:
-    return False
+@dataclass(frozen=True)
+class Unmonitored:
+    """For a candidate that is evaluated outside a study: it never ends early."""
+
+    name: str | None = None
+
+    def ends_at_rung(self, step: int, errors: WordErrors) -> bool:
+        return False
+
+    def confirm(self) -> None:
+        pass
 
 
-def _nobody_else() -> None:
-    pass
+@dataclass(frozen=True)
+class Prepared:
+    """A candidate's system, ready to be trained, and the encoder states that it is trained and scored on."""
+
+    candidate: Candidate
+    slam: SpeechLlm
+    parameters: Parameters
+    train: StateStore
+    dev: StateStore | None  # of the main process, which decodes
+    encode_seconds: float
 
 
-def evaluate(
-    workshop: TrainingContext,
-    candidate: Candidate,
-    name: str | None = None,
-    on_rung: OnRung = _keep_going,
-    make_sure: Callable[[], None] = _nobody_else,
-) -> RunRecord:
-    """Train and score a candidate under the study's budget, and write its record, utterances, curve and weights.
+@dataclass
+class Run:
+    """What becomes of a fine-tune, filled in as it goes."""
 
-    A candidate that has a record already is not trained again; one that was killed goes on from its checkpoint.
-    A run whose loss is no longer finite is recorded as failed; one that `on_rung` stops, as pruned. Every process of a
-    team calls this; the leader decodes, decides and writes. `make_sure` is called before the outcome is written, and raises
-    LeaseLost where another worker has the candidate by now; of two outcomes, the first that is written stays.
+    progress: FineTuneProgress
+    state: Literal["complete", "pruned", "failed"] = "complete"
+    reason: str | None = None
+    dev: SplitResult | None = None  # of the last decoding
+    decode_seconds: float = 0.0
+
+    def fail_for_memory(self, error: torch.OutOfMemoryError) -> None:
+        self.state = "failed"
+        self.reason = f"out of memory with one utterance at a time ({str(error).splitlines()[0]})"
+
+
+def train_and_score(context: TrainingContext, candidate: Candidate, monitor: TrialMonitor | None = None) -> RunRecord:
+    """Train and score a candidate under the study's budget; write its record, utterances, learning curve and weights.
+
+    A candidate that has a record already is not trained again; one whose training was interrupted goes on from its checkpoint.
+    A training that diverges is recorded as failed, one that ends at a rung as pruned. Every process of a group calls this; the
+    main process decodes, decides and writes. Of two outcomes, the first one that is written stays. Raises Interrupted and
+    LeaseLost.
     """
-    config, records, team = workshop.config, workshop.config.run_folder / "records", workshop.team
-    if finished := team.agree(read_record(records, candidate)):
-        if name and finished.name is None:  # trained for another purpose, before it was anybody's baseline
-            finished = finished.model_copy(update={"name": name})
-            if team.leads:
-                write_record(records, finished)
-        return finished
-    folder = record_folder(records, candidate)
-
-    def still_ours() -> None:
-        taken: LeaseLost | None = None
-        if team.leads:
-            try:
-                make_sure()
-            except LeaseLost as error:
-                taken = error
-        if team.agree(taken is not None):
-            raise taken or LeaseLost
-
-    dtype, dev = workshop.dtype, workshop.corpora["dev"]
+    monitor = monitor or Unmonitored()
+    if (record := _existing_record(context, candidate, monitor.name)) is not None:
+        return record
+    forget_peak_memory(context.device)
     begin = time.perf_counter()
-    forget_peak_memory(team.device)
+    with prepare(context, candidate) as system:
+        run = fine_tune(context, system, monitor)
+        _confirm(context, monitor)
+        if (record := _existing_record(context, candidate, monitor.name)) is not None:
+            return record  # of another worker, which had the candidate in the meantime
+        return write(context, system, run, monitor.name, trial_seconds=time.perf_counter() - begin)
 
-    encoder = workshop.pruned_encoder(candidate)
-    projector = workshop.start(workshop.fresh_projector(candidate.repeat))
-    budget, seed = workshop.budget(candidate.repeat), config.seed + candidate.repeat
-    with lora(workshop.llm, candidate.lora_rank, config.llm, seed) as model:
-        slam = SpeechLlm(projector, workshop.llm, model)
-        parameters = count_parameters(encoder, projector, model)
 
+@contextmanager
+def prepare(context: TrainingContext, candidate: Candidate) -> Iterator[Prepared]:
+    """Remove the layers, compute the encoder states, start the projector, and put LoRA on the LLM until the end."""
+    config, group = context.config, context.group
+    encoder = context.pruned_encoder(candidate)
+    projector = starting_projector(context, candidate.repeat)
+    with lora(context.llm, candidate.lora_rank, config.llm, config.seed + candidate.repeat) as model:
+        slam = SpeechLlm(projector, context.llm, model)
         started = time.perf_counter()
-        train_states = workshop.encoded(encoder, "train", workshop.drawn(budget))
-        dev_states = workshop.encoded(encoder, "dev", workshop.used("dev")) if team.leads else None
-        encode_seconds = time.perf_counter() - started
+        train = context.encoded(encoder, "train", context.drawn(context.budget(candidate.repeat)))
+        dev = context.encoded(encoder, "dev", context.used("dev")) if group.is_main_process else None
+        seconds = time.perf_counter() - started
+        yield Prepared(candidate, slam, count_parameters(encoder, projector, model), train, dev, seconds)
 
-        decoded: list[SplitResult] = []
-        decode_seconds = 0.0
 
-        def decode_dev() -> SplitResult | None:
-            """The leader's; the others wait where they next agree on something."""
-            nonlocal decode_seconds
-            if dev_states is None:
-                return None
-            started = time.perf_counter()
-            results = transcribe(slam, dev_states, dev, workshop.used("dev"), config, team.device, dtype, workshop.progress)
-            if team.size == 1:
-                make_sure()
-            write_utterances(records, candidate, "dev", results)
-            decoded.append(SplitResult.of(results))
-            decode_seconds += time.perf_counter() - started
-            return decoded[-1]
+def fine_tune(context: TrainingContext, system: Prepared, monitor: TrialMonitor) -> Run:
+    """Train from rung to rung, and score after each of them and at the end. Dev utterances are written each time."""
+    config, budget = context.config, context.budget(system.candidate.repeat)
+    folder = record_folder(context.records, system.candidate)
+    label = monitor.name or system.candidate.key
+    rungs = sorted({round(fraction * budget.steps) or 1 for fraction in config.training.rungs})
+    with LearningCurve(folder, context, label, budget.steps) as curve:
+        settings = FineTuneSettings(config.training, context.group, context.dtype, folder / "checkpoint.pt", curve.add)
+        tuning = FineTune(system.slam, TrainingSet(system.train, context.targets), budget, settings)
+        run = Run(tuning.progress)
+        try:
+            with tuning.checkpoint_when_interrupted():
+                for step in [r for r in rungs if r not in {passed for passed, _ in tuning.progress.rungs}]:
+                    tuning.run_to(step)
+                    score(context, system, run, monitor)
+                    if _ends_here(context, run, step, monitor):
+                        return run
+                tuning.run_to(budget.steps)
+                score(context, system, run, monitor)
+        except Diverged as error:
+            run.state, run.reason = "failed", str(error)
+        except torch.OutOfMemoryError as error:
+            run.fail_for_memory(error)
+    return run
 
-        def at_rung(progressed: Progressed) -> None:
-            dev_result, stop, lost = decode_dev(), False, False
-            if dev_result is not None:
-                progressed.rungs.append((progressed.step, dev_result.errors.model_dump()))
-                try:
-                    stop = on_rung(progressed.step, dev_result.errors)
-                except LeaseLost:
-                    lost = True
-            stop, lost = team.agree((stop, lost))
-            if lost:
-                raise LeaseLost
-            if stop:
-                raise Pruned(progressed)
 
-        def on_step(point: CurvePoint) -> None:
-            curve.add(point)
-            pace = f"{point.tokens_per_second:,.0f} tokens/s"
-            workshop.progress(f"{name or candidate.key}, loss {point.loss:.2f}, {pace}", point.step, budget.steps)
+def score(context: TrainingContext, system: Prepared, run: Run, monitor: TrialMonitor) -> None:
+    """Decode dev in the main process; the others wait where they next need its decision."""
+    if system.dev is None:
+        return
+    started = time.perf_counter()
+    try:
+        results = context.decode(system.slam, "dev", system.dev)
+    except torch.OutOfMemoryError as error:
+        run.fail_for_memory(error)
+        return
+    if context.group.size == 1:
+        monitor.confirm()
+    write_utterances(context.records, system.candidate, "dev", results)
+    run.dev = SplitResult.of(results)
+    run.decode_seconds += time.perf_counter() - started
 
-        rung_steps = {round(fraction * budget.steps) or 1 for fraction in config.training.rungs}
-        progressed = Progressed(config.training.batch_size)
-        state: Literal["complete", "pruned", "failed"] = "complete"
-        reason = None
-        with LearningCurve(folder, config, team.leads) as curve:
-            try:
-                progressed = finetune(
-                    slam, train_states, workshop.targets, budget, config.training, team, dtype, folder / "checkpoint.pt",
-                    rungs=dict.fromkeys(rung_steps, at_rung), on_step=on_step, check=workshop.check,
-                )  # fmt: skip
-                decode_dev()
-            except Pruned as stop:
-                progressed, state, reason = stop.args[0], "pruned", f"dominated at step {stop.args[0].step}"
-            except Diverged as stop:
-                (reason, progressed), state = stop.args, "failed"
-            except torch.OutOfMemoryError as stop:
-                state, reason = "failed", f"out of memory, with one utterance at a time too ({str(stop).splitlines()[0]})"
-        still_ours()
-        if first := team.agree(read_record(records, candidate)):  # another worker's, who had the candidate in the meantime
-            return first
-        if state != "failed" and team.leads:
-            save_weights(folder / "weights.safetensors", slam)
 
+def _ends_here(context: TrainingContext, run: Run, step: int, monitor: TrialMonitor) -> bool:
+    """Whether the run is over after this rung: the main process decides. All processes raise LeaseLost if it has lost the
+    trial.
+    """
+    ends, lost = run.state == "failed", False
+    if run.dev is not None and not ends:
+        run.progress.rungs.append((step, run.dev.errors.model_dump()))
+        try:
+            ends = monitor.ends_at_rung(step, run.dev.errors)
+        except LeaseLost:
+            lost = True
+    ends, lost = context.group.broadcast((ends, lost))
+    if lost:
+        raise LeaseLost
+    if ends and run.state == "complete":
+        run.state, run.reason = "pruned", f"dominated at step {step}"
+    return ends
+
+
+def _confirm(context: TrainingContext, monitor: TrialMonitor) -> None:
+    """All processes raise LeaseLost if the main process has lost the trial."""
+    lost = False
+    if context.group.is_main_process:
+        try:
+            monitor.confirm()
+        except LeaseLost:
+            lost = True
+    if context.group.broadcast(lost):
+        raise LeaseLost
+
+
+def _existing_record(context: TrainingContext, candidate: Candidate, name: str | None) -> RunRecord | None:
+    """The candidate's record, if it has one. A record from before the candidate was a baseline gets the baseline's name."""
+    record = context.group.broadcast(read_record(context.records, candidate))
+    if record is not None and name and record.name is None:
+        record = record.model_copy(update={"name": name})
+        if context.group.is_main_process:
+            write_record(context.records, record)
+    return record
+
+
+def write(context: TrainingContext, system: Prepared, run: Run, name: str | None, trial_seconds: float) -> RunRecord:
+    """Write weights and record, and delete the checkpoint; returns the main process's record."""
+    candidate, progress, config = system.candidate, run.progress, context.config
+    folder = record_folder(context.records, candidate)
     record = RunRecord(
         study=config.name,
         name=name,
-        encoder_layers=workshop.depth,
+        encoder_layers=context.depth,
         removed_layers=candidate.removed_layers,
         lora_rank=candidate.lora_rank,
         repeat=candidate.repeat,
-        seed=seed,
-        state=state,
-        reason=reason,
-        steps=progressed.step,
-        dev=decoded[-1] if decoded and state != "failed" else None,
-        rungs=tuple(Rung(step=step, errors=WordErrors(**errors)) for step, errors in progressed.rungs),
-        losses=tuple(progressed.losses),
-        parameters=parameters,
+        seed=config.seed + candidate.repeat,
+        state=run.state,
+        reason=run.reason,
+        steps=progress.step,
+        dev=run.dev if run.state != "failed" else None,
+        rungs=tuple(Rung(step=step, errors=WordErrors(**errors)) for step, errors in progress.rungs),
+        losses=tuple(progress.losses),
+        parameters=system.parameters,
         cost=RunCost(
-            train_seconds=round(progressed.seconds, 2),
-            encode_seconds=round(encode_seconds, 2),
-            decode_seconds=round(decode_seconds, 2),
-            trial_seconds=round(time.perf_counter() - begin, 2),
-            peak_memory_bytes=peak_memory_bytes(team.device),
-            micro_batch=progressed.micro_batch,
+            train_seconds=round(progress.seconds, 2),
+            encode_seconds=round(system.encode_seconds, 2),
+            decode_seconds=round(run.decode_seconds, 2),
+            trial_seconds=round(trial_seconds, 2),
+            peak_memory_bytes=peak_memory_bytes(context.device),
+            micro_batch=progress.micro_batch,
         ),
-        provenance=provenance(workshop),
+        provenance=provenance(context),
     )
-    record = team.agree(record)
-    if team.leads:
-        write_record(records, record)
+    record = context.group.broadcast(record)
+    if context.group.is_main_process:
+        if run.state != "failed":
+            write_tensors(folder / "weights.safetensors", trainable(system.slam))
+        write_record(context.records, record)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     return record
 
 
-def decode_test(workshop: TrainingContext, record: RunRecord) -> RunRecord:
-    """The record with its test errors, from the weights that it was trained to. A test split is decoded once, ever."""
+def decode_test(context: TrainingContext, record: RunRecord) -> RunRecord:
+    """The record with its test errors, from its trained weights. A test split is decoded once, ever."""
     if record.test is not None:
         return record
-    config, records = workshop.config, workshop.config.run_folder / "records"
-    encoder = workshop.pruned_encoder(record.candidate)
-    with lora(workshop.llm, record.lora_rank, config.llm, config.seed) as model:
-        slam = SpeechLlm(workshop.fresh_projector(), workshop.llm, model)
-        restore(trainable(slam), load_file(record_folder(records, record.candidate) / "weights.safetensors"))
+    config, candidate = context.config, record.candidate
+    encoder = context.pruned_encoder(candidate)
+    with lora(context.llm, record.lora_rank, config.llm, config.seed) as model:
+        slam = SpeechLlm(context.fresh_projector(), context.llm, model)
+        restore(trainable(slam), load_file(record_folder(context.records, candidate) / "weights.safetensors"))
         slam.projector.eval()
         model.eval()
-        indices = workshop.used("test")
-        states = workshop.encoded(encoder, "test", indices)
-        results = transcribe(
-            slam, states, workshop.corpora["test"], indices, config, workshop.device, workshop.dtype, workshop.progress,
-            beams=config.decoding.test_beams or config.decoding.beams,
-        )  # fmt: skip
-    write_utterances(records, record.candidate, "test", results)
+        states = context.encoded(encoder, "test", context.used("test"))
+        results = context.decode(slam, "test", states, beams=config.decoding.test_beams)
+    write_utterances(context.records, candidate, "test", results)
     tested = record.model_copy(update={"test": SplitResult.of(results)})
-    write_record(records, tested)
+    write_record(context.records, tested)
     return tested
 
 
@@ -218,21 +289,23 @@ def _commit() -> dict[str, Any]:
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except FileNotFoundError:  # no git on this machine
+    except FileNotFoundError:  # git is not installed
         return {"commit": None, "dirty": None}
 
 
-def provenance(workshop: TrainingContext) -> dict[str, Any]:
-    """By what, on what and from what a record was made."""
+def provenance(context: TrainingContext) -> dict[str, Any]:
+    """When, by what, on what and from what a record was made."""
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "prunesearch": __version__,
         **_commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optuna", "jiwer")},
-        "device": device_name(workshop.device),
+        "device": device_name(context.device),
         "threads": torch.get_num_threads(),
-        "processes": workshop.team.size,
-        "dtype": str(workshop.dtype).removeprefix("torch."),
-        "fingerprint": workshop.config.fingerprint(),
-        "config": workshop.config.model_dump(mode="json", exclude={"storage"}),
+        "processes": context.group.size,
+        "dtype": str(context.dtype).removeprefix("torch."),
+        "models": context.model_digests,
+        "fingerprint": context.config.fingerprint(),
+        "config": context.config.model_dump(mode="json", exclude={"storage"}),
     }

@@ -1,7 +1,7 @@
-"""What a training step takes, known before there is a GPU: the step itself, run on tensors that have shapes and no data.
+"""The cost of a training step, computed without a GPU: the step runs on tensors that have shapes and no data.
 
-Operations are counted by torch (matrix products and attention, forward and backward); bytes by watching every tensor
-that the step makes, until it is freed. Nothing is computed and no weights are read, so that a 3B model takes seconds.
+torch counts the operations (matrix products and attention, forward and backward). Bytes are counted by observing every tensor
+that the step allocates, until it is freed. Nothing is computed and no weights are read, so that a 3B model takes seconds.
 """
 
 import weakref
@@ -22,7 +22,7 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.training.device import arithmetic
 from prunesearch.training.finetune import trainable
 
-CPU = torch.device("cpu")  # where the tensors pretend to be; attention is fused there, as it is on a GPU
+CPU = torch.device("cpu")  # the device of the fake tensors; attention is fused there, as it is on a GPU
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepCost:
     peak_bytes: int
 
 
-class _Watch(TorchDispatchMode):
+class _AllocationCounter(TorchDispatchMode):
     """How many calls there were, and the bytes of the tensors that are alive, now and at the peak."""
 
     def __init__(self, known: Sequence[Tensor]):
@@ -94,7 +94,7 @@ def step_cost(slam: SpeechLlm, width: int, positions: int, text_tokens: int, bat
         optimizer = torch.optim.AdamW(trainable(slam).values(), foreach=True)  # what it chooses on a GPU
         states = torch.empty(batch, positions, width, dtype=dtype)
         lengths = torch.full((batch,), positions)
-        watch = _Watch([*weights, states])
+        watch = _AllocationCounter([*weights, states])
         with watch, FlopCounterMode(display=False) as counter:
             with arithmetic(CPU, dtype):
                 loss = slam.loss(states, lengths, [[0] * text_tokens] * batch)

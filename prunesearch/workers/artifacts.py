@@ -1,68 +1,64 @@
-"""Big files for workers that share no folder: Optuna's artifact stores, by names of our own.
+"""Big files for workers that share no folder, kept in one of Optuna's artifact stores under names of our own.
 
-What lies in a study's run folder and what the others need of it (the anchor, checkpoints, records with their utterances and
-weights) is put on the shelf under its path. A file is stored with its digest in front: half a file, left by a kill, is none.
+A file of the study's run folder that other workers need (the anchor, a checkpoint, a record with its utterances and weights) is
+stored under its path. Each stored file begins with its digest, so that half a file, left by a killed writer, is not taken for
+one.
 """
 
 import errno
 import hashlib
 import io
-import random
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import optuna
 from optuna.artifacts import Boto3ArtifactStore, FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
-from optuna.storages import BaseStorage
-from optuna.trial import TrialState
 
+from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.interrupt import Interrupt, LeaseLost
 from prunesearch.study.record import write_atomically
-from prunesearch.workers.claim import sleep
-from prunesearch.workers.lease import LeaseHolder, LeaseMonitor, end_lost, give_up, kept
+from prunesearch.workers.retry import bounded
 
 R = TypeVar("R")
 
 ATTEMPTS = 6
-DIGEST = 32  # bytes of SHA-256
-OF_A_RECORD = ("record.json", "dev.jsonl", "test.jsonl", "weights.safetensors", "curve.jsonl")
+DIGEST_BYTES = 32  # SHA-256
+RECORD_FILES = ("record.json", "dev.jsonl", "test.jsonl", "weights.safetensors", "curve.jsonl")
 CHECKPOINT = "checkpoint.pt"
 
 
 class ArtifactStoreUnavailable(OSError):
-    """The artifact store cannot be reached, whatever was tried."""
+    """The artifact store could not be reached in several attempts."""
 
 
-def _again(call: Callable[[], R]) -> R:
-    """Try for a while. Raises ArtifactStoreUnavailable."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return call()
-        except ArtifactNotFound:
-            raise
-        except Exception as error:  # each store has its own
-            if attempt + 1 == ATTEMPTS:
-                raise ArtifactStoreUnavailable(errno.EIO, f"the artifact store: {type(error).__name__}") from error
-        time.sleep(2**attempt * random.uniform(0.2, 0.6))
-    raise AssertionError("unreachable")
+def _repeated(call: Callable[[], R]) -> R:
+    """Raises ArtifactNotFound; ArtifactStoreUnavailable for every other error: each store has its own."""
+    try:
+        return bounded(ATTEMPTS, lambda error: not isinstance(error, ArtifactNotFound), longest_wait=20)(call)
+    except ArtifactNotFound:
+        raise
+    except Exception as error:
+        raise ArtifactStoreUnavailable(errno.EIO, f"the artifact store: {type(error).__name__}") from error
+
+
+def checkpoint_path(candidate: Candidate) -> str:
+    """A candidate's checkpoint, relative to the run folder."""
+    return f"records/{candidate.key}/{CHECKPOINT}"
 
 
 class ArtifactMirror:
     """The study's part of an artifact store. Paths are relative to the run folder."""
 
-    def __init__(self, store: Any, study: str, run_folder: Path):
-        self._store, self._study, self._run_folder = store, study, run_folder
-        self._put: dict[str, float] = {}  # when what was put last had been written
+    def __init__(self, store: Any, prefix: str, run_folder: Path):
+        self._store, self._prefix, self._run_folder = store, prefix, run_folder
+        self._stored: dict[str, float] = {}  # path -> modification time of the file that was stored last
 
     @classmethod
     def open(cls, url: str, study: str, run_folder: Path) -> "ArtifactMirror":
-        """`s3://bucket/prefix` (credentials and endpoint from where boto3 looks for them), or a folder. Raises StudyError."""
+        """`s3://bucket/prefix` (boto3 finds credentials and endpoint), or a folder. Raises StudyError."""
         if not url.startswith("s3://"):
             try:
                 Path(url).mkdir(parents=True, exist_ok=True)
@@ -81,112 +77,57 @@ class ArtifactMirror:
 
     def _name(self, path: str) -> str:
         flat = path.replace("/", "--")
-        return f"{self._study}/{flat}" if isinstance(self._store, Boto3ArtifactStore) else f"{self._study}--{flat}"
+        return f"{self._prefix}/{flat}" if isinstance(self._store, Boto3ArtifactStore) else f"{self._prefix}--{flat}"
 
     def put(self, path: str) -> None:
-        """A file of the run folder, if it is there and was not put as it is now."""
+        """Store a file of the run folder, if it exists and has changed since it was stored last."""
         file = self._run_folder / path
-        if not file.exists() or self._put.get(path) == (written := file.stat().st_mtime):
+        if not file.exists() or self._stored.get(path) == (modified := file.stat().st_mtime):
             return
         content = file.read_bytes()
         stored = hashlib.sha256(content).digest() + content
-        _again(lambda: self._store.write(self._name(path), io.BytesIO(stored)))
-        self._put[path] = written
+        _repeated(lambda: self._store.write(self._name(path), io.BytesIO(stored)))
+        self._stored[path] = modified
 
-    def fetch(self, path: str, renew: bool = False) -> bool:
-        """Whether the file is in the run folder afterwards; one that is there already stays, unless it is to be renewed."""
+    def fetch(self, path: str, replace: bool = False) -> bool:
+        """Whether the file is in the run folder afterwards. A file that is there already is kept, unless `replace` is set."""
         file = self._run_folder / path
-        if file.exists() and not renew:
+        if file.exists() and not replace:
             return True
-
-        def read() -> tuple[bytes, bytes]:
-            with self._store.open_reader(self._name(path)) as reader:
-                return reader.read(DIGEST), reader.read()
-
         try:
-            digest, content = _again(read)
+            digest, content = _repeated(lambda: self._read(path))
         except ArtifactNotFound:
             return file.exists()
         if hashlib.sha256(content).digest() != digest:
             return file.exists()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, content)
-        self._put[path] = file.stat().st_mtime
+        self._stored[path] = file.stat().st_mtime
         return True
+
+    def _read(self, path: str) -> tuple[bytes, bytes]:
+        with self._store.open_reader(self._name(path)) as reader:
+            return reader.read(DIGEST_BYTES), reader.read()
 
     def remove(self, path: str) -> None:
         with suppress(ArtifactNotFound):
-            _again(lambda: self._store.remove(self._name(path)))
+            _repeated(lambda: self._store.remove(self._name(path)))
 
-    def put_record(self, key: str) -> None:
-        """All of a candidate's files; its checkpoint is not needed any more. The record comes last: where it is, all are."""
-        for name in (*OF_A_RECORD[1:], OF_A_RECORD[0]):
-            self.put(f"records/{key}/{name}")
-        self.remove(f"records/{key}/{CHECKPOINT}")
+    def put_record(self, candidate: Candidate) -> None:
+        """Store all files of a candidate and remove its checkpoint. The record comes last: if it is there, all files are."""
+        for name in (*RECORD_FILES[1:], RECORD_FILES[0]):
+            self.put(f"records/{candidate.key}/{name}")
+        self.remove(checkpoint_path(candidate))
 
-    def fetch_records(self, keys: Iterable[str]) -> None:
-        """Where another machine has decoded test in the meantime, its record takes the place of the one that is here."""
-        for key in keys:
-            before = self._read_bytes(key)
-            for name in OF_A_RECORD:
-                self.fetch(f"records/{key}/{name}", renew=name == "record.json" and b'"test":null' in before)
-
-    def _read_bytes(self, key: str) -> bytes:
-        file = self._run_folder / "records" / key / "record.json"
-        return file.read_bytes().replace(b" ", b"") if file.exists() else b""
+    def fetch_records(self, candidates: Iterable[Candidate]) -> None:
+        """Fetch the candidates' files. A record without test errors is replaced: another machine may have decoded test."""
+        for candidate in candidates:
+            record = self._run_folder / "records" / candidate.key / "record.json"
+            untested = record.exists() and b'"test":null' in record.read_bytes().replace(b" ", b"")
+            for name in RECORD_FILES:
+                self.fetch(f"records/{candidate.key}/{name}", replace=untested and name == "record.json")
 
 
-def open_shelf(config: StudyConfig) -> ArtifactMirror | None:
-    """The study's shelf, where it has one. Raises StudyError."""
+def open_artifacts(config: StudyConfig) -> ArtifactMirror | None:
+    """The study's artifact store, if it has one. Raises StudyError."""
     return ArtifactMirror.open(config.artifacts, config.name, config.run_folder) if config.artifacts else None
-
-
-def once(
-    storage: BaseStorage,
-    name: str,
-    stop: Interrupt,
-    done: Callable[[], bool],
-    act: Callable[[Callable[[], None]], None],
-    look: Callable[[], object] = lambda: None,
-) -> None:
-    """Have one worker of many do something, and the others wait for it; if that one dies, another takes over.
-
-    `done` tells whether it was done. Each worker opens a trial in a study of its own, `name`; the lowest number acts. `act` is
-    given what it must call before it writes what others read: it raises LeaseLost where this worker was too slow.
-    """
-    while not done():
-        with suppress(LeaseLost):
-            _once(storage, name, stop, done, act, look)
-
-
-def _once(
-    storage: BaseStorage,
-    name: str,
-    stop: Interrupt,
-    done: Callable[[], bool],
-    act: Callable[[Callable[[], None]], None],
-    look: Callable[[], object],
-) -> None:
-    study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
-    watch = LeaseMonitor()
-    trial = study.ask()
-    held = LeaseHolder(storage, trial._trial_id)
-    held.renew()
-
-    def beside() -> None:
-        end_lost(study, watch)
-        look()
-
-    try:
-        with kept(held, beside):
-            while not done():
-                stop.check()
-                held.check()
-                end_lost(study, watch)
-                running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-                if all(trial.number <= t.number for t in running):
-                    act(held.make_sure)
-                    break
-                sleep(0.5, stop)
-    finally:
-        give_up(study, storage.get_trial(trial._trial_id), "handed back")

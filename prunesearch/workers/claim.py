@@ -1,172 +1,134 @@
-"""Which candidate is whose: any number of workers, on any storage, and none is trained twice.
+"""Claims: each candidate is evaluated by one worker, with any number of workers, on any storage.
 
-A trial is created and its candidate declared, then the trials with lower numbers are looked at. Whoever finds the same
-candidate among them, or the budget used up by them, withdraws. Of one that has not declared yet (Optuna's own samplers
-need the trial first), the declaration is awaited (Lamport's bakery). So it needs no lock, and survives what locks do not: a
-database that restarts, a proxy. `turn` only spares workers from proposing the same.
+A worker creates a trial and declares its candidate; then it looks at the trials with lower numbers. If one of them has the same
+candidate, or if they use up the budget, the worker withdraws its trial. If one of them has not declared its candidate yet
+(Optuna's own samplers need a trial before they can propose), the worker waits for the declaration. This is Lamport's bakery
+algorithm. It needs no lock, so it survives what locks do not: a database that restarts, a proxy. The storage's advisory lock
+only keeps workers from proposing the same candidate at the same time.
 """
 
 import random
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 
-import optuna
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.search.samplers import CandidateSampler, SpaceExhausted
-from prunesearch.search.space import SearchSpace
-from prunesearch.search.study_progress import StudyProgress, is_settled
-from prunesearch.study.candidate import BASELINE_NAMES, Candidate
+from prunesearch.search.study_progress import StudyProgress, is_finished
+from prunesearch.study.candidate import Candidate
 from prunesearch.study.interrupt import Interrupt
-from prunesearch.workers.lease import Lease, LeaseHolder, LeaseMonitor, end_lost, give_up
-from prunesearch.workers.storage import turn
+from prunesearch.workers.lease import Lease, LeasedTrial, LeaseMonitor, release_stale
+from prunesearch.workers.optuna_internals import StoredStudy
+from prunesearch.workers.storage import advisory_lock
+from prunesearch.workers.trial import StudyRules, WorkerTrial
 
 FIRST_POLL, LONGEST_POLL = 0.2, 2.0  # seconds
 DECLARATION_POLL = 0.05
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A trial that is this worker's to evaluate."""
+def claim(stored: StoredStudy, rules: StudyRules, monitor: LeaseMonitor, interrupt: Interrupt) -> WorkerTrial | None:
+    """The next trial for this worker; None once the study's budget or its space is used up.
 
-    trial: optuna.Trial
-    candidate: Candidate
-    name: str | None  # a baseline's
-    held: LeaseHolder
-    unwritten: dict[str, tuple[float, BaseDistribution]]  # parameters that the storage has not been told yet
-    _writing: threading.Lock = field(default_factory=threading.Lock)
-
-    def write_params(self, storage: BaseStorage) -> None:
-        """Tell the storage the parameters: some ten milliseconds for each layer in a database, so not while others wait."""
-        with self._writing:
-            while self.unwritten:
-                name, (value, distribution) = next(iter(self.unwritten.items()))
-                try:
-                    storage.set_trial_param(self.trial._trial_id, name, value, distribution)
-                except KeyError:  # a proxy that was restarted knows a trial once it has read the study's
-                    storage.get_all_trials(self.trial.study._study_id, deepcopy=False)
-                    storage.set_trial_param(self.trial._trial_id, name, value, distribution)
-                del self.unwritten[name]
-
-
-def claim(
-    study: optuna.Study, space: SearchSpace, trials: int, watch: LeaseMonitor, stop: Interrupt, run_folder: Path
-) -> Claim | None:
-    """The next trial; None when the study's budget of candidates with an outcome is used, or the space. Waits while others
-    may still lose theirs. `trials` is the budget where the study has none. Raises Interrupted, also where it was aborted."""
-    exhausted, poll, default = False, FIRST_POLL, trials
+    Waits while other workers may still give candidates back. Raises Interrupted, also when the study was aborted.
+    """
+    exhausted, poll = False, FIRST_POLL
     while True:
         made = None
-        with turn(study._storage, study.study_name, run_folder):
-            attrs = study.user_attrs
+        with advisory_lock(stored):
+            attrs = stored.attrs
             if attrs.get("aborted"):
-                stop.request()
-            stop.check()
-            trials = attrs.get("trials", default)  # it may have been widened
-            found = study.get_trials(deepcopy=False)
-            if end_lost(study, watch, found):
-                found = study.get_trials(deepcopy=False)
-            stands = StudyProgress.of(found)
-            due = stands.due(space)
-            if stands.settled >= trials or (exhausted and not due and not stands.running):
+                interrupt.request()
+            interrupt.check()
+            budget = attrs.get("trials", rules.trials)  # a person may have raised it
+            found = stored.trials()
+            if release_stale(stored, monitor, found):
+                found = stored.trials()
+            progress = StudyProgress.of(found)
+            pending = progress.pending(rules.space)
+            if progress.finished >= budget or (exhausted and not pending and not progress.running):
                 return None
-            if stands.settled + stands.running < trials and (due or not exhausted):
+            if progress.finished + progress.running < budget and (pending or not exhausted):
                 try:
-                    made = _ask(study, space, stands)
-                except SpaceExhausted:  # for now: what others are at may be lost yet
+                    made = _propose(stored, rules, progress)
+                except SpaceExhausted:  # for now: a running candidate may still be given back
                     exhausted = True
-                except UpdateFinishedTrialError:  # it took so long to propose that the trial was taken for lost
+                except UpdateFinishedTrialError:  # the proposal took so long that another worker released the trial
                     continue
         if made is not None:
-            if _is_mine(study, made, found, trials, watch, stop):
+            if _is_ours(made, found, budget, monitor, interrupt):
                 return made
-            give_up(study, study._storage.get_trial(made.trial._trial_id), "duplicate")
-            poll = min(2 * poll, LONGEST_POLL)  # others propose the same: not all again at once
-        sleep(random.uniform(0.2, 1.8) * poll, stop)
+            made.release("duplicate")
+            poll = min(2 * poll, LONGEST_POLL)  # other workers propose the same: spread the next attempts
+        sleep(random.uniform(0.2, 1.8) * poll, interrupt)
         poll = min(1.5 * poll, LONGEST_POLL)
 
 
-def sleep(seconds: float, stop: Interrupt) -> None:
-    """Raises Interrupted as soon as that is asked for."""
+def sleep(seconds: float, interrupt: Interrupt) -> None:
+    """Raises Interrupted as soon as an interrupt is requested."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
-        stop.check()
+        interrupt.check()
         time.sleep(min(left, 0.2))
 
 
-def _ask(study: optuna.Study, space: SearchSpace, stands: StudyProgress) -> Claim:
-    """A trial with its candidate declared; whether it stands, `_is_mine` says. Raises SpaceExhausted."""
-    sampler = study.sampler
-    if isinstance(sampler, CandidateSampler) and not sampler.needs_trial and not stands.waiting:
-        return _born_whole(study, space, sampler.choose(study, None, stands))
-    return _step_by_step(study, space)
+def _propose(stored: StoredStudy, rules: StudyRules, progress: StudyProgress) -> WorkerTrial:
+    """A trial with a declared candidate; `_is_ours` decides whether this worker keeps it. Raises SpaceExhausted."""
+    sampler = stored.study.sampler
+    if isinstance(sampler, CandidateSampler) and not sampler.needs_trial and not progress.waiting:
+        return _declared_at_once(stored, rules, sampler.choose(stored.study, None, progress))
+    return _declared_after_asking(stored, rules)
 
 
-def _born_whole(study: optuna.Study, space: SearchSpace, candidate: Candidate) -> Claim:
-    """A trial that has its candidate and mark from the beginning; its parameters follow while it is evaluated."""
-    mark, name = Lease.mine(), _name(space, candidate)
-    attrs = {"candidate": candidate.key, "lease": asdict(mark)} | ({"name": name} if name else {})
-    template = create_trial(state=TrialState.RUNNING, user_attrs=attrs)
-    number = study._storage.create_new_trial(study._study_id, template_trial=template)
-    held = LeaseHolder(study._storage, number, mark)
-    held.key = candidate.key
-    kinds = space.distributions
-    unwritten = {n: (kinds[n].to_internal_repr(v), kinds[n]) for n, v in space.params(candidate).items()}
-    return Claim(optuna.Trial(study, number), candidate, name, held, unwritten)
+def _declared_at_once(stored: StoredStudy, rules: StudyRules, candidate: Candidate) -> WorkerTrial:
+    """A trial that has its candidate and its lease from the beginning. Its parameters are written during the evaluation."""
+    lease, name = Lease.mine(), rules.name_of(candidate)
+    attrs = {"candidate": candidate.key, "lease": asdict(lease)} | ({"name": name} if name else {})
+    return WorkerTrial(stored, rules, stored.create_running_trial(attrs), candidate, lease, unwritten=True)
 
 
-def _step_by_step(study: optuna.Study, space: SearchSpace) -> Claim:
-    """As Optuna does it: a trial, then its parameters. It may be one that somebody has enqueued."""
-    trial = study.ask()
-    held = LeaseHolder(study._storage, trial._trial_id)
-    held.renew()
+def _declared_after_asking(stored: StoredStudy, rules: StudyRules) -> WorkerTrial:
+    """Optuna's way: first a trial (a new one, or one that a person has enqueued), then its parameters."""
+    trial = stored.study.ask()
+    leased = LeasedTrial(stored, trial)
+    leased.renew()
     try:
-        candidate = space.candidate({n: trial._suggest(n, d) for n, d in space.distributions.items()})
+        candidate = rules.space.suggest(trial)
     except SpaceExhausted:
-        give_up(study, study._storage.get_trial(trial._trial_id), "space exhausted")
+        leased.release("space exhausted")
         raise
-    if name := _name(space, candidate):
+    if name := rules.name_of(candidate):
         trial.set_user_attr("name", name)
     trial.set_user_attr("candidate", candidate.key)  # the declaration
-    held.key = candidate.key
-    return Claim(trial, candidate, name, held, {})
+    return WorkerTrial(stored, rules, trial, candidate)
 
 
-def _name(space: SearchSpace, candidate: Candidate) -> str | None:
-    return next((n for n in BASELINE_NAMES if space.named.get(n) == candidate), None)
+def _is_ours(made: WorkerTrial, found: Sequence[FrozenTrial], budget: int, monitor: LeaseMonitor, interrupt: Interrupt) -> bool:
+    """Whether no trial of a lower number has the candidate, and those trials leave room in the budget.
 
-
-def _is_mine(
-    study: optuna.Study, made: Claim, found: Sequence[FrozenTrial], budget: int, watch: LeaseMonitor, stop: Interrupt
-) -> bool:
-    """Whether nobody with a lower number has the candidate, or the budget.
-
-    Numbers count from 0. Where a trial was born whole and `found`, read just before, holds as many trials as its number says,
-    nobody came in between, nor was there an enqueued one that somebody could have begun: nothing need be read again.
+    Trial numbers count from 0. If the trial was declared at once, and `found`, read just before, holds as many trials as its
+    number says, then no trial came in between, and there was no enqueued one that another worker could have started: nothing
+    needs to be read again.
     """
-    number, key = made.trial.number, made.candidate.key
-    trials = found if made.unwritten and len(found) == number else study.get_trials(deepcopy=False)
+    stored, number, key = made.stored, made.number, made.key
+    trials = found if made.unwritten and len(found) == number else stored.trials()
     while True:
-        stop.check()
+        interrupt.check()
         retry = any(t.number == number and t.user_attrs.get("retry") for t in trials)
-        others = StudyProgress.of(t for t in trials if t.number != number)
+        # a running trial of a higher number will withdraw; it must not hide an outcome that the candidate has already
+        others = StudyProgress.of(t for t in trials if t.number < number or (t.number > number and is_finished(t)))
         before = [t for t in trials if t.state == TrialState.RUNNING and t.number < number]
-        outcome = key in others.latest and is_settled(others.latest[key])
-        if outcome and not retry:
+        has_outcome = key in others.latest and is_finished(others.latest[key])
+        if has_outcome and not retry:
             return False
         if any(t.user_attrs.get("candidate") == key for t in before):
             return False
-        if others.settled - outcome + len(before) >= budget:  # what is tried again has its place already
+        if others.finished - has_outcome + len(before) >= budget:  # a candidate that is retried has its place already
             return False
         if all("candidate" in t.user_attrs for t in before):
             return True
-        made.held.renew()
-        end_lost(study, watch, trials)
+        made.renew()
+        release_stale(stored, monitor, trials)
         time.sleep(DECLARATION_POLL)
-        trials = study.get_trials(deepcopy=False)
+        trials = stored.trials()

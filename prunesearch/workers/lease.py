@@ -1,8 +1,9 @@
-"""Who evaluates a trial, and whether that worker still lives: on every storage alike, and without comparing clocks.
+"""Leases: which process evaluates a trial, and whether that process is still alive.
 
-A worker leaves a mark on its trial, and changes it every few seconds. Whoever looks and sees the same mark for a minute
-of its own clock takes the worker for gone. On the same machine, a process that has ended is seen at once. Optuna's own
-heartbeats work with relational databases and `study.optimize` alone.
+A worker writes a heartbeat to its trial every few seconds. If an observer sees an unchanged heartbeat for 60 s (on its own
+clock), it treats the worker as dead; so the clocks of machines need not agree. On the same machine, a process that has ended is
+noticed at once. This works on every storage. Optuna's own heartbeats need a relational database and `study.optimize`
+(optuna/optuna issue 3293).
 """
 
 import os
@@ -16,23 +17,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import optuna
 import psutil
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from prunesearch.study.interrupt import LeaseLost
+from prunesearch.workers.optuna_internals import AnyTrial, StoredStudy
 
-BEAT_SECONDS = 10.0  # between two changes of a mark
-LEASE_SECONDS = 60.0  # a mark that stays the same for so long is a lost worker's
+HEARTBEAT_SECONDS = 10.0  # between two heartbeats
+LEASE_SECONDS = 60.0  # a heartbeat that has not changed for so long belongs to a dead worker
 WORKER = "worker:"  # begins the names of study attributes in which workers tell what they do
-MOST_TIMES = {"crashed": 3, "lost": 20}  # then it is the candidate's fault
+ATTEMPTS = {"crashed": 3, "lost": 20}  # after so many, the candidate itself has failed
 
 
 @cache
-def place() -> str:
-    """Where process ids mean something: this boot of this machine, and this container of it."""
+def pid_namespace() -> str:
+    """Where process ids mean the same: this boot of this machine, in this container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -40,8 +40,8 @@ def place() -> str:
         return socket.gethostname()
 
 
-def _started(pid: int) -> float:
-    """When a process began: on Linux in clock ticks since the boot, which no setting of a clock changes. Raises OSError."""
+def _start_of(pid: int) -> float:
+    """When a process started. On Linux in clock ticks since boot, which changes of the clock do not affect. Raises OSError."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
         return float(fields[19])
@@ -51,21 +51,22 @@ def _started(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Lease:
-    """A mark: who, where, since when that process runs, how often renewed, and what it does."""
+    """A heartbeat as it is stored: the process, its number of renewals, and what the process is doing."""
 
     host: str
-    place: str
+    place: str  # the process id's namespace
     pid: int
     started: float
     beat: int = 0
-    renewed: float = 0.0  # seconds since 1970 by its own clock: for people to read, nothing is decided by it
+    renewed: float = 0.0  # seconds since the epoch, on the worker's clock: for people to read
     doing: str = ""
     done: int = 0
     of: int = 0
 
     @classmethod
     def mine(cls) -> "Lease":
-        return cls(socket.gethostname(), place(), os.getpid(), _started(os.getpid()), renewed=round(time.time(), 1))
+        """A new lease of this process."""
+        return cls(socket.gethostname(), pid_namespace(), os.getpid(), _start_of(os.getpid()), renewed=round(time.time(), 1))
 
     @classmethod
     def of_trial(cls, trial: FrozenTrial) -> "Lease | None":
@@ -73,168 +74,165 @@ class Lease:
         return cls(**stored) if stored else None
 
     def has_ended(self) -> bool:
-        """Whether its process is known to be gone; from elsewhere, nobody can tell."""
-        if self.place != place():
+        """Whether its process is known to have ended. A process of another machine or container is never known to have."""
+        if self.place != pid_namespace():
             return False
         try:
             process = psutil.Process(self.pid)
-            return _started(self.pid) != self.started or process.status() == psutil.STATUS_ZOMBIE
+            return _start_of(self.pid) != self.started or process.status() == psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, OSError):
             return True
 
 
-def tell_of_worker(study: optuna.Study, doing: str, done: int, of: int) -> None:
-    """Leave word of what this process does while it has no trial (an anchor, a scan): for people to read."""
-    mark = replace(Lease.mine(), doing=doing, done=done, of=of)
-    study.set_user_attr(f"{WORKER}{mark.host}:{mark.pid}", asdict(mark))
+def announce_worker(stored: StoredStudy, doing: str, done: int, of: int) -> None:
+    """Store what this process does while it has no trial (an anchor, a scan), for `status` to show."""
+    lease = replace(Lease.mine(), doing=doing, done=done, of=of)
+    stored.set_attr(f"{WORKER}{lease.host}:{lease.pid}", asdict(lease))
 
 
-def forget_worker(study: optuna.Study) -> None:
-    """This process does nothing for the study any more."""
-    mark = Lease.mine()
-    if (name := f"{WORKER}{mark.host}:{mark.pid}") in study.user_attrs:
-        study.set_user_attr(name, None)
+def retract_worker(stored: StoredStudy) -> None:
+    """This process no longer works for the study."""
+    lease = Lease.mine()
+    if (name := f"{WORKER}{lease.host}:{lease.pid}") in stored.attrs:
+        stored.set_attr(name, None)
 
 
 class LeaseMonitor:
-    """What one process has seen of the others' marks."""
+    """What one process has seen of the other workers' heartbeats."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._marks: dict[int, tuple[Any, float]] = {}  # by trial: its mark, and since when it is that
+        self._seen: dict[int, tuple[Any, float]] = {}  # trial number -> its heartbeat, and when it was first seen
         self._looked: float | None = None
         self._lock = threading.Lock()
 
-    def lost(self, running: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Those of the running trials whose worker is gone.
+    def stale(self, running: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """The running trials whose worker is dead.
 
-        Whoever could not look for a while (it slept, or the storage was away, and nobody could leave a mark) begins anew.
+        After a long time without a look, this starts anew: this process was suspended, or the storage was away and no worker
+        could write a heartbeat.
         """
         with self._lock:
             now = self._clock()
             if self._looked is not None and now - self._looked > LEASE_SECONDS / 2:
-                self._marks.clear()
+                self._seen.clear()
             self._looked = now
-            self._marks = {t._trial_id: self._seen(t, now) for t in running}
-            return [t for t in running if self._is_lost(t, now)]
+            self._seen = {t.number: self._first_seen(t, now) for t in running}
+            return [t for t in running if self._is_stale(t, now)]
 
-    def _seen(self, trial: FrozenTrial, now: float) -> tuple[Any, float]:
-        mark = trial.user_attrs.get("lease")
-        before = self._marks.get(trial._trial_id)
-        return before if before and before[0] == mark else (mark, now)
+    def _first_seen(self, trial: FrozenTrial, now: float) -> tuple[Any, float]:
+        heartbeat = trial.user_attrs.get("lease")
+        before = self._seen.get(trial.number)
+        return before if before and before[0] == heartbeat else (heartbeat, now)
 
-    def _is_lost(self, trial: FrozenTrial, now: float) -> bool:
+    def _is_stale(self, trial: FrozenTrial, now: float) -> bool:
         lease = Lease.of_trial(trial)
-        return (lease is not None and lease.has_ended()) or now - self._marks[trial._trial_id][1] >= LEASE_SECONDS
+        return (lease is not None and lease.has_ended()) or now - self._seen[trial.number][1] >= LEASE_SECONDS
 
 
-def end_lost(study: optuna.Study, watch: LeaseMonitor, trials: Sequence[FrozenTrial] | None = None) -> list[str]:
-    """End the running trials whose worker is gone, so that they are evaluated again; returns their candidates' keys.
+def release_stale(stored: StoredStudy, monitor: LeaseMonitor, trials: Sequence[FrozenTrial] | None = None) -> list[str]:
+    """End the trials of dead workers, so that other workers evaluate their candidates; returns the candidates' keys.
 
-    `trials` are the study's, where somebody has just read them.
+    `trials`: all trials of the study, if the caller has just read them.
     """
-    trials = study.get_trials(deepcopy=False) if trials is None else trials
+    trials = stored.trials() if trials is None else trials
     running = [t for t in trials if t.state == TrialState.RUNNING]
-    return [t.user_attrs.get("candidate", "") for t in watch.lost(running) if give_up(study, t, "lost")]
+    return [t.user_attrs.get("candidate", "") for t in monitor.stale(running) if release(stored, t, "lost")]
 
 
-def give_up(study: optuna.Study, trial: FrozenTrial, why: str, reason: str | None = None) -> bool:
-    """End a running trial without an outcome, for another worker to evaluate its candidate: it was `lost`, `crashed` or `handed
-    back`, or it is a `duplicate`. A candidate that workers are lost over, again and again, has failed.
+def release(stored: StoredStudy, trial: AnyTrial, why: str, reason: str | None = None) -> bool:
+    """End a running trial without an outcome, so that another worker can evaluate its candidate.
 
-    False where somebody has ended the trial before: of several that try, one succeeds.
+    `why`: its worker was `lost`, `crashed` or the trial was `handed back`; or it is a `duplicate`. A candidate whose workers
+    are lost or crash again and again has failed. False if another process ended the trial first.
     """
-    key = trial.user_attrs.get("candidate")
+    key = (trial if isinstance(trial, FrozenTrial) else stored.trial(trial)).user_attrs.get("candidate")
     ended: list[str | None] = []
-    for t in study.get_trials(deepcopy=False) if key else []:
+    for t in stored.trials() if key else []:
         if t.user_attrs.get("candidate") == key:
-            ended = [] if "retry" in t.user_attrs else ended  # what was before does not count
+            ended = [] if "retry" in t.user_attrs else ended  # attempts before a person's retry do not count
             ended.append(t.user_attrs.get("ended"))
-    if why in MOST_TIMES and ended.count(why) + 1 >= MOST_TIMES[why]:
-        reason = f"{why} {MOST_TIMES[why]} times" + (f": {reason}" if reason else "")
+    if why in ATTEMPTS and ended.count(why) + 1 >= ATTEMPTS[why]:
+        reason = f"{why} {ATTEMPTS[why]} times" + (f": {reason}" if reason else "")
         why = "failed"
     try:
-        study._storage.set_trial_user_attr(trial._trial_id, "ended", why)
+        stored.set_trial_attr(trial, "ended", why)
         if reason:
-            study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            stored.set_trial_attr(trial, "reason", reason)
+        stored.end_trial(trial, TrialState.FAIL)
     except UpdateFinishedTrialError:
         return False
     return True
 
 
-class LeaseHolder:
-    """A trial that this process evaluates."""
+class LeasedTrial:
+    """A running trial that this process holds: its heartbeat, and whether it still is this process's."""
 
-    def __init__(self, storage: BaseStorage, trial_id: int, mark: Lease | None = None):
-        self._storage, self._trial_id = storage, trial_id
-        self.key = ""  # its candidate's, once that is known
-        self._mark = mark or Lease.mine()
+    def __init__(self, stored: StoredStudy, trial: Trial, lease: Lease | None = None):
+        self.stored, self.trial = stored, trial
+        self._lease = lease or Lease.mine()
         self._doing: tuple[str, int, int] = "", 0, 0
         self._lock = threading.Lock()
-        self._taken = threading.Event()
+        self._lost = threading.Event()
 
     def renew(self) -> None:
-        """Change the mark. A trial that has ended in the meantime was taken away."""
+        """Write a heartbeat. If the trial has ended in the meantime, another process has taken it away: `check` will raise."""
         with self._lock:
             doing, done, of = self._doing
-            self._mark = replace(
-                self._mark, beat=self._mark.beat + 1, renewed=round(time.time(), 1), doing=doing, done=done, of=of
-            )
+            beat, now = self._lease.beat + 1, round(time.time(), 1)
+            self._lease = replace(self._lease, beat=beat, renewed=now, doing=doing, done=done, of=of)
             try:
-                self._storage.set_trial_user_attr(self._trial_id, "lease", asdict(self._mark))
+                self.stored.set_trial_attr(self.trial, "lease", asdict(self._lease))
             except UpdateFinishedTrialError:
-                self._taken.set()
+                self._lost.set()
 
-    def does(self, what: str, done: int, of: int) -> None:
-        """Remember for the next mark what is being done."""
-        self._doing = what, done, of
+    def working_on(self, doing: str, done: int, of: int) -> None:
+        """What the next heartbeat tells."""
+        self._doing = doing, done, of
 
     def check(self) -> None:
-        """Raises LeaseLost where it is known that the trial was given to another."""
-        if self._taken.is_set():
+        """Raises LeaseLost if this process knows that the trial was given to another. Asks nobody."""
+        if self._lost.is_set():
             raise LeaseLost
 
-    def make_sure(self) -> None:
+    def confirm(self) -> None:
         """Ask the storage. Raises LeaseLost. To be called before anything is written that others read."""
         self.renew()
         self.check()
 
+    def release(self, why: str, reason: str | None = None) -> bool:
+        """End the trial without an outcome: see `release`."""
+        return release(self.stored, self.trial, why, reason)
 
-@contextmanager
-def kept(
-    held: LeaseHolder,
-    look: Callable[[], object],
-    first: Callable[[], object] = lambda: None,
-    note: Callable[[str], None] = lambda text: None,
-) -> Iterator[None]:
-    """Renew a trial's mark in the background. Beside that, in a thread of its own that may be slow: something to do `first`,
-    and a look at what the others do, each time. What goes wrong there does not end the trial; `note` is told."""
-    over = threading.Event()
+    @contextmanager
+    def keep_alive(self, duty: Callable[[], object], note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+        """Write heartbeats in the background, and call `duty` as often, in a thread of its own, since it may be slow.
 
-    def beat() -> None:
-        while not over.wait(BEAT_SECONDS):
-            held.renew()
+        An error of `duty` does not end the trial; `note` is told.
+        """
+        over = threading.Event()
+        loops = (self._beat_until, over), (self._repeat_until, over, duty, note)
+        threads = [threading.Thread(target=loop, args=arguments, daemon=True) for loop, *arguments in loops]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(timeout=HEARTBEAT_SECONDS)  # they may be waiting for a storage that is away
 
-    def aside() -> None:
-        todo = first
+    def _beat_until(self, over: threading.Event) -> None:
+        while not over.wait(HEARTBEAT_SECONDS):
+            self.renew()
+
+    def _repeat_until(self, over: threading.Event, duty: Callable[[], object], note: Callable[[str], None]) -> None:
         while True:
             try:
-                todo()
-            except UpdateFinishedTrialError:  # it was taken away: the next mark will tell
+                duty()
+            except UpdateFinishedTrialError:  # the trial was taken away: the next heartbeat will notice
                 pass
             except Exception as error:
                 note(f"beside a trial: {type(error).__name__}: {error}")
-            if over.wait(BEAT_SECONDS):
+            if over.wait(HEARTBEAT_SECONDS):
                 return
-            todo = look
-
-    threads = [threading.Thread(target=work, daemon=True, name=work.__name__) for work in (beat, aside)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join(timeout=BEAT_SECONDS)  # they may be waiting for a storage that is away

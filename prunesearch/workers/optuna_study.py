@@ -1,13 +1,13 @@
-"""The Optuna study: created once, and what makes its records comparable pinned: its definition, code, data and anchor."""
+"""The Optuna study: created once. What makes its records comparable is locked: definition, code, data, models and anchor."""
 
 import hashlib
 import json
-import random
 import socket
-import time
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
+from os.path import expandvars
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,21 @@ from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.importance import Scan
 from prunesearch.study.record import write_atomically
+from prunesearch.workers.optuna_internals import StoredStudy
+from prunesearch.workers.retry import bounded
+from prunesearch.workers.storage import open_storage
+from prunesearch.workers.trial import ParamsOf
+from prunesearch.workers.urls import first_line
 
-CREATE_ATTEMPTS = 5  # of several that create a study at once, some databases refuse all but one
+CREATE_ATTEMPTS = 5  # when several workers create a study at once, some databases refuse all but one
 
 
-def sampler_of(
-    config: StudyConfig, space: SearchSpace, params_of: Callable[[Candidate], float], scan: Scan | None
-) -> CandidateSampler:
-    """The sampler that the study file names; `params_of` gives a candidate's second objective before it is trained."""
+def sampler_of(config: StudyConfig, space: SearchSpace, params_of: ParamsOf, scan: Scan | None) -> CandidateSampler:
+    """The sampler that the study file names. `params_of`: a candidate's second objective, known before it is trained."""
     search = config.search
     scores = scan.score("delta_loss") if scan else None
     if search.sampler == "layer-sets":
-        most = search.max_worst_group_wer
-        return LayerSetSampler(space, params_of, config.seed, search.startup_trials, scores, most)
+        return LayerSetSampler(space, params_of, config.seed, search.startup_trials, scores, search.max_worst_group_wer)
     return optuna_sampler(search.sampler, space, config.seed, search.startup_trials, scores)
 
 
@@ -45,65 +47,90 @@ def open_study(
     space: SearchSpace,
     sampler: CandidateSampler | None = None,
     create: bool = True,
-) -> optuna.Study:
-    """Create the study, or load it and check that it is the same one; without a sampler, it proposes at random.
+) -> StoredStudy:
+    """Create the study, or load it and check that it has the same definition; without a sampler, it proposes at random.
 
-    Raises StudyError, naming what differs, when the stored study was made from another definition; and where there is none
-    and none is to be made.
+    Raises StudyError, naming what differs, if the stored study has another definition; and if there is no study and `create` is
+    false.
     """
     sampler = sampler or CandidateSampler(space, config.seed)
-    study = _created(config.name, storage, sampler) if create else join_study(config, storage, sampler)
-    beside = config.run_folder / "definition.json"  # records and anchor must not be handed to another study either
-    stored = study.user_attrs.get("definition") or (beside.read_text(encoding="utf-8") if beside.exists() else None)
-    if stored is None:
-        write_atomically(beside, json.dumps(config.definition()))
-    if "definition" not in study.user_attrs:
-        study.set_user_attr("definition", stored or json.dumps(config.definition()))
+    stored = _created(config.name, storage, sampler) if create else load_stored_study(config, storage, sampler)
+    copy = config.run_folder / "definition.json"  # the folder's records and anchor belong to one definition, too
+    definition = stored.attrs.get("definition") or (copy.read_text(encoding="utf-8") if copy.exists() else None)
+    if definition is None:
+        write_atomically(copy, json.dumps(config.definition()))
+    if "definition" not in stored.attrs:
+        stored.set_attr("definition", definition or json.dumps(config.definition()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["dev_wer", config.search.params_objective])
-    if stored and (changed := _differences(json.loads(stored), config.definition())):
+            stored.study.set_metric_names(["dev_wer", config.search.params_objective])
+    if definition and (changed := _differences(json.loads(definition), config.definition())):
         raise StudyError(
             [f"{path}: this study was started with {old!r}, the study file now says {new!r}" for path, old, new in changed]
-            + ["records of two definitions cannot be compared: put the old value back, or rename the study and its folder"]
+            + ["records of two definitions cannot be compared: restore the old values, or rename the study and its folder"]
         )
-    return study
+    return stored
 
 
-def join_study(config: StudyConfig, storage: BaseStorage, sampler: CandidateSampler | None = None) -> optuna.Study:
-    """The study, where somebody has created it. Raises StudyError where nobody has."""
+def load_stored_study(config: StudyConfig, storage: BaseStorage, sampler: CandidateSampler | None = None) -> StoredStudy:
+    """The study, if it was created. Raises StudyError if it was not."""
     try:
-        return optuna.load_study(study_name=config.name, storage=storage, sampler=sampler)
+        return StoredStudy(optuna.load_study(study_name=config.name, storage=storage, sampler=sampler), storage)
     except KeyError:
         fix = f"`prunesearch launch {config.source}` creates it"
         raise StudyError([f"the storage holds no study named {config.name}: {fix}"]) from None
 
 
-def _created(name: str, storage: BaseStorage, sampler: CandidateSampler) -> optuna.Study:
-    for attempt in range(CREATE_ATTEMPTS):
-        try:
-            return optuna.create_study(
-                study_name=name, storage=storage, sampler=sampler, directions=["minimize"] * 2, load_if_exists=True
-            )
-        except (KeyError, optuna.exceptions.OptunaError) as error:
-            if attempt + 1 == CREATE_ATTEMPTS:
-                reason = str(error.__cause__ or error).splitlines()[0]
-                raise StudyError([f"storage.url: no study can be created there ({reason})"]) from error
-            time.sleep(random.uniform(0.05, 0.5))
-    raise AssertionError("unreachable")
+def open_existing_study(config: StudyConfig, url: str | None = None) -> StoredStudy:
+    """The study of a study file, wherever `launch` put it. Creates nothing. Raises StudyError for a study that was not
+    launched.
+
+    `url`: a storage other than the study file's.
+    """
+    url = url or config.storage.url
+    file = _storage_file(config, url)
+    if file is not None and not file.exists():
+        raise StudyError([f"{config.name} has not been launched yet: `prunesearch launch {config.source}`"])
+    return load_stored_study(config, open_storage(url, config.run_folder, note=_note_to_stderr))
 
 
-def check_writable(study: optuna.Study) -> None:
-    """Raises StudyError where this worker may read the storage, but not write to it: told now, not after a training."""
+def _storage_file(config: StudyConfig, url: str | None) -> Path | None:
+    """The file that a journal or SQLite URL names, variables filled in; None for a server."""
+    if url is None:
+        return config.run_folder / "journal.log"
+    filled = expandvars(url)
+    if filled.startswith("journal://"):
+        return Path(filled.removeprefix("journal://"))
+    path = filled.partition(":///")[2].partition("?")[0]
+    return Path(path) if filled.startswith("sqlite") and path else None
+
+
+def _note_to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _created(name: str, storage: BaseStorage, sampler: CandidateSampler) -> StoredStudy:
+    attempt = bounded(CREATE_ATTEMPTS, lambda e: isinstance(e, (KeyError, optuna.exceptions.OptunaError)), longest_wait=1)
     try:
-        study._storage.set_study_system_attr(study._study_id, "prunesearch:joined", socket.gethostname())
+        study = attempt(
+            optuna.create_study,
+            study_name=name, storage=storage, sampler=sampler, directions=["minimize"] * 2, load_if_exists=True,
+        )  # fmt: skip
+    except (KeyError, optuna.exceptions.OptunaError) as error:
+        raise StudyError([f"storage.url: no study can be created there ({first_line(error)})"]) from error
+    return StoredStudy(study, storage)
+
+
+def check_writable(stored: StoredStudy) -> None:
+    """Raises StudyError if this worker may read the storage but not write to it: now, and not after a training."""
+    try:
+        stored.write_mark("prunesearch:joined", socket.gethostname())
     except (optuna.exceptions.StorageInternalError, OSError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise StudyError([f"storage.url: the storage can be read, but not written ({reason})"]) from None
+        raise StudyError([f"storage.url: the storage can be read, but not written ({first_line(error)})"]) from None
 
 
-def annotate(study: optuna.Study, config: StudyConfig, named: Mapping[str, Candidate]) -> None:
-    """What optuna-dashboard shows beside the study, where it is installed."""
+def annotate(stored: StoredStudy, config: StudyConfig, named: Mapping[str, Candidate]) -> None:
+    """Write a note for optuna-dashboard, if it is installed."""
     try:
         from optuna_dashboard import save_note
     except ImportError:
@@ -111,28 +138,29 @@ def annotate(study: optuna.Study, config: StudyConfig, named: Mapping[str, Candi
     objective = config.search.params_objective
     paragraphs = (
         f"# {config.name}",
-        f"Which layers of `{config.encoder.model}` can go in front of `{config.llm.model}`, and which LoRA rank repairs that?",
-        f"Dev WER (a fraction) against `{objective}`. A trial's candidate stands in its attribute `candidate`: "
-        "`minus-3-4+lora8` is the encoder without layers 3 and 4, with LoRA of rank 8. Evaluated in any case:",
+        f"Which layers of `{config.encoder.model}` can `{config.llm.model}` do without, and which LoRA rank repairs that?",
+        f"Dev WER (a fraction) against `{objective}`. The attribute `candidate` of a trial names its candidate: "
+        "`minus-3-4+lora8` is the encoder without layers 3 and 4, with LoRA of rank 8. These are evaluated in any case:",
         "\n".join(f"- `{name}`: `{candidate.key}`" for name, candidate in named.items()),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        save_note(study, "\n\n".join(paragraphs))
+        save_note(stored.study, "\n\n".join(paragraphs))
 
 
-def pin(study: optuna.Study, what: str, value: Mapping[str, Any], adopt: bool = False) -> None:
-    """Hold to what the study's first worker had: `value`, under the name `what` (`code`, `data`, `anchor`).
+def lock_provenance(stored: StoredStudy, what: str, value: Mapping[str, Any], allow_changes: bool = False) -> None:
+    """Lock the study to its first worker's `value` of `what`: `code`, `data`, `models` or `anchor`.
 
-    `adopt`: from now on this one. Raises StudyError, naming what differs.
+    With `allow_changes`, the study is locked to this worker's value from now on. Raises StudyError, naming what differs.
     """
-    stored = study.user_attrs.get(what)
-    if stored is None or adopt:
-        study.set_user_attr(what, dict(value))
+    locked = stored.attrs.get(what)
+    if locked is None or allow_changes:
+        stored.set_attr(what, dict(value))
         return
-    if changed := _differences(stored, json.loads(json.dumps(value))):
+    if changed := _differences(locked, json.loads(json.dumps(value))):
         lines = [f"{what}.{path}: the study has {old!r}, this worker {new!r}" for path, old, new in changed]
-        raise StudyError([*lines, f"this worker's {what} would make other records: use the study's, or go on with --adopt"])
+        fix = "use what the study was started with, or continue with --allow-changes"
+        raise StudyError([*lines, f"records made with other {what} cannot be compared: {fix}"])
 
 
 def code_identity() -> dict[str, str]:

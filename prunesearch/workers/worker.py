@@ -1,250 +1,301 @@
-"""One worker: the study is opened and held to what was pinned, the anchor and the scan are there or made, candidates are
-evaluated until the budget is used."""
+"""One worker: it opens the study, checks that its records will be comparable, makes or waits for anchor and scan, and evaluates
+candidates until the study's budget is used."""
 
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
-from optuna.storages import BaseStorage
-
+from prunesearch.model.skeleton import params_of_candidates
 from prunesearch.search.space import SearchSpace
-from prunesearch.speech.corpus import SPLITS, fingerprint, load_corpus
-from prunesearch.study.candidate import Candidate
+from prunesearch.speech.corpus import SPLITS, fingerprint
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.importance import Scan, read_scan
-from prunesearch.study.interrupt import Interrupt, Interrupted
+from prunesearch.study.interrupt import Interrupt, Interrupted, LeaseLost
 from prunesearch.study.progress import ProgressListener
 from prunesearch.study.record import RunRecord
-from prunesearch.workers.artifacts import CHECKPOINT, ArtifactMirror, once, open_shelf
-from prunesearch.workers.lease import BEAT_SECONDS, LeaseHolder, forget_worker, tell_of_worker
-from prunesearch.workers.loop import TrialMonitor, work
-from prunesearch.workers.optuna_study import annotate, check_writable, code_identity, open_study, pin, sampler_of
+from prunesearch.workers.artifacts import CHECKPOINT, ArtifactMirror, checkpoint_path, open_artifacts
+from prunesearch.workers.exclusive import ExclusiveTask, run_exclusively
+from prunesearch.workers.lease import HEARTBEAT_SECONDS, announce_worker, retract_worker
+from prunesearch.workers.loop import run_loop
+from prunesearch.workers.optuna_internals import StoredStudy
+from prunesearch.workers.optuna_study import check_writable, code_identity, lock_provenance, open_study, sampler_of
+from prunesearch.workers.registration import create_study
+from prunesearch.workers.retry import RetryingStorage
 from prunesearch.workers.storage import open_storage
+from prunesearch.workers.trial import StudyRules, WorkerTrial
 
-POOR_ANCHOR = 0.3  # dev WER beyond which what candidates differ by is mostly luck
+if TYPE_CHECKING:  # torch is imported only when a worker opens
+    from prunesearch.training.context import TrainingContext
+    from prunesearch.training.process_group import ProcessGroup
+
+POOR_ANCHOR = 0.3  # dev WER above which differences between candidates are mostly chance
 
 
-def create(config: StudyConfig, storage: BaseStorage, trials: int | None = None, scans: bool = False) -> optuna.Study:
-    """The study, with a budget that is its own, whoever works on it: `trials`, else the study file's where it has none yet.
-
-    Where nothing is said, it never shrinks. One that was aborted goes on.
+@dataclass(frozen=True)
+class WorkerOptions:
+    """How a worker joins a study. `storage`: a URL; None is the study file's. `creates`: create the study if there is none,
+    with a budget of `trials`. `scan_only`: the worker scans, and changes nothing of the study's budget.
     """
-    from prunesearch.model.skeleton import encoder_layers
 
-    for split in SPLITS:
-        load_corpus(config, split)  # a mistake in a manifest is told before anything is created
-    space = SearchSpace.of(config, encoder_layers(config))
-    study = open_study(config, storage, space)
-    if "trials" not in study.user_attrs:
-        annotate(study, config, space.named)
-    elif scans:  # it says nothing of how far the study is to go
-        return study
-    budget = max(config.search.trials, study.user_attrs.get("trials", 0)) if trials is None else trials
-    study.set_user_attr("trials", budget)
-    if study.user_attrs.get("aborted"):
-        study.set_user_attr("aborted", False)
-    return study
+    storage: str | None = None
+    allow_changes: bool = False
+    creates: bool = True
+    trials: int | None = None
+    scan_only: bool = False
 
 
-def open_context(config: StudyConfig, listener: ProgressListener, check: Callable[[], None]) -> Any:
+def open_context(
+    config: StudyConfig, report_progress: Callable[[str, int, int], None], check: Callable[[], None]
+) -> "TrainingContext":
+    """Load the study's models. `check` is called often; it may raise Interrupted or LeaseLost."""
     from transformers.utils import logging
 
     from prunesearch.training.context import TrainingContext
+    from prunesearch.training.process_group import ProcessGroup
 
-    logging.disable_progress_bar()  # the listener tells of progress
-    logging.set_verbosity_error()  # that a decoder's weights are not wanted is no news
-    return TrainingContext.open(config, listener.progress, check)
+    logging.disable_progress_bar()  # the listener shows progress
+    logging.set_verbosity_error()  # the decoder's weights are left out on purpose: no warning
+    group = ProcessGroup.join()
+    group.check = check
+    return TrainingContext.open(config, report_progress, group)
 
 
 class Worker:
-    """A context at work on a study; of a team of processes, the leader alone talks to the storage."""
+    """A training context at work on a study. In a group of processes, only the main process uses the storage."""
 
     space: SearchSpace
+    context: "TrainingContext"
 
-    def __init__(self, config: StudyConfig, listener: ProgressListener, stop: Interrupt, adopt: bool):
-        self.config, self.listener, self.stop, self.adopt = config, listener, stop, adopt
-        self.held: LeaseHolder | None = None  # the trial under way
-        self.context: Any = None  # training.context.Workshop: torch is imported only when a worker starts
-        self.storage: Any = None  # optuna's; None for those who follow
-        self.study: Any = None
-        self.shelf: ArtifactMirror | None = None  # where workers share no folder
-        self._told = 0.0  # when the study was told what this worker does, beside trials
+    def __init__(self, config: StudyConfig, options: WorkerOptions, listener: ProgressListener, interrupt: Interrupt):
+        self.config, self.options, self.listener, self.interrupt = config, options, listener, interrupt
+        self.trial: WorkerTrial | None = None  # the one that is being evaluated
+        self._storage: RetryingStorage | None = None  # of the main process, like the next two
+        self._stored: StoredStudy | None = None
+        self._artifacts: ArtifactMirror | None = None  # None where workers share the run folder
+        self._announced = 0.0  # when the study was told what this worker does while it has no trial
 
     @classmethod
-    def open(
-        cls,
-        config: StudyConfig,
-        url: str | None,
-        listener: ProgressListener,
-        stop: Interrupt,
-        adopt: bool = False,
-        creates: bool = True,
-        trials: int | None = None,
-        scans: bool = False,
-    ) -> "Worker":
-        """`creates`: the study, where there is none, with a budget of so many `trials`."""
-        worker = cls(config, listener, stop, adopt)
-        if os.environ.get("RANK", "0") == "0":  # a storage that cannot be had is told before models are loaded
-            worker.storage = open_storage(url or config.storage.url, config.run_folder, listener.note, lambda: stop.requested)
-            worker.shelf = open_shelf(config)
-        worker.context = context = open_context(config, worker, worker.check)
-        corpora = context.corpora  # a mistake in a manifest is told before anything is created
-        worker.space = SearchSpace.of(config, context.depth)
-        if context.team.leads:
-            if worker.shelf and context.team.size > 1:
-                raise StudyError(["storage.artifacts: not for processes that train together; share the run folder"])
-            if creates:
-                create(config, worker.storage, trials, scans)
-            worker.study = open_study(config, worker.storage, worker.space, create=False)
-            check_writable(worker.study)
-            pin(worker.study, "code", code_identity(), adopt)
-            pin(worker.study, "data", {split: fingerprint(corpora[split]) for split in SPLITS}, adopt)
+    def open(cls, config: StudyConfig, options: WorkerOptions, listener: ProgressListener, interrupt: Interrupt) -> "Worker":
+        """Open storage, models and corpora, then the study. Raises StudyError for a user's mistake, as early as it can be
+        known.
+        """
+        worker = cls(config, options, listener, interrupt)
+        if os.environ.get("RANK", "0") == "0":  # before models are loaded, which takes longer
+            url = options.storage or config.storage.url
+            worker._storage = open_storage(url, config.run_folder, listener.note, lambda: interrupt.requested)
+            worker._artifacts = open_artifacts(config)
+        worker.context = open_context(config, worker.report_progress, worker.check)
+        worker.space = SearchSpace.of(config, worker.context.depth)
+        corpora = worker.context.corpora  # a mistake in a manifest is told before anything is created
+        if worker.context.group.is_main_process:
+            worker._open_study({split: fingerprint(corpora[split]) for split in SPLITS})
         return worker
 
-    def leave(self) -> None:
-        """Nothing is done for the study any more."""
-        if self._told:
-            forget_worker(self.study)
+    def _open_study(self, data: dict[str, Any]) -> None:
+        config, options = self.config, self.options
+        if self._artifacts and self.context.group.size > 1:
+            raise StudyError(["storage.artifacts: not for processes that train together; share the run folder"])
+        if options.creates:
+            create_study(config, self.storage, options.trials, options.scan_only)
+        self._stored = open_study(config, self.storage, self.space, create=False)
+        check_writable(self.stored)
+        identities: dict[str, dict[str, Any]] = {"code": code_identity(), "models": self.context.model_digests, "data": data}
+        for what, value in identities.items():
+            lock_provenance(self.stored, what, value, options.allow_changes)
+
+    @property
+    def storage(self) -> RetryingStorage:
+        assert self._storage is not None, "only the main process has a storage"
+        return self._storage
+
+    @property
+    def stored(self) -> StoredStudy:
+        assert self._stored is not None, "only the main process has the study"
+        return self._stored
+
+    def close(self) -> None:
+        """This worker does nothing for the study any more."""
+        if self._announced:
+            retract_worker(self.stored)
 
     def check(self) -> None:
-        """Raises Interrupted or LeaseLost: called at every step of whatever the context does."""
-        self.stop.check()
-        if self.held:
-            self.held.check()
+        """Raises Interrupted or LeaseLost. Called at every step of whatever the context does."""
+        self.interrupt.check()
+        if self.trial:
+            self.trial.check()
 
-    def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
-        if self.held:
-            self.held.does(what, done, of)
-        elif self.study is not None and time.monotonic() - self._told > BEAT_SECONDS:
-            self._told = time.monotonic()
-            tell_of_worker(self.study, what, done, of)
-        self.listener.progress(what, done, of, worker)
+    def report_progress(self, what: str, done: int, of: int) -> None:
+        if self.trial:
+            self.trial.working_on(what, done, of)
+        elif self._stored is not None and time.monotonic() - self._announced > HEARTBEAT_SECONDS:
+            self._announced = time.monotonic()
+            announce_worker(self.stored, what, done, of)
+        self.listener.progress(what, done, of)
 
-    def finished(self, record: RunRecord, settled: int, of: int) -> None:
-        self.listener.finished(record, settled, of)
-
-    def note(self, text: str) -> None:
-        self.listener.note(text)
+    # Work
 
     def run(self) -> None:
-        """Evaluate candidates until the study's budget is used."""
-        from prunesearch.model.skeleton import params_of_candidates
-        from prunesearch.training.recipe import evaluate
-
-        config, context, team = self.config, self.context, self.context.team
-        if config.training.init == "anchor":
-            weights = self._anchor()
-            if team.leads:
-                pin(self.study, "anchor", {"sha256": _digest(weights)}, self.adopt)
-                self._tell_of_anchor(weights.with_name("anchor.json"))
-
-        if not team.leads:
-            while (job := team.agree(None)) is not None:
-                evaluate(context, *job)
+        """Evaluate candidates until the study's budget is used. Raises Interrupted."""
+        group = self.context.group
+        if self.config.training.init == "anchor":
+            self._lock_anchor(self._anchor())
+        if not group.is_main_process:
+            self._follow()
             return
+        rules = self._rules()
+        self.stored.study.sampler = sampler_of(self.config, self.space, rules.params_of, self._scan())
+        interrupt = _GroupInterrupt(self.interrupt, group) if group.size > 1 else self.interrupt
+        try:
+            run_loop(self.stored, rules, self._evaluate, interrupt, self.listener, self._store_checkpoint)
+        except Interrupted as reason:
+            group.leave(reason)
+        group.broadcast(None)  # nothing is left to evaluate
+        group.disband()
 
-        def evaluated(candidate: Candidate, name: str | None, referee: TrialMonitor) -> RunRecord:
-            team.agree((candidate, name))
-            self.held, checkpoint = referee.held, f"records/{candidate.key}/{CHECKPOINT}"
-            if self.shelf:
-                self.shelf.fetch_records([candidate.key])
-                self.shelf.fetch(checkpoint)
-            try:
-                record = evaluate(context, candidate, name, referee.on_rung, referee.make_sure)
-                if self.shelf:
-                    self.shelf.put_record(candidate.key)
-                return record
-            except Interrupted:
-                if self.shelf:
-                    self.shelf.put(checkpoint)
-                raise
-            finally:
-                self.held = None
-
-        def keep_checkpoint() -> None:
-            if self.shelf and self.held:
-                self.held.check()
-                self.shelf.put(f"records/{self.held.key}/{CHECKPOINT}")
-
-        count = params_of_candidates(config)
-
-        def params_of(candidate: Candidate) -> float:
-            return count(candidate).of(config.search.params_objective)
-
-        self.study.sampler = sampler_of(config, self.space, params_of, self._scan())
-        trials = self.study.user_attrs.get("trials", config.search.trials)
-        work(
-            self.study, self.space, evaluated, params_of, config.search.params_objective, trials, config.run_folder,
-            config.training.rung_confidence, self.stop, self.listener.note, keep_checkpoint,
-            on_record=lambda record, settled: self.listener.finished(record, settled, trials),
+    def _rules(self) -> StudyRules:
+        config, count = self.config, params_of_candidates(self.config)
+        objective = config.search.params_objective
+        return StudyRules(
+            space=self.space,
+            params_of=lambda candidate: count(candidate).of(objective),
+            objective=objective,
+            trials=self.stored.attrs.get("trials", config.search.trials),
+            rung_confidence=config.training.rung_confidence,
+            run_folder=config.run_folder,
             max_worst_group_wer=config.search.max_worst_group_wer,
-        )  # fmt: skip
-        team.agree(None)  # the others may go home
+        )
 
-    def _scan(self) -> Scan | None:
-        """What layers are worth, where the study wants to know: measured by one worker, for all."""
-        from prunesearch.report.scan import write_scan_report
-        from prunesearch.training.importance_scan import scan
+    def _evaluate(self, trial: WorkerTrial) -> RunRecord:
+        """Train and score a trial's candidate, in the main process. Raises Interrupted and LeaseLost."""
+        from prunesearch.training.recipe import train_and_score
 
-        config, path = self.config, "scan/scan.json"
-        file = config.run_folder / path  # one that was asked for may know more than the usual one
-        guided = config.search.scan and config.search.sampler not in ("random", "grid")
+        artifacts = self._artifacts
+        self.context.group.broadcast((trial.candidate, trial.name))
+        self.trial = trial
+        try:
+            if artifacts:
+                artifacts.fetch_records([trial.candidate])
+                artifacts.fetch(checkpoint_path(trial.candidate))
+            record = train_and_score(self.context, trial.candidate, trial)
+            if artifacts:
+                artifacts.put_record(trial.candidate)
+            return record
+        except Interrupted:
+            if artifacts:
+                artifacts.put(checkpoint_path(trial.candidate))
+            raise
+        finally:
+            self.trial = None
 
-        def measure(make_sure: Callable[[], None] = lambda: None) -> None:
-            write_scan_report(file.parent, scan(self.context))
-            make_sure()
-            if self.shelf:
-                self.shelf.put(path)
+    def _follow(self) -> None:
+        """Evaluate what the main process claims, in the other processes of its group. Raises Interrupted."""
+        from prunesearch.training.recipe import Unmonitored, train_and_score
 
-        if guided and config.training.init == "anchor":
-            if self.shelf is None:
-                if not file.exists():
-                    measure()  # a lock in the shared folder sees to it that one does
-            else:
-                shelf = self.shelf
-                once(self.storage, f"{config.name} (scan)", self.stop, lambda: shelf.fetch(path), measure)
-        return read_scan(file)
+        group = self.context.group
+        while True:
+            try:
+                claimed = group.broadcast(None)
+                if claimed is None:
+                    group.disband()
+                    return
+                candidate, name = claimed
+                train_and_score(self.context, candidate, Unmonitored(name))
+            except LeaseLost:  # the main process claims another candidate
+                continue
+
+    def _store_checkpoint(self) -> None:
+        if self._artifacts and (trial := self.trial):
+            trial.check()
+            self._artifacts.put(checkpoint_path(trial.candidate))
+
+    # Anchor and scan: made by one worker, for all
 
     def _anchor(self) -> Path:
-        """The anchor's weights: trained by one worker, for all."""
-        if self.shelf is None:  # a lock in the shared folder sees to it
-            return Path(self.context.anchor())
-        shelf, path = self.shelf, "anchor/projector.safetensors"
+        from prunesearch.training.anchor import train_anchor
 
-        def train(make_sure: Callable[[], None]) -> None:
-            shelf.fetch(f"anchor/{CHECKPOINT}")
-            self.context.anchor()
-            make_sure()
-            shelf.put("anchor/anchor.json")
-            shelf.put(path)
+        if self._artifacts is None:  # a lock in the shared folder decides which worker trains it
+            return train_anchor(self.context)
+        artifacts, path = self._artifacts, "anchor/projector.safetensors"
 
-        def keep_checkpoint() -> None:
-            shelf.put(f"anchor/{CHECKPOINT}")
-            if self.study.user_attrs.get("aborted"):
-                self.stop.request()
+        def train(confirm: Callable[[], None]) -> None:
+            artifacts.fetch(f"anchor/{CHECKPOINT}")
+            train_anchor(self.context)
+            confirm()
+            artifacts.put("anchor/anchor.json")
+            artifacts.put(path)
 
-        once(self.storage, f"{self.config.name} (anchor)", self.stop, lambda: shelf.fetch(path), train, keep_checkpoint)
-        shelf.fetch("anchor/anchor.json")
-        return Path(self.context.anchor())
+        def store_checkpoint() -> None:
+            artifacts.put(f"anchor/{CHECKPOINT}")
+            if self.stored.attrs.get("aborted"):
+                self.interrupt.request()
 
-    def _tell_of_anchor(self, log: Path) -> None:
-        """Once in a study: how well it understands what it hears, with all of its layers, before any candidate is trained."""
-        if "anchor_wer" in self.study.user_attrs or not log.exists():
+        task = ExclusiveTask(f"{self.config.name} (anchor)", lambda: artifacts.fetch(path), train, store_checkpoint)
+        run_exclusively(self.storage, task, self.interrupt)
+        artifacts.fetch("anchor/anchor.json")
+        return train_anchor(self.context)
+
+    def _lock_anchor(self, weights: Path) -> None:
+        """Lock the study to the anchor, and warn once if it understands too little."""
+        if not self.context.group.is_main_process:
+            return
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+        lock_provenance(self.stored, "anchor", {"sha256": digest}, self.options.allow_changes)
+        log = weights.with_name("anchor.json")
+        if "anchor_wer" in self.stored.attrs or not log.exists():
             return
         wer = json.loads(log.read_text(encoding="utf-8"))["dev_wer"]
-        self.study.set_user_attr("anchor_wer", round(wer, 4))
+        self.stored.set_attr("anchor_wer", round(wer, 4))
         if wer > POOR_ANCHOR:
-            self.note(
-                f"the anchor gets {100 * wer:.0f} % of the dev words wrong: a search from there can hardly tell candidates "
-                "apart. Train it longer (anchor.steps), or with another anchor.learning_rate"
+            self.listener.note(
+                f"the anchor gets {100 * wer:.0f} % of the dev words wrong: from such an anchor, candidates can hardly be told "
+                "apart. Train it longer (anchor.steps) or with another anchor.learning_rate"
             )
 
+    def _scan(self) -> Scan | None:
+        """What layers are worth, if the study's sampler uses it."""
+        from prunesearch.report.scan import write_scan_report
+        from prunesearch.training.importance_scan import importance_scan
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        config, path = self.config, "scan/scan.json"
+        file = config.run_folder / path  # a scan that a person asked for may hold more than the default one
+        wanted = config.search.scan and config.search.sampler not in ("random", "grid") and config.training.init == "anchor"
+        if not wanted:
+            return read_scan(file)
+        if self._artifacts is None:
+            if not file.exists():  # a lock in the shared folder decides which worker scans
+                write_scan_report(file.parent, importance_scan(self.context))
+            return read_scan(file)
+        artifacts = self._artifacts
+
+        def measure(confirm: Callable[[], None]) -> None:
+            write_scan_report(file.parent, importance_scan(self.context))
+            confirm()
+            artifacts.put(path)
+
+        task = ExclusiveTask(f"{config.name} (scan)", lambda: artifacts.fetch(path), measure)
+        run_exclusively(self.storage, task, self.interrupt)
+        return read_scan(file)
+
+
+class _GroupInterrupt(Interrupt):
+    """The interrupt of a group's main process: its check also notices that another process has to leave."""
+
+    def __init__(self, own: Interrupt, group: "ProcessGroup"):
+        super().__init__()
+        self._own, self._group = own, group
+
+    @property
+    def requested(self) -> bool:
+        return self._own.requested
+
+    def request(self) -> None:
+        self._own.request()
+
+    def check(self) -> None:
+        self._group.check_anywhere()

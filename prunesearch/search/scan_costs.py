@@ -1,0 +1,30 @@
+"""What a search takes from a scan, and the scale on which it compares WERs. Shape: L removable layers."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunesearch.study.importance import LayerSet
+
+Array = NDArray[np.float64]
+
+LEAST_WER = 1e-4  # logarithms begin here
+
+
+def log_wer(wer: float) -> float:
+    """The natural logarithm of a WER (a fraction), which halved errors change alike at 4 % and at 40 %."""
+    return float(np.log(max(wer, LEAST_WER)))
+
+
+def layer_costs(scan: Mapping[LayerSet, float], layers: Sequence[int]) -> tuple[Array, Array]:
+    """Costs of the layers alone (L,), and of pairs beyond the sum of their layers (L, L), above the diagonal; 0 where not
+    measured.
+    """
+    alone = np.array([scan.get((i,), 0.0) for i in layers])
+    beyond = np.zeros((len(layers),) * 2)
+    for (a, i), (b, j) in combinations(enumerate(layers), 2):
+        if (pair := scan.get((i, j))) is not None:
+            beyond[a, b] = pair - alone[a] - alone[b]
+    return alone, beyond

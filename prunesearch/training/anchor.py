@@ -1,0 +1,84 @@
+"""The anchor: the unpruned encoder's projector, trained once per study without LoRA. Every candidate starts from it."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from prunesearch.model.projector import Projector
+from prunesearch.model.slam import SpeechLlm
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.errors import StudyError
+from prunesearch.study.record import SplitResult, write_atomically
+from prunesearch.training.context import TrainingContext, write_tensors
+from prunesearch.training.finetune import (
+    CurvePoint,
+    Diverged,
+    FineTune,
+    FineTuneProgress,
+    FineTuneSettings,
+    TrainingSet,
+)
+
+
+def anchor_weights(context: TrainingContext) -> Path:
+    """Where the anchor's weights are, once it is trained."""
+    return context.config.run_folder / "anchor" / "projector.safetensors"
+
+
+def train_anchor(context: TrainingContext) -> Path:
+    """The anchor's weights, trained by the first worker that needs them; the others wait.
+
+    All processes of a group call this. Raises StudyError when the training diverges: without an anchor there is no study.
+    """
+    weights, group = anchor_weights(context), context.group
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    with group.lock(weights.parent / "lock"):
+        if not group.broadcast(weights.exists()):
+            slam = SpeechLlm(context.fresh_projector(), context.llm, context.llm.model)
+            progress = _train(context, slam, weights.parent / "checkpoint.pt")
+            if group.is_main_process:
+                _write(context, slam, progress, weights)
+            group.broadcast(None)  # the other processes read what the main process has written
+    return weights
+
+
+def _train(context: TrainingContext, slam: SpeechLlm, checkpoint: Path) -> FineTuneProgress:
+    config, budget = context.config, context.anchor_budget
+    train = context.encoded(context.pruned_encoder(Candidate()), "train", context.drawn(budget))
+
+    def on_point(point: CurvePoint) -> None:
+        context.main_progress(f"anchor, loss {point.loss:.2f}", point.step, budget.steps)
+
+    settings = FineTuneSettings(config.training, context.group, context.dtype, checkpoint, on_point)
+    fine_tune = FineTune(slam, TrainingSet(train, context.targets), budget, settings)
+    try:
+        with fine_tune.checkpoint_when_interrupted():
+            fine_tune.run_to(budget.steps)
+    except Diverged as error:
+        rate = config.anchor.learning_rate
+        raise StudyError([f"anchor.learning_rate: with {rate:g}, {error}; try a smaller one"]) from error
+    return fine_tune.progress
+
+
+def _write(context: TrainingContext, slam: SpeechLlm, progress: FineTuneProgress, weights: Path) -> None:
+    dev = context.encoded(context.pruned_encoder(Candidate()), "dev", context.used("dev"))
+    result = SplitResult.of(context.decode(slam, "dev", dev))
+    log = {
+        "steps": progress.step,
+        "train_seconds": round(progress.seconds, 1),
+        "losses": progress.losses,
+        "dev_wer": result.errors.wer,
+        "dev": result.model_dump(),
+    }
+    write_atomically(weights.with_name("anchor.json"), json.dumps(log, indent=1) + "\n")
+    write_tensors(weights, slam.projector.state_dict())
+    weights.with_name("checkpoint.pt").unlink(missing_ok=True)
+
+
+def starting_projector(context: TrainingContext, repeat: int = 0) -> Projector:
+    """The projector that candidates start with: the anchor's, or a fresh one where the study's `training.init` is `scratch`."""
+    projector = context.fresh_projector(repeat)
+    if context.config.training.init == "anchor":
+        projector.load_state_dict(load_file(train_anchor(context)))
+    return projector
