@@ -60,7 +60,7 @@ def test_every_mistake_is_reported_at_once_each_on_one_line(toy: Path, tmp_path:
     [
         ({"search": {"max_removed": 5}}, "must not exceed the number of removable layers, 4"),
         ({"search": {"max_removed": 4}}, "must leave one of the encoder's 4 layers"),
-        ({"search": {"fixed": [{"removed_layers": [0, 1, 2, 3]}]}}, "must leave one of the encoder's layers"),
+        ({"search": {"fixed": [{"removed_layers": [0, 1, 2, 3]}]}}, "must leave one of the encoder's 4 layers"),
         ({"search": {"lora_ranks": [4, 0]}}, "must rise"),
         ({"search": {"fixed": [{"removed_layers": [4]}]}}, "must lie in [0, 4)"),
         ({"training": {"rungs": [0.5, 0.25]}}, "must rise"),
