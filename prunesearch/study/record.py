@@ -5,8 +5,6 @@ records/<key>/dev.jsonl     one UtteranceResult per line; test.jsonl likewise
 """
 
 import json
-import os
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.errors import StudyError
+from prunesearch.study.files import write_atomically as write_atomically  # importable from here, too
 
 SCHEMA_VERSION = 1  # of record.json; a reader refuses any other
 
@@ -198,26 +197,6 @@ class RunRecord(_Frozen):
     def outcome(self) -> dict[str, Any]:
         """The fields that a second run of the same candidate must reproduce."""
         return self.model_dump(mode="json", exclude={"cost", "provenance"})
-
-
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file so that other processes see all of it or none of it, even if this process is killed while writing.
-
-    A new file has the permissions that `open` would give it (the umask applies), so that a group that shares a study folder
-    can be given write access.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def record_folder(records: Path, candidate: Candidate) -> Path:
