@@ -330,7 +330,7 @@ def check_study_name(name: str, source: str = "") -> str:
         return name
     rule = "must consist of letters, digits, '_', '-' and '.', and start with a letter, a digit or '_'"
     example = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "my-study"
-    fix = f'add name = "{example}" to the study file' if source else f'such as "{example}"'
+    fix = f'add name = "{example}" to the study file' if source else f'for example "{example}"'
     raise ValueError(f"{rule}, got {name!r}{f', {source}' if source else ''}: {fix}")
 
 
