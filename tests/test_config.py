@@ -1,8 +1,13 @@
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prunesearch.commands.init import write_study_file
+from prunesearch.search.space import SearchSpace
+from prunesearch.study.candidate import count_candidates
 from prunesearch.study.config import StudyConfig, load_study, parse_study
 from prunesearch.study.errors import StudyError
 from tests.conftest import write_study
@@ -10,7 +15,7 @@ from tests.conftest import write_study
 STUDIES = sorted((Path(__file__).parents[1] / "studies").rglob("*.toml"))
 
 
-def mistakes(path: Path) -> list[str]:
+def errors_in(path: Path) -> list[str]:
     with pytest.raises(StudyError) as caught:
         load_study(path)
     return caught.value.lines
@@ -31,16 +36,16 @@ def test_a_limit_on_groups_needs_groups(toy: Path, tmp_path: Path) -> None:
         .replace('"group" = "speaker"', '"skip_unreadable" = false')
         .replace('group = "speaker"', "skip_unreadable = false")
     )
-    (line,) = mistakes(file)
+    (line,) = errors_in(file)
     assert "max_worst_group_wer needs data.group" in line
 
 
-def test_every_mistake_is_reported_at_once_each_on_one_line(toy: Path, tmp_path: Path) -> None:
+def test_every_error_is_reported_at_once_each_on_one_line(toy: Path, tmp_path: Path) -> None:
     file = write_study(
         tmp_path, toy, llm={"promt": "x"}, data={"dev": "nowhere.jsonl"}, training={"steps": "many", "rungs": [0.5, 1.5]},
         search={"removable_layers": [1, 9], "sampler": "tpee"},
     )  # fmt: skip
-    lines = mistakes(file)
+    lines = errors_in(file)
     assert all("\n" not in line for line in lines)
     expected = {
         "llm.promt": "did you mean prompt",
@@ -60,7 +65,7 @@ def test_every_mistake_is_reported_at_once_each_on_one_line(toy: Path, tmp_path:
     [
         ({"search": {"max_removed": 5}}, "must not exceed the number of removable layers, 4"),
         ({"search": {"max_removed": 4}}, "must leave one of the encoder's 4 layers"),
-        ({"search": {"fixed": [{"removed_layers": [0, 1, 2, 3]}]}}, "must leave one of the encoder's layers"),
+        ({"search": {"fixed": [{"removed_layers": [0, 1, 2, 3]}]}}, "must leave one of the encoder's 4 layers"),
         ({"search": {"lora_ranks": [4, 0]}}, "must rise"),
         ({"search": {"fixed": [{"removed_layers": [4]}]}}, "must lie in [0, 4)"),
         ({"training": {"rungs": [0.5, 0.25]}}, "must rise"),
@@ -75,15 +80,15 @@ def test_impossible_combinations(sections: dict, part: str, toy: Path, tmp_path:
         file.write_text('preset = "papr"\n' + file.read_text())
     else:
         file = write_study(tmp_path, toy, **sections)
-    assert any(part in line for line in mistakes(file))
+    assert any(part in line for line in errors_in(file))
 
 
 def test_two_splits_of_one_manifest_are_refused(toy: Path, tmp_path: Path) -> None:
     both = str(toy / "dev.jsonl")
-    assert "dev and test must not share a source" in mistakes(write_study(tmp_path, toy, data={"dev": both, "test": both}))[0]
+    assert "dev and test must not share a source" in errors_in(write_study(tmp_path, toy, data={"dev": both, "test": both}))[0]
 
 
-def test_sources_of_every_kind_and_their_mistakes(toy: Path, tmp_path: Path) -> None:
+def test_sources_of_every_kind_and_their_errors_in(toy: Path, tmp_path: Path) -> None:
     fleurs = {"fleurs": "da", "split": "train"}
     file = write_study(tmp_path, toy, data={"train": [fleurs, {"dataset": "x/y", "split": "train"}]})
     train = load_study(file).data.train
@@ -93,7 +98,7 @@ def test_sources_of_every_kind_and_their_mistakes(toy: Path, tmp_path: Path) -> 
         "dev": {"common_voice": "nowhere", "split": "dev"},
         "test": "nowhere.jsonl",
     }
-    lines = mistakes(write_study(tmp_path, toy, data=wrong))
+    lines = errors_in(write_study(tmp_path, toy, data=wrong))
     expected = {
         "data.train.0.txt": "did you mean text?",
         "data.train.1.fleurs": "must be 'da', 'nl' or 'en', got 'de'",
@@ -106,9 +111,9 @@ def test_sources_of_every_kind_and_their_mistakes(toy: Path, tmp_path: Path) -> 
 
 
 def test_no_file_and_no_toml_are_named(tmp_path: Path) -> None:
-    assert "there is no study file" in mistakes(tmp_path / "x.toml")[0]
+    assert "there is no study file" in errors_in(tmp_path / "x.toml")[0]
     (tmp_path / "study.toml").write_text("name = ")
-    assert "not valid TOML" in mistakes(tmp_path)[0]
+    assert "not valid TOML" in errors_in(tmp_path)[0]
 
 
 def test_variables_are_expanded_when_the_path_is_opened(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +152,7 @@ def test_every_shipped_study_file_loads(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_the_template_is_a_valid_study_once_there_is_data(tmp_path: Path) -> None:
     file = write_study_file(tmp_path, "mine")
-    assert all("must be an existing manifest" in line for line in mistakes(file))
+    assert all("must be an existing manifest" in line for line in errors_in(file))
     (file.parent / "data").mkdir()
     for split in ("train", "dev", "test"):
         (file.parent / "data" / f"{split}.jsonl").touch()
@@ -159,3 +164,85 @@ def test_the_template_is_a_valid_study_once_there_is_data(tmp_path: Path) -> Non
 def test_a_section_that_is_no_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="encoder"):
         parse_study({"encoder": 3, "llm": {"model": "x"}, "data": 1}, tmp_path / "study.toml")
+
+
+def renamed(file: Path, name: str) -> Path:
+    file.write_text(f"name = {json.dumps(name)}\n" + file.read_text())
+    return file
+
+
+@pytest.mark.parametrize("name", ["a", "digits-2", "Ångström_1.5", "_x", "3"])
+def test_names_that_init_accepts_are_valid(toy: Path, tmp_path: Path, name: str) -> None:
+    assert load_study(renamed(write_study(tmp_path, toy), name)).name == name
+    assert write_study_file(tmp_path, name).parent.name == name
+
+
+@pytest.mark.parametrize("name", ["", " ", "my study", "../x", "a/b", ".hidden", "-x", "x\n", "a\\b", "größe?"])
+def test_other_names_are_refused_by_validate_and_init_alike(toy: Path, tmp_path: Path, name: str) -> None:
+    (line,) = errors_in(renamed(write_study(tmp_path, toy), name))
+    assert line.startswith("name: must consist of letters, digits")
+    assert f"got {name!r}" in line
+    with pytest.raises(StudyError) as caught:
+        write_study_file(tmp_path, name)
+    assert caught.value.lines[0].removeprefix("NAME: ") == line.removeprefix("name: ")
+
+
+def test_a_name_from_the_folder_or_file_is_said_to_be_and_the_proposed_one_works(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "my study!", toy)
+    (line,) = errors_in(file)
+    assert "got 'my study!', the folder's name: add name = \"my-study\" to the study file" in line
+    other = file.rename(file.with_name("größe 2.toml"))
+    (line,) = errors_in(other)
+    assert "got 'größe 2', the file's name: add name = \"größe-2\" to the study file" in line
+    assert load_study(renamed(other, "größe-2")).name == "größe-2"
+
+
+def test_a_study_that_was_started_under_another_name_is_still_read(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "my study", toy)
+    assert load_study(file, data_must_exist=False).name == "my study"
+    (tmp_path / "my study" / "run").mkdir()
+    assert load_study(file).name == "my study"
+
+
+def test_a_grid_that_is_too_large_to_list_is_refused(toy: Path, tmp_path: Path) -> None:
+    def encoder(layers: int) -> dict[str, Any]:
+        folder = tmp_path / f"encoder-{layers}"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"encoder_layers": layers}))
+        return {"model": str(folder)}
+
+    def search(**keys: Any) -> dict[str, Any]:
+        return {"sampler": "grid", "lora_ranks": [0, 4], **keys}
+
+    (line,) = errors_in(write_study(tmp_path, toy, encoder=encoder(32), search=search(max_removed=6)))
+    size = 2 * sum(math.comb(32, k) for k in range(7))
+    assert line.startswith(f"search.sampler: grid can list at most 200,000 candidates, got a space of {size:,}: ")
+    for keys in (
+        {"sampler": "tpe", "max_removed": 6},
+        {"max_removed": 4},
+        {"max_removed": 6, "removable_layers": list(range(10))},
+    ):
+        assert load_study(write_study(tmp_path, toy, encoder=encoder(32), search=search(**keys)))
+    # the depth of a hub model is not known here, but the named layers are
+    hub = {"model": "openai/whisper-large-v3"}
+    named = search(max_removed=9, removable_layers=list(range(20)))
+    (line,) = errors_in(write_study(tmp_path, toy, encoder=hub, search=named))
+    assert line.startswith("search.sampler: ")
+    assert load_study(write_study(tmp_path, toy, encoder=hub, search=search(max_removed=9)))
+
+
+def test_validation_counts_the_candidates_that_the_search_has(toy: Path, tmp_path: Path) -> None:
+    for most, ranks in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4])):
+        config = load_study(write_study(tmp_path, toy, search={"max_removed": most, "lora_ranks": ranks}))
+        assert SearchSpace.of(config, 4).size == count_candidates(4, config.max_removed(4), len(ranks))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_encoder_of_fewer_than_three_layers_is_refused(toy: Path, tmp_path: Path, layers: int) -> None:
+    (tmp_path / "shallow").mkdir()
+    (tmp_path / "shallow" / "config.json").write_text(json.dumps({"encoder_layers": layers}))
+    file = write_study(tmp_path, toy, encoder={"model": str(tmp_path / "shallow")}, search={"max_removed": 1})
+    line = errors_in(file)[0]
+    assert line.startswith(f"encoder.model: must have at least three layers, got {layers}")
+    (tmp_path / "shallow" / "config.json").write_text(json.dumps({"encoder_layers": 3}))
+    assert load_study(file).max_removed(3) == 1

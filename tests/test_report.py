@@ -131,7 +131,7 @@ def study(folder: Path, name: str = "s") -> StudyConfig:
     data = "\n".join(f'{split} = "{split}.jsonl"' for split in ("train", "dev", "test"))
     head = f"name = {json.dumps(name)}\n[encoder]\nmodel = 'e/e'\n[llm]\nmodel = 'l/l'\n[data]\n"
     (folder / "study.toml").write_text(head + data, encoding="utf-8")
-    return load_study(folder / "study.toml")
+    return load_study(folder / "study.toml", data_must_exist=False)  # as the report command does
 
 
 # --- repeats ---

@@ -1,77 +1,79 @@
-"""The command line: parse, load, call, print. Each command is one call into the package.
+"""The command line: each command parses its arguments, makes one call into the package, and prints the result.
 
-Nothing heavy is imported before a command runs: `prunesearch --help` must not wait for torch.
+A command imports what it needs when it runs: `prunesearch --help` must not wait for torch.
 """
 
-import json
-import os
-import sys
 import time
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from prunesearch import __version__
+from prunesearch.cli.main import run_app
+from prunesearch.cli.options import (
+    Adopt,
+    AllowChanges,
+    Beams,
+    Folder,
+    Json,
+    Launcher,
+    Start,
+    StorageUrl,
+    Study,
+    TranscriptFormat,
+    Turns,
+)
+from prunesearch.cli.output import counted, print_hint, print_json, print_tables
+from prunesearch.cli.progress import ProgressDisplay
+from prunesearch.cli.storage import storage_commands
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
-    from prunesearch.study.record import RunRecord
-
-WATCH_SECONDS = 3
-SAY_SECONDS = 30  # where there is no progress bar, what is being done is said so often
+REFRESH_SECONDS = 3  # of `status --watch`
 
 app = typer.Typer(
-    help="Find the smallest speech encoder a speech-LLM can live with: layers to remove, LoRA rank to repair with.",
+    help="Find encoder layers that can be removed from a speech-LLM, and the LoRA rank that repairs the damage.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Study = Annotated[Path, typer.Argument(metavar="STUDY", help="A study file, or a folder with a study.toml in it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-StorageUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--storage", metavar="URL", envvar="PRUNESEARCH_STORAGE", help="Optuna storage; default: the study's, a journal file."
-    ),
-]
 
-
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"prunesearch {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The new study's name.")],
-    folder: Annotated[Path, typer.Option("--in", help="Where studies live.")] = Path("studies"),
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new study.")],
+    folder: Annotated[Path, typer.Option("--in", help="Folder to create the study's folder in.")] = Path("studies"),
 ) -> None:
     """Write a commented study file to start from."""
     from prunesearch.commands.init import write_study_file
 
     path = write_study_file(folder, name)
-    typer.echo(f"wrote {path}; edit it, then: prunesearch validate {path.parent}")
+    typer.echo(f"wrote {path}; edit it, then run: prunesearch validate {path.parent}")
 
 
 @app.command()
 def validate(
     study: Study,
-    resolved: Annotated[bool, typer.Option("--resolved", help="Print the full configuration, defaults and all.")] = False,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print the full configuration, defaults included, as JSON.")
+    ] = False,
 ) -> None:
-    """Check a study file: all mistakes at once, one line each."""
+    """Check a study file and print all errors in it, one per line."""
     from prunesearch.study.config import load_study
 
     config = load_study(study)
@@ -80,7 +82,7 @@ def validate(
 
         table = config.model_dump(mode="json")
         table["storage"]["url"] = config.storage.url and shown(config.storage.url)
-        _print_json(table)
+        print_json(table)
     else:
         typer.echo(f"{config.source} is valid: {config.name}, fingerprint {config.fingerprint()}")
 
@@ -88,14 +90,24 @@ def validate(
 @app.command()
 def plan(
     study: Study,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Mean length of a recording.")] = 5.0,
-    hours: Annotated[float | None, typer.Option(min=0, help="Size of the train split; default: no epoch repeats.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Mean length of a recording, in seconds.")] = 5.0,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0, help="Size of the train split, in hours. Default: large enough that no recording is used twice."),
+    ] = None,
     teraflops: Annotated[
-        float, typer.Option(min=0.001, help="What the GPU achieves; a third of an A100's bf16 peak is 100.")
+        float,
+        typer.Option(
+            min=0.001,
+            help="Speed that the GPU reaches, in 10^12 operations per second. A third of an A100's bf16 peak is 100.",
+        ),
     ] = 100.0,
     as_json: Json = False,
 ) -> None:
-    """Show what will be run: parameters by group, the size of the space, steps, GPU memory and hours. Trains nothing."""
+    """Show parameter counts, the size of the search space, and the steps, GPU memory and hours that a study needs.
+
+    Trains nothing and reads no recordings.
+    """
     from dataclasses import asdict
 
     from prunesearch.commands.plan import estimate
@@ -105,160 +117,161 @@ def plan(
     config = load_study(study, data_must_exist=False)
     made, cost = make_plan(config), estimate(config, seconds, hours, teraflops)
     if as_json:
-        _print_json({**made.to_json(), "estimate": asdict(cost)})
+        print_json({**made.to_json(), "estimate": asdict(cost)})
     else:
         from prunesearch.cli.tables import plan_tables
 
-        _print(plan_tables(made, cost))
+        print_tables(plan_tables(made, cost))
 
 
 @app.command()
 def scan(
     study: Study,
-    most: Annotated[int, typer.Option(min=1, help="Layers in a set, at most.")] = 2,
-    utterances: Annotated[int, typer.Option(min=1, help="How many of dev.")] = 64,
-    loss_sets: Annotated[int, typer.Option(min=0, help="Larger sets whose loss is measured: those of least drift.")] = 128,
-    wer: Annotated[bool, typer.Option("--wer", help="Decode without each single layer, too.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Run each set by itself as well; compare, and time both.")] = False,
+    most: Annotated[int, typer.Option(min=1, help="Largest number of layers in a set.")] = 2,
+    utterances: Annotated[int, typer.Option(min=1, help="Number of dev utterances to use.")] = 64,
+    loss_sets: Annotated[
+        int,
+        typer.Option(min=0, help="Number of multi-layer sets to measure the loss of (those with the least projector drift)."),
+    ] = 128,
+    wer: Annotated[bool, typer.Option("--wer", help="Also decode without each single layer.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also run each set separately, compare the results, and time both ways.")
+    ] = False,
     storage: StorageUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what each layer, and each pair, is worth to the anchor's system, before anything else is trained."""
-    from prunesearch.commands.scan import scan as run_scan
+    """Measure how much the unpruned system loses without each layer and each pair of layers.
 
-    with _Display() as display:
+    Trains only the anchor, if there is none yet.
+    """
+    from prunesearch.commands.scan import scan as run_scan
+    from prunesearch.study.config import load_study
+
+    with ProgressDisplay() as display:
         found = run_scan(study, most, utterances, loss_sets, wer, check, storage, display)
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     else:
         from prunesearch.report.scan import render_scan
-        from prunesearch.study.config import load_study
 
-        _print(render_scan(found))
-        typer.echo(f"scan: {load_study(study, data_must_exist=False).run_folder / 'scan' / 'scan.html'}")
-
-
-class Launcher(StrEnum):
-    """Where workers run."""
-
-    local = "local"
-    slurm = "slurm"
-
-
-Adopt = Annotated[bool, typer.Option("--adopt", help="Go on with other code, data or anchor than the study began with.")]
+        print_tables(render_scan(found))
+    page = load_study(study, data_must_exist=False).run_folder / "scan" / "scan.html"
+    print_hint(f"scan: {page}", as_json)
 
 
 @app.command()
 def launch(
     study: Study,
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
-    trials: Annotated[int | None, typer.Option(min=1, help="Candidates in the whole study, baselines included.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of worker processes on this machine, or of SLURM jobs.")] = 1,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of candidates in the whole study, baselines included. Default: search.trials."),
+    ] = None,
     storage: StorageUrl = None,
     launcher: Annotated[Launcher, typer.Option(help="Where the workers run.")] = Launcher.local,
     slurm: Annotated[
-        list[str] | None, typer.Option("--slurm", metavar="KEY=VALUE", help="An option of sbatch; may be repeated.")
+        list[str] | None,
+        typer.Option("--slurm", metavar="KEY=VALUE", help="Option for sbatch, such as partition=gpu. May be repeated."),
     ] = None,
+    allow_changes: AllowChanges = False,
     adopt: Adopt = False,
 ) -> None:
-    """Run a study, or go on with one. Kill it at any time: launched again, it loses nothing that was completed."""
+    """Start a study, or resume it. It can be killed at any time: no finished candidate is lost."""
     from prunesearch.commands.launch import launch as run
     from prunesearch.commands.status import left_out
 
+    allow_changes = allow_changes or adopt
     if launcher is Launcher.slurm:
         from prunesearch.commands.slurm import submit
 
         options = {key: value for key, _, value in (option.partition("=") for option in slurm or ())}
-        jobs = submit(study, workers, trials, storage, options, adopt)
-        typer.echo(f"submitted: {', '.join(jobs)}; `prunesearch status {study}` shows how it goes")
+        jobs = submit(study, workers, trials, storage, options, allow_changes)
+        typer.echo(f"submitted {counted(len(jobs), 'job')}: {', '.join(jobs)}; to see the progress: prunesearch status {study}")
         return
-    with _Display() as display:
-        config = run(study, workers, trials, storage, display, adopt)
+    with ProgressDisplay() as display:
+        config = run(study, workers, trials, storage, display, allow_changes)
     for split, count in left_out(config).items():
-        typer.echo(f"{count} lines of {split} were left out: {config.run_folder / 'corpus' / split}.json says which, and why")
-    typer.echo(f"done: prunesearch report {config.source}")
+        reasons = config.run_folder / "corpus" / f"{split}.json"
+        typer.echo(f"{split}: {counted(count, 'line')} left out; {reasons} lists the reasons")
+    typer.echo(f"done; to see the results: prunesearch report {config.source}")
 
 
 @app.command()
-def worker(study: Study, storage: StorageUrl = None, adopt: Adopt = False) -> None:
-    """Join a study that was launched, from this machine or another, and work until its budget is used."""
+def worker(study: Study, storage: StorageUrl = None, allow_changes: AllowChanges = False, adopt: Adopt = False) -> None:
+    """Join a study that was launched, on this machine or another, and evaluate candidates until it is complete."""
     from prunesearch.commands.worker import join
 
-    with _Display() as display:
-        config = join(study, storage, display, adopt)
-    typer.echo(f"done: prunesearch report {config.source}")
+    with ProgressDisplay() as display:
+        config = join(study, storage, display, allow_changes or adopt)
+    typer.echo(f"done; to see the results: prunesearch report {config.source}")
 
 
 @app.command()
 def status(
     study: Study,
     storage: StorageUrl = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds, until Ctrl-C.")] = False,
-    price: Annotated[float | None, typer.Option(min=0, help="What a worker costs an hour, for an estimate.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help=f"Refresh every {REFRESH_SECONDS} s until the study is complete, or until Ctrl-C.")
+    ] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Price of one worker per hour, to estimate the remaining cost.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show how far a study has come: workers and what they do, the front so far, what is left."""
+    """Show the progress of a study: its workers and what each does, the front so far, and the remaining time."""
     from prunesearch.commands.status import status as read_status
 
     found = read_status(study, storage, price)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     from prunesearch.cli.tables import status_tables
 
     if not watch:
-        _print(status_tables(found))
+        print_tables(status_tables(found))
         return
     from rich.live import Live
 
     with Live(status_tables(found), auto_refresh=False) as live:
         while found["settled"] < found["trials"] and not (found["aborted"] and not found["running"]):
-            time.sleep(WATCH_SECONDS)
+            time.sleep(REFRESH_SECONDS)
             found = read_status(study, storage, price)
             live.update(status_tables(found), refresh=True)
 
 
 @app.command()
 def retry(study: Study, storage: StorageUrl = None) -> None:
-    """Have the candidates that failed evaluated once more, by whoever works on the study next."""
+    """Re-queue failed candidates for the next available worker."""
     from prunesearch.commands.status import retry as retry_failed
 
     keys = retry_failed(study, storage)
-    typer.echo(f"to be tried again: {', '.join(keys)}" if keys else "no candidate has failed")
+    typer.echo(f"re-queued: {', '.join(keys)}" if keys else "no candidate has failed")
 
 
 @app.command()
 def abort(study: Study, storage: StorageUrl = None) -> None:
-    """Have all workers stop at the next good moment, wherever they are. `launch` goes on."""
+    """Ask all workers of a study, on all machines, to save their work and stop. `launch` resumes the study."""
     from prunesearch.commands.status import abort as abort_study
 
     count = abort_study(study, storage)
-    typer.echo(f"{count} workers are asked to stop; it may take them some seconds")
+    typer.echo(f"asked {counted(count, 'worker')} to stop; this can take some seconds")
 
 
-storage_commands = typer.Typer(help="What a study's storage may need.", no_args_is_help=True)
 app.add_typer(storage_commands, name="storage")
-
-
-@storage_commands.command("upgrade")
-def storage_upgrade(study: Study, storage: StorageUrl = None) -> None:
-    """Bring a database's tables to what the installed Optuna needs."""
-    from prunesearch.commands.storage import upgrade
-
-    typer.echo(upgrade(study, storage))
 
 
 @app.command()
 def report(
-    studies: Annotated[list[Path], typer.Argument(metavar="STUDY…", help="Study files, or folders with a study.toml.")],
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY…", help="Study files, or folders that contain study.toml.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where to write; default: run/report, for several: overlay.")
+        Path | None, typer.Option("--out", help="Folder to write. Default: run/report; for several studies, overlay.")
     ] = None,
     storage: StorageUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Compare what was found with the baselines: tables, plots (PNG, SVG, PDF), an HTML page, CSV and JSON.
+    """Compare the candidates with the baselines: tables, plots (PNG, SVG, PDF), an HTML page, CSV and JSON.
 
-    Several studies are laid over one another.
+    Several studies are compared in one overlay.
     """
     from prunesearch.report import write_overlay, write_report
     from prunesearch.report.data import to_json
@@ -274,33 +287,13 @@ def report(
         folder = out or Path("overlay")
         comparisons = write_overlay(configs, folder)
         page = folder / "overlay.html"
-        _print_json([to_json(c) for c in comparisons]) if as_json else _print(rich_table(overlay_table(comparisons)))
+        print_json([to_json(c) for c in comparisons]) if as_json else print_tables(rich_table(overlay_table(comparisons)))
     else:
         comparison = write_report(configs[0], out)
         page = (out or configs[0].run_folder / "report") / "report.html"
-        _print_json(to_json(comparison)) if as_json else _print(render(comparison))
+        print_json(to_json(comparison)) if as_json else print_tables(render(comparison))
     if not as_json:
         typer.echo(f"report: {page}")
-
-
-@storage_commands.command("proxy")
-def storage_proxy(
-    study: Study,
-    storage: StorageUrl = None,
-    host: Annotated[str, typer.Option(help="The address to listen at.")] = "localhost",
-    port: Annotated[int, typer.Option(help="The port to listen at.")] = 13000,
-) -> None:
-    """Serve the study's database to many workers through Optuna's gRPC proxy, until Ctrl-C. There is no encryption."""
-    from prunesearch.commands.storage import serve
-
-    serve(study, storage, host, port, lambda: typer.echo(f"workers may use --storage grpc://{host}:{port}", err=True))
-
-
-class Start(StrEnum):
-    """Where projectors begin."""
-
-    anchor = "anchor"
-    scratch = "scratch"
 
 
 @app.command()
@@ -317,122 +310,126 @@ def confirm(
     from prunesearch.commands.confirm import confirm as run
     from prunesearch.study.config import load_study
 
-    with _Display() as display:
+    with ProgressDisplay() as display:
         run(study, seeds, steps, init.value if init else None, workers, storage, display)
     from prunesearch.cli.tables import confirmation_table
 
     found = compared(load_study(study, data_must_exist=False))
     if found:
-        _print(confirmation_table(found))
+        print_tables(confirmation_table(found))
 
 
 @app.command()
 def export(
     study: Study,
-    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
-    candidate: Annotated[str | None, typer.Option(metavar="KEY", help="Which one, such as minus-3+lora8.")] = None,
-    trial: Annotated[int | None, typer.Option(min=0, metavar="N", help="Which one, by the number of its Optuna trial.")] = None,
-    best_under_params: Annotated[
-        float | None, typer.Option(min=0, help="The best on dev of at most so many parameters (the study's objective).")
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    candidate: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Export the candidate with this key, such as minus-3+lora8.")
     ] = None,
-    knee: Annotated[bool, typer.Option("--knee", help="The front's knee; what is exported without a choice, too.")] = False,
-    merge: Annotated[bool, typer.Option("--merge", help="Add the LoRA to the LLM's weights.")] = False,
+    trial: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Export the candidate of the Optuna trial with this number.")
+    ] = None,
+    best_under_params: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Export the candidate of lowest dev WER with at most this many parameters (see search.params_objective).",
+        ),
+    ] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="Export the knee of the front. This is the default.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the LoRA into the LLM's weights.")] = False,
     with_llm: Annotated[
-        bool | None, typer.Option("--llm/--no-llm", help="Write the LLM, too; default: where it comes from a folder.")
+        bool | None,
+        typer.Option("--llm/--no-llm", help="Write the LLM, too. Default: only if the study loads it from a folder."),
     ] = None,
     storage: StorageUrl = None,
 ) -> None:
-    """Write a candidate as a folder that stands by itself; without a choice, the front's knee."""
+    """Write a candidate as a self-contained folder. Default: the knee of the front."""
     from prunesearch.commands.export import export as write
     from prunesearch.study.errors import StudyError
 
     if knee and (candidate, trial, best_under_params) != (None, None, None):
-        raise StudyError(["--knee: it is a choice of its own; give it alone"])
+        raise StudyError(["--knee cannot be combined with --candidate, --trial or --best-under-params: give one of them"])
     record = write(study, out, candidate, trial, best_under_params, merge, with_llm, storage)
-    typer.echo(f"{record.name or record.candidate.key}: {out}; prunesearch transcribe {out} AUDIO…")
+    typer.echo(f"exported {record.name or record.candidate.key} to {out}; to use it: prunesearch transcribe {out} AUDIO…")
 
 
 @app.command()
 def measure(
     study: Study,
     candidate: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="Which one; may be repeated. Default: the front and the baselines.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="Key of a candidate to measure. May be repeated. Default: the front and the baselines."
+        ),
     ] = None,
-    turns: Annotated[int, typer.Option(min=1, help="How often each is measured, after once that is not counted.")] = 5,
-    utterances: Annotated[int, typer.Option(min=1, help="How many of dev.")] = 16,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs per system, after one warm-up run.")] = 5,
+    turns: Turns = None,
+    utterances: Annotated[int, typer.Option(min=1, help="Number of dev utterances to use.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Measure latency, memory and file size on this machine, in turns with the unpruned system."""
+    """Measure latency, memory and file size on this machine, relative to the unpruned system."""
     from prunesearch.commands.measure import measure as run
 
-    with _Display() as display:
-        found = run(study, candidate or (), turns, utterances, display)
+    with ProgressDisplay() as display:
+        found = run(study, candidate or (), runs if turns is None else turns, utterances, display)
     if as_json:
         from dataclasses import asdict
 
-        _print_json(asdict(found))
+        print_json(asdict(found))
     else:
         from prunesearch.cli.tables import measurement_table
 
-        _print(measurement_table(found))
-
-
-Beams = Annotated[int | None, typer.Option("--beams", min=1, help="Of the search; default: as the study decoded test.")]
-
-
-class Form(StrEnum):
-    """How a transcript is written."""
-
-    text = "text"
-    json = "json"
-    srt = "srt"
+        print_tables(measurement_table(found))
 
 
 @app.command()
 def transcribe(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="An exported system, or a hub repository of one.")],
-    audio: Annotated[list[str], typer.Argument(metavar="AUDIO…", help="Recordings, folders of them, or - for stdin.")],
-    form: Annotated[Form, typer.Option("--format", help="How to write it.")] = Form.text,
+    folder: Folder,
+    audio: Annotated[list[str], typer.Argument(metavar="AUDIO…", help="Recordings, folders of recordings, or - for stdin.")],
+    transcript_format: Annotated[
+        TranscriptFormat, typer.Option("--format", help="Format of the transcripts.")
+    ] = TranscriptFormat.text,
     beams: Beams = None,
 ) -> None:
-    """Say what is said in recordings of any length, one after the other."""
+    """Transcribe recordings of any length."""
     from transformers.utils import logging
 
     from prunesearch.asr.recordings import recordings, written
-    from prunesearch.asr.recordings import transcribe as say
+    from prunesearch.asr.recordings import transcribe as transcribe_files
     from prunesearch.asr.slam_asr import SlamAsr
 
     logging.disable_progress_bar()
     with recordings(audio) as files:
         asr = SlamAsr.from_pretrained(folder)
-        problems = []
-        for name, segments, problem in say(asr, files, beams):
+        failed = False
+        for name, segments, problem in transcribe_files(asr, files, beams):
             if segments is None:
-                problems.append(problem)
+                failed = True
                 typer.echo(problem, err=True)
             else:
-                typer.echo(written(name, segments, form.value, alone=len(files) == 1))
-    if problems:
+                typer.echo(written(name, segments, transcript_format.value, alone=len(files) == 1))
+    if failed:
         raise typer.Exit(2)
 
 
 @app.command()
 def evaluate(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="An exported system, or a hub repository of one.")],
-    data: Annotated[Path, typer.Option("--data", help="A manifest: JSONL with audio, text and, if any, language.")],
+    folder: Folder,
+    data: Annotated[Path, typer.Option("--data", help="Manifest: JSONL with audio, text and, optionally, language.")],
     beams: Beams = None,
     as_json: Json = False,
 ) -> None:
-    """Count an exported system's word errors on a manifest."""
+    """Measure an exported system's WER on a manifest."""
     from transformers.utils import logging
 
-    from prunesearch.asr.recordings import evaluate as count
+    from prunesearch.asr.recordings import evaluate as score_manifest
     from prunesearch.asr.slam_asr import SlamAsr
 
     logging.disable_progress_bar()
-    found = count(SlamAsr.from_pretrained(folder), data, beams=beams)
+    found = score_manifest(SlamAsr.from_pretrained(folder), data, beams=beams)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     kinds = "/".join(str(found[kind]) for kind in ("substitutions", "deletions", "insertions"))
     typer.echo(f"WER {100 * found['wer']:.2f} % ({kinds} S/D/I in {found['reference_words']} words)")
@@ -440,95 +437,6 @@ def evaluate(
         typer.echo(f"{language}: {100 * wer:.2f} %")
 
 
-class _Display:
-    """Progress bars on a terminal; elsewhere a line now and then. A line per finished candidate anywhere."""
-
-    def __init__(self) -> None:
-        self._bars: Progress | None = None
-        self._study: TaskID | None = None
-        self._tasks: dict[int, TaskID] = {}  # by worker
-        self._settled = 0
-        self._begin = self._said = time.monotonic()
-        self._doing = ""
-
-    def __enter__(self) -> "_Display":
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self._bars = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._study = self._bars.add_task("candidates", total=None)
-        self._tasks[0] = self._bars.add_task("loading models", total=None)
-        self._bars.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        assert self._bars
-        self._bars.stop()
-
-    def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
-        assert self._bars
-        if worker not in self._tasks:
-            self._tasks[worker] = self._bars.add_task(what, total=of)
-        self._bars.update(self._tasks[worker], description=what, completed=done, total=of)
-        kind = what.split(",")[0]  # without the loss
-        if self._bars.disable and worker == 0 and (kind != self._doing or time.monotonic() - self._said > SAY_SECONDS):
-            if self._settled == 0 or kind == self._doing:  # once candidates come in, their lines tell
-                self._console.print(f"{self._elapsed()} {what} ({done}/{of})", highlight=False)
-                self._said = time.monotonic()
-            self._doing = kind
-
-    def finished(self, record: "RunRecord", settled: int, of: int) -> None:
-        assert self._bars
-        assert self._study is not None
-        self._bars.update(self._study, completed=settled, total=of)
-        wer = f"{100 * record.dev.errors.wer:6.2f} %" if record.dev else "   —    "
-        params, label = record.parameters.speech / 1e6, record.name or record.candidate.key
-        note = "" if record.state == "complete" else f"  {record.state}: {record.reason}"
-        self._settled, self._said = settled, time.monotonic()
-        line = f"{self._elapsed()} {settled:4d}/{of} dev WER {wer} {params:8.2f} M  {label}{note}"
-        self._console.print(line, highlight=False)
-
-    def note(self, text: str) -> None:
-        self._console.print(f"{self._elapsed()} {text}", highlight=False, markup=False)
-
-    def _elapsed(self) -> str:
-        minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
-        return f"{minutes:3d}:{seconds:02d}"
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    # a table that is too wide for the terminal wraps there: better than columns that are not shown
-    Console(width=max(Console().width, 120) if sys.stdout.isatty() else 160).print(renderable)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 def main() -> None:
-    """Run the command line. Exit codes: 0; 2 for the user's mistakes, one line each; 1 for ours, with a traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a hub that cannot be reached is told once, by us
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("stopped: launch again to go on", err=True)
-        sys.exit(130)
-    except Exception as error:
-        # looked up late: their modules must not be imported for --help
-        from prunesearch.study.errors import StudyError
-        from prunesearch.study.interrupt import Interrupted
-
-        if isinstance(error, Interrupted):
-            typer.echo("stopped: launch again to go on", err=True)
-            sys.exit(128 + (error.signal or 2))
-        if not isinstance(error, StudyError):
-            raise
-        for line in error.lines:
-            typer.echo(line, err=True)
-        sys.exit(2)
+    """The entry point of `prunesearch`."""
+    run_app(app)

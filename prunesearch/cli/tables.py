@@ -1,4 +1,4 @@
-"""Plans and states of studies as terminal tables."""
+"""Tables for the terminal: a plan, a study's progress, a confirmation, a measurement."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from prunesearch.study.measurement import Measurement
 
 
 def plan_tables(plan: Plan, cost: Estimate) -> Group:
-    """Parameters by group for the baselines and the fixed candidates, and what the study will run."""
+    """Parameters of the baselines and fixed candidates, the size of the study, its estimated cost, and changed preset keys."""
     counts = Table(title=f"{plan.study}: parameters")
-    shares = Table(title="parameters saved against unpruned")
+    shares = Table(title="parameters saved, relative to unpruned")
     for table in (counts, shares):
         table.add_column("system", no_wrap=True)
     for column in ("encoder", "projector", "LoRA", "LLM", "speech side"):
@@ -23,29 +23,29 @@ def plan_tables(plan: Plan, cost: Estimate) -> Group:
     for name, p in plan.named.items():
         counts.add_row(name, *(f"{n:,}" for n in (p.encoder, p.projector, p.lora, p.llm, p.speech)))
         shares.add_row(name, *(f"{100 * share:.2f} %" for share in plan.reduction(name).values()))
-    run = Table(title="what will be run", show_header=False)
+    run = Table(title="size of the study", show_header=False)
     for label, value in (
         ("encoder layers", f"{plan.encoder_layers}, {plan.layer_params:,} parameters each"),
         ("candidates in the space", f"{plan.candidates:,}"),
-        ("candidates to evaluate", f"{plan.trials} (the {len(plan.named)} above first)"),
-        ("steps", f"anchor {plan.anchor_steps}, then {plan.steps} each, batch {plan.batch_size}"),
+        ("candidates to evaluate", f"{plan.trials} (first the {len(plan.named)} above)"),
+        ("steps", f"{plan.anchor_steps} for the anchor, {plan.steps} per candidate, batches of {plan.batch_size}"),
     ):
         run.add_row(label, value)
-    needs = Table(title="what it will take on a GPU", show_header=False)
+    needs = Table(title="estimated cost on one GPU", show_header=False)
     for label, value in (
-        ("assumed", f"recordings of {cost.seconds:g} s, {cost.teraflops:g} x 10^12 operations a second; decoding not counted"),
-        ("memory of a step", f"{_gib(cost.memory_bytes)}, on the longest recordings {_gib(cost.memory_bytes_longest)}"),
+        ("assumptions", f"recordings of {cost.seconds:g} s, {cost.teraflops:g} x 10^12 operations per second, no decoding"),
+        ("peak memory", f"{_gib(cost.memory_bytes)}; {_gib(cost.memory_bytes_longest)} with recordings of data.max_seconds"),
         (
-            "a step",
+            "training step",
             f"{cost.step_operations / 1e12:.2f} x 10^12 operations in {cost.step_calls:,} calls: {cost.step_seconds:.3f} s",
         ),
-        ("encoding", f"{cost.encoding_operations / 1e12:.3f} x 10^12 operations an utterance"),
-        ("time", f"{_duration(cost.candidate_hours)} a candidate, {_duration(cost.study_hours)} in all"),
+        ("encoding", f"{cost.encoding_operations / 1e12:.3f} x 10^12 operations per utterance"),
+        ("time", f"{_duration(cost.candidate_hours)} per candidate, {_duration(cost.study_hours)} in total"),
     ):
         needs.add_row(label, value)
     if not plan.overrides:
         return Group(counts, shares, run, needs)
-    changed = Table(title="what differs from the preset")
+    changed = Table(title="differences from the preset")
     for column in ("key", "preset", "this study"):
         changed.add_column(column)
     for key, (preset, own) in plan.overrides.items():
@@ -123,30 +123,36 @@ def _gib(size: int) -> str:
 
 
 def status_tables(found: dict[str, Any]) -> Group:
-    """Trials by state, what is left, workers and what they do, and the front so far."""
+    """Trials by state, the remaining work, the workers, and the front so far.
+
+    found: what `commands.status.status` returns.
+    """
     states = ", ".join(f"{count} {state}" for state, count in found["states"].items() if count)
     head = Table(title=f"{found['study']}: {found['settled']} of {found['trials']} candidates", show_header=False)
     head.add_row("trials", states or "none yet")
     if found["ended"]:
-        head.add_row("of these", ", ".join(f"{count} {why}" for why, count in found["ended"].items()))
+        head.add_row("without result", ", ".join(f"{count} {why}" for why, count in found["ended"].items()))
     if found["aborted"]:
-        head.add_row("aborted", "workers stop; `prunesearch launch` goes on")
+        head.add_row("aborted", "workers are stopping; `prunesearch launch` resumes the study")
     if found["seconds_each"] is not None:
-        left = f"{_duration(found['worker_hours_left'])} of one worker"
-        left += f", {_duration(found['seconds_left'] / 3600)} of those at work" if found["seconds_left"] is not None else ""
-        left += f", {found['price_left']:,.2f} to pay" if found["price_left"] is not None else ""
-        head.add_row("left", f"{left} ({found['seconds_each']:.0f} s a candidate so far)")
+        left = f"{_duration(found['worker_hours_left'])} for one worker"
+        if found["seconds_left"] is not None:
+            left += f", {_duration(found['seconds_left'] / 3600)} for the current workers"
+        if found["price_left"] is not None:
+            left += f", price {found['price_left']:,.2f}"
+        head.add_row("remaining", f"{left} ({found['seconds_each']:.0f} s per candidate so far)")
     workers = Table(title="workers")
-    for column in ("where", "candidate", "doing", "heard"):
+    for column in ("worker", "candidate", "activity", "last heartbeat"):
         workers.add_column(column)
     for worker in found["running"]:
-        doing = f"{worker['doing']} ({worker['done']}/{worker['of']})" if worker["doing"] else ""
-        heard = f"{worker['heard_seconds_ago']:.0f} s ago"
+        activity = f"{worker['doing']} ({worker['done']}/{worker['of']})" if worker["doing"] else ""
+        if not worker["alive"]:
+            activity = f"lost; last activity: {activity}" if activity else "lost"
         workers.add_row(
             f"{worker['host']}, process {worker['pid']}",
             str(worker["candidate"] or "–"),
-            doing if worker["alive"] else f"lost; was at: {doing}" if doing else "lost",
-            heard,
+            activity,
+            f"{worker['heard_seconds_ago']:.0f} s ago",
         )
     front = Table(title="front so far (dev)")
     front.add_column("candidate")

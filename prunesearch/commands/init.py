@@ -1,20 +1,20 @@
 """The study file that `prunesearch init` writes."""
 
-import re
 from pathlib import Path
 
+from prunesearch.study.config import check_study_name
 from prunesearch.study.errors import StudyError
 
 _TEMPLATE = """\
-# A prunesearch study: which encoder layers can go, and which LoRA rank repairs the damage?
-# Check it with `prunesearch validate`, see what it costs with `prunesearch plan`. Keys not given have their defaults:
-# `prunesearch validate --resolved` prints them all. Paths start at this file; ${{VARIABLES}} are expanded.
+# A prunesearch study: which encoder layers can be removed, and which LoRA rank repairs the damage?
+# `prunesearch validate` checks this file, `prunesearch plan` estimates the cost. Keys that are not given have defaults:
+# `prunesearch validate --resolved` prints all of them. Paths are relative to this file; ${{VARIABLES}} are expanded.
 
 name = "{name}"
 seed = 0
 
 [encoder]
-model = "openai/whisper-small"        # a hub name, or a folder; any Whisper size
+model = "openai/whisper-small"        # a hub name or a folder; any Whisper size with three layers or more
 
 [llm]
 model = "Qwen/Qwen2.5-0.5B"           # any decoder-only language model
@@ -22,46 +22,51 @@ prompt = "Transcribe speech to text.\\n"
 
 [projector]
 stack = 5                             # encoder positions per audio embedding
-hidden = 2048
+hidden = 2048                         # width of the hidden layer
 
-[data]                                # JSONL, one utterance a line: {{"audio": "a.wav", "text": "…", "language": "en"}}
+[data]                                # JSONL, one utterance per line: {{"audio": "a.wav", "text": "…", "language": "en"}}
 train = "data/train.jsonl"
-dev = "data/dev.jsonl"                # candidates are chosen on dev,
-test = "data/test.jsonl"              # and decoded on test once, at the end
-# group = "speaker"                   # a column of the manifest to look at groups by
+dev = "data/dev.jsonl"                # used to choose candidates
+test = "data/test.jsonl"              # decoded once, at the end
+# group = "speaker"                   # column of the manifest to group results by
 # max_train_utterances = 5000
 
 [text]
 normalizer = "paper"                  # paper | whisper | none
 
-[anchor]                              # the unpruned encoder's projector, trained once; candidates start from it
+[anchor]                              # the unpruned encoder's projector, trained once; all candidates start from it
 steps = 1000
 learning_rate = 1e-3
 
-[training]                            # what every candidate and every baseline gets
+[training]                            # the same for every candidate and every baseline
 steps = 200
 batch_size = 8
 learning_rate = 1e-3
-rungs = []                            # e.g. [0.5]: after half of the steps, give up what is clearly dominated
+rungs = []                            # e.g. [0.5]: after half of the steps, stop candidates that are clearly dominated
 
 [search]
 removable_layers = "all"              # or a list of zero-based indices
-max_removed = 6
+max_removed = 6                       # most layers that a candidate may lose
 lora_ranks = [0, 4, 8, 16]            # 0: no LoRA
 params_objective = "speech_params"    # speech_params | encoder_params | total_params
 sampler = "layer-sets"                # layer-sets | tpe | nsga2 | gp | random | grid
-# max_worst_group_wer = 0.3           # of data.group: who is worse served than that, is kept off the front
-trials = 40                           # candidates in all, the four baselines included
+# max_worst_group_wer = 0.3           # exclude candidates from the front whose worst group (of data.group) has a higher dev WER
+trials = 40                           # number of candidates, the four baselines included
 """
 
 
 def write_study_file(folder: Path, name: str) -> Path:
-    """Write `folder/name/study.toml`. Raises StudyError when there is one, or the name is no file name."""
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise StudyError([f"a study's name must consist of letters, digits, '-', '_' and '.', got {name!r}"])
+    """Write a commented study file, `folder/name/study.toml`, and return its path.
+
+    Raises StudyError if the file exists, or if the name is not allowed (see `check_study_name`).
+    """
+    try:
+        check_study_name(name)
+    except ValueError as error:
+        raise StudyError([f"NAME: {error}"]) from None
     path = folder / name / "study.toml"
     if path.exists():
-        raise StudyError([f"{path} exists already: choose another name, or edit it"])
+        raise StudyError([f"{path} exists already: choose another name, or edit that file"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_TEMPLATE.format(name=name), encoding="utf-8")
     return path

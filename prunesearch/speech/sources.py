@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from prunesearch.speech.audio import Cell, Recording
-from prunesearch.study.config import CommonVoiceSource, DatasetSource, FleursSource, Source, StudyConfig
+from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
+from prunesearch.study.sources import CommonVoiceSource, DatasetSource, FleursSource, Source
 
 FLEURS_CONFIGS = {"da": "da_dk", "nl": "nl_nl", "en": "en_us"}
 

@@ -1,4 +1,4 @@
-"""What a user is told about a study file that is wrong: one line for each mistake, all of them at once."""
+"""Errors in what the user gave, such as a study file: one line each, and all of them at once."""
 
 import difflib
 import re
@@ -9,22 +9,33 @@ from pydantic import BaseModel, Tag, ValidationError
 
 
 class StudyError(ValueError):
-    """The user's study file, or what it points to, is wrong. `lines` holds one message for each mistake."""
+    """The study file, a file that it names, or a command's option is wrong.
+
+    `lines` holds one message per error. Each says which key, file or option is wrong, the rule, the value, and the fix.
+    The command line prints them to stderr and exits with 2.
+    """
 
     def __init__(self, lines: list[str]):
         super().__init__("\n".join(lines))
         self.lines = lines
 
 
-def explained(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[str]:
-    """One line for each wrong key of `raw`, read as a `root`: key path, rule, value, nearest valid name."""
-    # of a union, each member tells its own: the first one's word stands
-    lines = {_path(e, raw): _explain(e, raw, root) for e in reversed(error.errors())}
+def describe_validation_error(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[str]:
+    """One line per wrong key: key path, rule, value and, for an unknown name, the nearest valid one.
+
+    error: what pydantic raised when it read `raw` as a `root`.
+    raw: the table from the TOML file.
+    """
+    # pydantic reports an error for each member of a union: reversed, so that the first member's message is the one kept
+    lines = {_key_path(e, raw): _describe(e, raw, root) for e in reversed(error.errors())}
     return list(lines.values())[::-1]
 
 
-def _path(error: Any, raw: Any) -> str:
-    """The key's path, without the names that pydantic gives a union's members, and without indices of what is no list."""
+def _key_path(error: Any, raw: Any) -> str:
+    """The key's dotted path as the user wrote it, such as `data.train.0.text`.
+
+    Leaves out union tags (in brackets), and an index where the user gave one value instead of a list.
+    """
     shown = []
     for part in error["loc"]:
         if isinstance(part, int) and not isinstance(raw, list):
@@ -37,29 +48,26 @@ def _path(error: Any, raw: Any) -> str:
     return ".".join(shown)
 
 
-def _explain(error: Any, raw: Any, root: type[BaseModel]) -> str:
-    """One line: key path, rule, value, nearest valid name."""
-    path, (*parents, last) = _path(error, raw), error["loc"]
+def _describe(error: Any, raw: Any, root: type[BaseModel]) -> str:
+    path, (*parents, last) = _key_path(error, raw), error["loc"]
     if error["type"] == "extra_forbidden":
         fields = list(_section_at(parents, root).model_fields)
         near = difflib.get_close_matches(str(last), fields, n=1)
-        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(fields)}")
+        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; valid keys: {', '.join(fields)}")
     if error["type"] == "missing":
         return f"{path}: this key is required"
-    rule = error["msg"].removeprefix("Value error, ")
-    rule = rule.removeprefix("Input should be ") if error["type"] == "literal_error" else rule
-    line = f"{path}: {rule[0].lower() + rule[1:]}"
-    line += "" if ", got " in rule else f", got {error['input']!r}"
     if error["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         near = difflib.get_close_matches(str(error["input"]), allowed, n=1)
         line = f"{path}: must be {error['ctx']['expected']}, got {error['input']!r}"
-        line += f"; did you mean {near[0]!r}?" if near else ""
-    return line
+        return line + (f"; did you mean {near[0]!r}?" if near else "")
+    rule = error["msg"].removeprefix("Value error, ")
+    line = f"{path}: {rule[0].lower() + rule[1:]}"
+    return line if ", got " in rule else f"{line}, got {error['input']!r}"
 
 
 def _section_at(path: list[Any], root: type[BaseModel]) -> type[BaseModel]:
-    """The section that a path, as pydantic gives it, leads to."""
+    """The section of `root` at a pydantic error location."""
     section = root
     members: dict[str, type[BaseModel]] = {}
     for name in path:
@@ -73,7 +81,7 @@ def _section_at(path: list[Any], root: type[BaseModel]) -> type[BaseModel]:
 
 
 def _members(annotation: Any, tag: str | None = None) -> Iterator[tuple[str, type[BaseModel]]]:
-    """The sections in a type, by the tag that a union knows them by, else by their own name."""
+    """The sections inside a type annotation, each with its union tag, or its class name if it has no tag."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield tag or annotation.__name__, annotation
     tag = next((m.tag for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Tag)), tag)

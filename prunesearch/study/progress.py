@@ -1,4 +1,4 @@
-"""Who is told how it goes: a progress display, a log, or nobody."""
+"""The interface through which long work reports its progress: to a display, a log, or nothing."""
 
 from typing import Protocol
 
@@ -6,22 +6,25 @@ from prunesearch.study.record import RunRecord
 
 
 class ProgressListener(Protocol):
-    """Is told of every step, every finished candidate, and what else happens."""
+    """Receives progress reports. Methods may be called from more than one thread, and must not raise."""
 
-    def progress(self, what: str, done: int, of: int, worker: int = 0) -> None: ...
+    def progress(self, activity: str, done: int, total: int, /, worker: int = 0) -> None:
+        """`done` of `total` units of an activity are finished; `worker` numbers the workers of this machine from 0."""
 
-    def finished(self, record: RunRecord, settled: int, of: int) -> None: ...
+    def finished(self, record: RunRecord, finished: int, total: int, /) -> None:
+        """A candidate has its record; `finished` of the study's `total` candidates have one."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """A message for the user, one line."""
 
 
 class NullListener:
-    """Is told everything and says nothing."""
+    """Ignores all reports."""
 
-    def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
+    def progress(self, activity: str, done: int, total: int, /, worker: int = 0) -> None:
         pass
 
-    def finished(self, record: RunRecord, settled: int, of: int) -> None:
+    def finished(self, record: RunRecord, finished: int, total: int, /) -> None:
         pass
 
     def note(self, text: str) -> None:

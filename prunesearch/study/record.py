@@ -1,17 +1,23 @@
-"""What became of a candidate: word errors, parameters, cost and provenance; written and read whole or not at all."""
+"""The outcome of a candidate: word errors, parameters, cost and provenance, in files that are read whole or refused.
+
+records/<key>/record.json   one RunRecord
+records/<key>/dev.jsonl     one UtteranceResult per line; test.jsonl likewise
+"""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prunesearch.study.candidate import Candidate
+from prunesearch.study.errors import StudyError
+from prunesearch.study.files import write_atomically as write_atomically  # importable from here, too
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of record.json; a reader refuses any other
+
+_RESTORE = "restore the file from a copy, or delete it"
 
 
 class _Frozen(BaseModel):
@@ -19,7 +25,7 @@ class _Frozen(BaseModel):
 
 
 class WordErrors(_Frozen):
-    """Corpus counts. Corpus-level `wer` is a fraction: all errors over all reference words."""
+    """Error counts of an utterance or a corpus. `wer` is a fraction: all errors divided by all reference words."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -39,7 +45,7 @@ class WordErrors(_Frozen):
 
 
 class UtteranceResult(_Frozen):
-    """One decoded utterance, after normalisation."""
+    """One decoded utterance; both texts are normalised. `looped`: see `speech.wer.is_loop`."""
 
     id: str
     reference: str
@@ -51,8 +57,10 @@ class UtteranceResult(_Frozen):
 
 
 class SplitResult(_Frozen):
-    """A decoded split: the counts, by language and by group of speakers too, and how often the LLM looped or said nothing
-    (fractions)."""
+    """Error counts of a decoded split: in total, by language, and by group (the column that `data.group` names).
+
+    loop_rate, empty_rate: fractions of utterances in which the LLM looped, or wrote nothing.
+    """
 
     errors: WordErrors
     utterances: int
@@ -63,6 +71,7 @@ class SplitResult(_Frozen):
 
     @classmethod
     def of(cls, results: Sequence[UtteranceResult]) -> "SplitResult":
+        """The counts of a split's utterances."""
         count = max(1, len(results))
         return cls(
             errors=sum((r.errors for r in results), WordErrors()),
@@ -75,7 +84,7 @@ class SplitResult(_Frozen):
 
     @classmethod
     def pooled(cls, results: Sequence["SplitResult"]) -> "SplitResult":
-        """Several decodings of one split as one: counts added up, rates averaged."""
+        """Several decodings of one split combined: counts are summed, rates averaged."""
         return cls(
             errors=sum((r.errors for r in results), WordErrors()),
             utterances=sum(r.utterances for r in results),
@@ -87,7 +96,7 @@ class SplitResult(_Frozen):
 
     @property
     def worst_group(self) -> str | None:
-        """The group of highest WER; None where there are no groups."""
+        """The group with the highest WER; None if there are no groups."""
         return max(self.by_group, key=lambda group: self.by_group[group].wer, default=None)
 
     @property
@@ -96,13 +105,13 @@ class SplitResult(_Frozen):
 
     @property
     def group_gap(self) -> float | None:
-        """WER of the worst group less that of the best."""
+        """WER of the worst group minus WER of the best, a fraction; None if there are no groups."""
         wers = [errors.wer for errors in self.by_group.values()]
         return max(wers) - min(wers) if wers else None
 
 
 def _summed(parts: Iterable[tuple[str | None, WordErrors]]) -> dict[str, WordErrors]:
-    """Counts by name, in order; what has no name is left out."""
+    """Counts by name, sorted by name; counts without a name are left out."""
     sums: dict[str, WordErrors] = {}
     for name, errors in parts:
         if name:
@@ -111,7 +120,7 @@ def _summed(parts: Iterable[tuple[str | None, WordErrors]]) -> dict[str, WordErr
 
 
 class Parameters(_Frozen):
-    """Parameter counts by group, of the model as built."""
+    """Parameter counts of the built model, by group."""
 
     encoder: int
     projector: int
@@ -120,7 +129,7 @@ class Parameters(_Frozen):
 
     @property
     def speech(self) -> int:
-        """What a deployment adds to the LLM that it already has."""
+        """Parameters of the speech side: what a deployment adds to an LLM that it already has."""
         return self.encoder + self.projector + self.lora
 
     @property
@@ -128,22 +137,24 @@ class Parameters(_Frozen):
         return self.speech + self.llm
 
     def of(self, objective: str) -> int:
-        """The count an objective names: `encoder_params`, `speech_params` or `total_params`."""
+        """The count that `objective` names: `encoder_params`, `speech_params` or `total_params`."""
         return int(getattr(self, objective.removesuffix("_params")))
 
 
 class Rung(_Frozen):
-    """Dev errors after a part of the steps."""
+    """Dev errors after `step` training steps."""
 
     step: int
     errors: WordErrors
 
 
 class RunCost(_Frozen):
-    """Seconds of wall time, bytes at the peak, and how many utterances fitted in memory at once. Never the same twice: left
-    out when records are compared."""
+    """Wall time in seconds, peak memory in bytes, and the micro-batch (utterances in memory at once) that fitted.
 
-    trial_seconds: float = 0.0  # all of it
+    No two runs cost exactly the same, so comparisons of records ignore it.
+    """
+
+    trial_seconds: float = 0.0  # the whole run
     train_seconds: float = 0.0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -152,8 +163,13 @@ class RunCost(_Frozen):
 
 
 class RunRecord(_Frozen):
-    """One candidate's outcome. `name` is a baseline's name; `dev` is None when the run failed (and the last
-    rung's when it was pruned), `test` when not decoded."""
+    """The outcome of one candidate.
+
+    name: the baseline's name; None for other candidates.
+    dev: the result on dev after the last step. Of a pruned run, the result at its last rung; None if the run failed.
+    test: None until test is decoded.
+    reason: why the run was pruned or failed; None if it is complete.
+    """
 
     schema_version: int = SCHEMA_VERSION
     study: str
@@ -179,57 +195,103 @@ class RunRecord(_Frozen):
         return Candidate(self.removed_layers, self.lora_rank, self.repeat)
 
     def outcome(self) -> dict[str, Any]:
-        """Everything that a second run of the same candidate must reproduce."""
+        """The fields that a second run of the same candidate must reproduce."""
         return self.model_dump(mode="json", exclude={"cost", "provenance"})
 
 
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """The file appears whole or not at all, also when the process is killed, and whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # others may work on the study, too
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def record_folder(records: Path, candidate: Candidate) -> Path:
+    """The folder of a candidate's files. Takes a parsed Candidate: a string from a storage might name any other folder."""
     return records / candidate.key
 
 
 def write_record(records: Path, record: RunRecord) -> None:
-    """`records/<key>/record.json`, replaced as a whole."""
+    """Write `records/<key>/record.json`, or replace it as a whole."""
     path = record_folder(records, record.candidate) / "record.json"
     write_atomically(path, record.model_dump_json(indent=1) + "\n")
 
 
 def read_record(records: Path, candidate: Candidate) -> RunRecord | None:
+    """The candidate's record, or None if there is none. Raises StudyError for a file that is not that record."""
     path = record_folder(records, candidate) / "record.json"
-    return RunRecord.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+    return _read_record_file(path) if path.exists() else None
 
 
 def read_records(records: Path) -> list[RunRecord]:
-    """All records, by key."""
-    paths = sorted(records.glob("*/record.json"))
-    return [RunRecord.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
+    """All records, sorted by key. Raises StudyError with one line per file that is not a record of its folder's candidate."""
+    found: list[RunRecord] = []
+    errors: list[str] = []
+    for path in sorted(records.glob("*/record.json")):
+        try:
+            found.append(_read_record_file(path))
+        except StudyError as error:
+            errors += error.lines
+    if errors:
+        raise StudyError(errors)
+    return found
+
+
+def _read_record_file(path: Path) -> RunRecord:
+    content = path.read_bytes()
+    try:
+        record = RunRecord.model_validate_json(content)
+        key = record.candidate.key
+    except ValidationError as error:
+        raise StudyError([f"{path}: {_why_not_a_record(content, error)}"]) from None
+    except ValueError as error:  # such as a negative layer
+        raise StudyError([f"{path}: not a valid record ({error}): {_RESTORE}"]) from None
+    if record.schema_version != SCHEMA_VERSION:
+        raise StudyError([f"{path}: {_other_schema(record.schema_version)}"])
+    if key != path.parent.name:
+        rule = f"the folder must be named after the record's candidate, {key}, got {path.parent.name}"
+        raise StudyError([f"{path}: {rule}: rename the folder, or delete it"])
+    return record
+
+
+def _why_not_a_record(content: bytes, error: ValidationError) -> str:
+    """The rule that the content of a record.json breaks, and the fix."""
+    if not content.strip():
+        return f"the record is empty: {_RESTORE}"
+    try:
+        raw = json.loads(content)
+    except ValueError:  # includes UnicodeDecodeError
+        return f"the record is cut off, or is not JSON: {_RESTORE}"
+    version = raw.get("schema_version", SCHEMA_VERSION) if isinstance(raw, dict) else SCHEMA_VERSION
+    if version != SCHEMA_VERSION:
+        return _other_schema(version)
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    return f"not a valid record ({f'{key}: ' if key else ''}{first['msg'].splitlines()[0]}): {_RESTORE}"
+
+
+def _other_schema(version: Any) -> str:
+    newer = isinstance(version, int) and version > SCHEMA_VERSION
+    fix = "update prunesearch to read it" if newer else _RESTORE
+    return f"schema_version must be {SCHEMA_VERSION}, got {version!r}: {fix}"
 
 
 def write_utterances(records: Path, candidate: Candidate, split: str, results: Iterable[UtteranceResult]) -> None:
-    """`records/<key>/<split>.jsonl`: one utterance a line."""
+    """Write `records/<key>/<split>.jsonl`, one utterance per line, or replace it as a whole."""
     lines = (json.dumps(r.model_dump(mode="json"), ensure_ascii=False) for r in results)
     write_atomically(record_folder(records, candidate) / f"{split}.jsonl", "\n".join(lines) + "\n")
 
 
 def read_utterances(records: Path, candidate: Candidate, split: str) -> list[UtteranceResult] | None:
-    """The split's utterances, in the corpus' order; None when it was not decoded."""
+    """The utterances of a split, in the corpus's order; None if the split was not decoded.
+
+    Raises StudyError for a file that is cut off, or has a line that is not an utterance.
+    """
     path = record_folder(records, candidate) / f"{split}.jsonl"
     if not path.exists():
         return None
-    # not splitlines(): a hypothesis may hold one of Unicode's other line ends
-    return [UtteranceResult.model_validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    # split(), not splitlines(): a hypothesis may contain one of Unicode's other line ends
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest or not lines:  # the writer ends the last line, too
+        raise StudyError([f"{path}: the file is {'cut off in line ' + str(len(lines) + 1) if rest else 'empty'}: {_RESTORE}"])
+    results = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                results.append(UtteranceResult.model_validate_json(line))
+        except ValidationError:
+            raise StudyError([f"{path}: line {number} is not a decoded utterance: {_RESTORE}"]) from None
+    return results
