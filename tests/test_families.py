@@ -147,5 +147,5 @@ def test_an_llm_that_cannot_end_a_text_is_told(toy: Path, tmp_path: Path) -> Non
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     for part in (tokenizer, model):
         part.save_pretrained(tmp_path)
-    with pytest.raises(StudyError, match="no end of sequence"):
+    with pytest.raises(StudyError, match="no end-of-sequence token"):
         load_llm(tmp_path, LlmConfig(model="llm"), torch.float32)

@@ -398,21 +398,20 @@ def transcribe(
     """Say what is said in recordings of any length, one after the other."""
     from transformers.utils import logging
 
-    from prunesearch.asr.recordings import recordings, written
-    from prunesearch.asr.recordings import transcribe as say
+    from prunesearch.asr.recordings import format_transcript, recordings, transcribe_files
     from prunesearch.asr.slam_asr import SlamAsr
 
     logging.disable_progress_bar()
     with recordings(audio) as files:
         asr = SlamAsr.from_pretrained(folder)
-        problems = []
-        for name, segments, problem in say(asr, files, beams):
-            if segments is None:
-                problems.append(problem)
-                typer.echo(problem, err=True)
+        failed = False
+        for transcript in transcribe_files(asr, files, beams):
+            if transcript.problem is not None:
+                failed = True
+                typer.echo(transcript.problem, err=True)
             else:
-                typer.echo(written(name, segments, form.value, alone=len(files) == 1))
-    if problems:
+                typer.echo(format_transcript(transcript, form.value, with_name=len(files) > 1))
+    if failed:
         raise typer.Exit(2)
 
 
@@ -426,11 +425,11 @@ def evaluate(
     """Count an exported system's word errors on a manifest."""
     from transformers.utils import logging
 
-    from prunesearch.asr.recordings import evaluate as count
+    from prunesearch.asr.scoring import score_manifest
     from prunesearch.asr.slam_asr import SlamAsr
 
     logging.disable_progress_bar()
-    found = count(SlamAsr.from_pretrained(folder), data, beams=beams)
+    found = score_manifest(SlamAsr.from_pretrained(folder), data, beams=beams)
     if as_json:
         _print_json(found)
         return
