@@ -41,6 +41,7 @@ from prunesearch.training.device import arithmetic
 from prunesearch.training.states import ENCODING_BATCH
 
 SETTINGS = "slam.json"
+UNREAD = ["*.py", "*.bin", "*.pt", "*.pth", "*.pkl"]  # never downloaded: an export needs neither code nor pickles
 PARTS = ("encoder", "tokenizer", "projector.safetensors")  # of every export; adapter and LLM depend on its settings
 QUIET_SECONDS = 5.0  # a long recording is cut at the quietest place within this time before a window's end
 FRAME = SAMPLE_RATE // 50  # samples whose loudness is compared: 20 ms
@@ -276,7 +277,7 @@ def _local_folder(source: str | Path, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), revision=revision))
+        return Path(snapshot_download(str(source), revision=revision, ignore_patterns=UNREAD))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         first = str(error).splitlines()[0]
         raise StudyError([f"{source} is neither a folder nor a repository that can be loaded ({first})"]) from None

@@ -37,9 +37,11 @@ def export(
         raise StudyError([f"--out: {out} exists already and is not empty"])
     record = choose_record(config, candidate, trial, best_under_params, storage)
     asr = load_candidate(config, record, merge)
-    asr.save_pretrained(out, with_llm=is_local(config.locate(config.llm.model)) if with_llm is None else with_llm)
+    llm_is_local = is_local(config.locate(config.llm.model))
+    asr.save_pretrained(out, with_llm=llm_is_local if with_llm is None else with_llm)
     write_atomically(out / "record.json", record_without_paths(config, record).model_dump_json(indent=1) + "\n")
-    write_atomically(out / "README.md", model_card(config, record, merged=asr.settings.merged))
+    llm_missing = llm_is_local and not (out / "llm").is_dir()
+    write_atomically(out / "README.md", model_card(config, record, asr.settings.merged, llm_missing))
     return record
 
 

@@ -69,9 +69,9 @@ def measure(
     systems: list[MeasuredSystem] = []
     of_unpruned: list[SystemMetrics] = []
     for done, record in enumerate(others, 1):
-        beside, own = _measure_alternately(loaded, config, [unpruned, record], recordings, runs, listener)
-        systems.append(_compared(record, own, beside))
-        of_unpruned += beside
+        unpruned_beside, own = _measure_alternately(loaded, config, [unpruned, record], recordings, runs, listener)
+        systems.append(_compared(record, own, unpruned_beside))
+        of_unpruned += unpruned_beside
         listener.finished(record, done, len(others))
     if not others:
         (of_unpruned,) = _measure_alternately(loaded, config, [unpruned], recordings, runs, listener)

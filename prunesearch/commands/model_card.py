@@ -12,11 +12,15 @@ from prunesearch.study.record import RunRecord
 ERROR_KINDS = ("substitutions", "deletions", "insertions", "reference_words")
 
 
-def model_card(config: StudyConfig, record: RunRecord, merged: bool) -> str:
-    """A model card: which layers were removed, WER, and training. The licence is left for the user to fill in."""
+def model_card(config: StudyConfig, record: RunRecord, merged: bool, llm_missing: bool) -> str:
+    """A model card: which layers were removed, WER, and training. The licence is left for the user to fill in.
+
+    `merged`: the LoRA is in the LLM's weights. `llm_missing`: the LLM is neither in the export nor on the hub.
+    """
     p = record.parameters
     removed = ", ".join(map(str, record.removed_layers)) or "none"
     encoder, llm = (name_without_path(config.locate(name)) for name in (config.encoder.model, config.llm.model))
+    missing, llm_argument = (" (not part of this folder)", f', llm="/path/to/{llm}"') if llm_missing else ("", "")
     languages = sorted(record.dev.by_language) if record.dev else []
     return f"""---
 license: # fill in: it depends on the encoder's, the LLM's and the data's
@@ -31,12 +35,12 @@ A Whisper encoder with layers removed, a projector, and a language model{" with 
 a search of the kind that [arXiv 2603.27981](https://arxiv.org/abs/2603.27981) suggests, in the study `{config.name}`.
 
     from prunesearch import SlamAsr
-    SlamAsr.from_pretrained("…").transcribe(["recording.wav"])
+    SlamAsr.from_pretrained("…"{llm_argument}).transcribe(["recording.wav"])
 
 | | |
 |---|---|
 | encoder | `{encoder}`, {record.encoder_layers} layers, of which removed: {removed} |
-| LLM | `{llm}`, LoRA of rank {record.lora_rank}{", merged into it" if merged else ""} |
+| LLM | `{llm}`{missing}, LoRA of rank {record.lora_rank}{", merged into it" if merged else ""} |
 | parameters | encoder {p.encoder:,}, projector {p.projector:,}, LoRA {p.lora:,}, LLM {p.llm:,} |
 | training | {record.steps} steps of {config.training.batch_size}, seed {record.seed}, from {config.training.init} |
 | data | train {", ".join(data_name(config, source) for source in config.data.train)} |
