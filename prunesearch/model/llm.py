@@ -92,7 +92,7 @@ def _quantization(config: LlmConfig, dtype: torch.dtype) -> BitsAndBytesConfig |
     if config.quantization is None:
         return None
     if not torch.cuda.is_available():
-        raise StudyError([f"llm.quantization: {config.quantization!r} needs a GPU, and this machine has none; remove the key"])
+        raise StudyError([f"llm.quantization: {config.quantization!r} needs a GPU, and there is none; leave the key out"])
     if find_spec("bitsandbytes") is None:
         raise StudyError(["llm.quantization: bitsandbytes is not installed: pip install 'prunesearch[quantized]'"])
     if config.quantization == "8bit":
