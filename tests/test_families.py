@@ -1,4 +1,4 @@
-"""Decoder-only LLMs of other makes than the toy's: what the system asks of an LLM, asked of each."""
+"""Decoder-only LLMs of other families than the toy's: each must do what the system needs of an LLM."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from prunesearch.model.llm import embedding_scale, load_llm, lora, lora_parameters, recompute_activations
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.study.config import LlmConfig
+from prunesearch.study.config import LlmConfig, ProjectorConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.training.device import arithmetic, attention_for_training
 
@@ -27,7 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "olmo2": {},
     "phi3": {"num_key_value_heads": 2},  # one projection for query, key and value
-    "gemma2": {"head_dim": 16, "sliding_window": 8},  # softened logits
+    "gemma2": {"head_dim": 16, "sliding_window": 8},  # soft-capped logits
     "gemma3_text": {  # scaled embeddings; heads too wide for some kernels
         "head_dim": 256, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
     },
@@ -49,15 +49,15 @@ def family(request: pytest.FixtureRequest, toy: Path, tmp_path: Path) -> Path:
 def built(folder: Path) -> SpeechLlm:
     llm = load_llm(folder, LlmConfig(model="llm"), torch.float32)
     torch.manual_seed(1)
-    projector = Projector(16, llm.model.get_input_embeddings().embedding_dim, 2, 16, 0.0, embedding_scale(llm.model)).eval()
-    return SpeechLlm(projector, llm, llm.model)
+    shape, width = ProjectorConfig(stack=2, hidden=16, dropout=0.0), llm.model.get_input_embeddings().embedding_dim
+    return SpeechLlm(Projector.for_models(shape, 16, width, embedding_scale(llm.model)).eval(), llm, llm.model)
 
 
 STATES, LENGTHS = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(2)), torch.tensor([40, 9, 23])
 TEXTS = [[5, 6, 7, 8], [9], [10, 11, 12]]
 
 
-def test_what_the_system_asks_of_an_llm(family: Path) -> None:
+def test_padding_lora_and_generation_work_with_the_family(family: Path) -> None:
     slam = built(family)
     llm = slam.llm
     tokens = torch.tensor([t + [0] * (4 - len(t)) for t in TEXTS])
@@ -109,7 +109,7 @@ def test_recomputed_activations_change_no_gradient(family: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_gradients_in_bf16_are_those_of_fp32_on_a_cpu(family: Path, device: str) -> None:
-    """Padding included: a kernel that computes otherwise for masked rows would train something else."""
+    """Padding is included: a kernel that computes masked rows differently would train a different model."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")
     gradients, losses = [], []
@@ -140,12 +140,12 @@ def test_a_tokenizer_without_one_of_the_usual_tokens(toy: Path, tmp_path: Path, 
     assert llm.tokens("low")[-1] == 2
 
 
-def test_an_llm_that_cannot_end_a_text_is_told(toy: Path, tmp_path: Path) -> None:
+def test_an_llm_without_an_end_of_sequence_token_is_refused(toy: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(toy / "llm")
     tokenizer.eos_token = None
     model = AutoModelForCausalLM.from_pretrained(toy / "llm")
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     for part in (tokenizer, model):
         part.save_pretrained(tmp_path)
-    with pytest.raises(StudyError, match="no end of sequence"):
+    with pytest.raises(StudyError, match="no end-of-sequence token"):
         load_llm(tmp_path, LlmConfig(model="llm"), torch.float32)

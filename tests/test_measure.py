@@ -1,4 +1,4 @@
-"""What candidates take where they run. Nothing here asserts on speed."""
+"""Latency, memory and file size of candidates. No test depends on the machine's speed."""
 
 import io
 import json
@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-import prunesearch.commands.export
+import prunesearch.commands.measure
+from prunesearch.asr.assembly import StudyModels
 from prunesearch.cli.tables import measurement_table
-from prunesearch.commands.export import Base, export
+from prunesearch.commands.export import export
 from prunesearch.commands.launch import launch
 from prunesearch.commands.measure import measure
 from prunesearch.report import comparison_of
@@ -37,14 +38,14 @@ def study(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(study: Path, tmp_path: Path) -> Path:
-    """The study once more, to be spoilt."""
+    """A copy of the study that a test may damage."""
     shutil.copytree(study.parent, tmp_path / "s")
     return tmp_path / "s" / "study.toml"
 
 
 @pytest.fixture(scope="module")
 def measured(study: Path) -> Measurement:
-    return measure(study, turns=2, utterances=3)
+    return measure(study, runs=2, utterances=3)
 
 
 def tensor_bytes(*files: Path) -> int:
@@ -86,41 +87,41 @@ def test_file_bytes_are_what_an_export_writes(study: Path, measured: Measurement
     assert system.figures.parameter_bytes == written + tensor_bytes(tmp_path / "out" / "llm" / "model.safetensors")
 
 
-def test_unpruned_is_one_time_itself_and_is_measured_once_a_turn(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpruned_is_one_time_itself_and_runs_alternate(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
-    put_together = prunesearch.commands.export.put_together
+    assemble = prunesearch.commands.measure.assemble
 
-    def counting(config: Any, record: Any, base: Any, model: Any) -> Any:
+    def counting(config: Any, record: Any, loaded: Any, model: Any) -> Any:
         measured.append(record.candidate.key)
-        return put_together(config, record, base, model)
+        return assemble(config, record, loaded, model)
 
-    monkeypatch.setattr(prunesearch.commands.export, "put_together", counting)
-    (unpruned,) = measure(study, ["full"], turns=1, utterances=1).systems
-    assert measured == ["full", "full"]  # one turn to warm up, one that counts
+    monkeypatch.setattr(prunesearch.commands.measure, "assemble", counting)
+    (unpruned,) = measure(study, ["full"], runs=1, utterances=1).systems
+    assert measured == ["full", "full"]  # one warm-up run, one that counts
     assert unpruned.figures == unpruned.unpruned
     assert unpruned.ratios == unpruned.lowest == unpruned.highest
     assert {getattr(unpruned.ratios, f.name) for f in fields(Ratios)} <= {1.0, None}
 
     measured.clear()
-    first, second = measure(study, ["minus-2-3+lora4", "full", "minus-2-3+lora4"], turns=1, utterances=1).systems
+    first, second = measure(study, ["minus-2-3+lora4", "full", "minus-2-3+lora4"], runs=1, utterances=1).systems
     assert (first.candidate, second.candidate) == ("full", "minus-2-3+lora4")
     assert measured == ["full", "minus-2-3+lora4"] * 2
     assert first.figures == second.unpruned
 
 
 def test_the_llm_is_loaded_once_and_left_bare(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[Base] = []
-    load = Base.load
+    loaded: list[StudyModels] = []
+    load = StudyModels.load
 
-    def counting(config: Any, dtype: str) -> Base:
+    def counting(config: Any, dtype: str) -> StudyModels:
         loaded.append(load(config, dtype))
         return loaded[-1]
 
-    monkeypatch.setattr(Base, "load", counting)
-    measure(study, turns=1, utterances=1)
-    (base,) = loaded
-    assert not [name for name, _ in base.llm.model.named_parameters() if "lora_" in name]
-    assert len(base.encoder.layers) == 4
+    monkeypatch.setattr(StudyModels, "load", counting)
+    measure(study, runs=1, utterances=1)
+    (models,) = (each.models for each in loaded)
+    assert not [name for name, _ in models.llm.model.named_parameters() if "lora_" in name]
+    assert len(models.encoder.layers) == 4
 
 
 def test_tokens_are_counted_up_to_the_end_of_sequence_or_the_limit() -> None:
@@ -132,7 +133,7 @@ def test_tokens_are_counted_up_to_the_end_of_sequence_or_the_limit() -> None:
 
 
 def test_the_command_prints_json_and_keeps_the_outcome(study: Path) -> None:
-    done = cli("measure", study, "--candidate", "minus-2-3", "--turns", "1", "--utterances", "2", "--json")
+    done = cli("measure", study, "--candidate", "minus-2-3", "--utterances", "2", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert json.loads((load_study(study).run_folder / "measure.json").read_text()) == found
@@ -154,13 +155,13 @@ def test_a_table_has_ratios_and_figures_and_says_what_they_depend_on(measured: M
     (system,) = [s for s in measured.systems if s.name == "top2"]
     assert f"{system.ratios.parameters:.3f}" in row
     assert f"{1e3 * system.figures.encoder_seconds:.2f}" in row
-    assert "–" in row or system.figures.peak_memory_bytes is not None
+    assert ("–" in row) == (system.figures.peak_memory_bytes is None)
     assert "The more tokens are written" in " ".join(shown.split())
 
 
 def test_weights_that_are_gone_are_left_out_unless_asked_for(copied: Path) -> None:
     (load_study(copied).run_folder / "records" / "minus-2-3" / "weights.safetensors").unlink()
-    found = measure(copied, turns=1, utterances=1)
+    found = measure(copied, runs=1, utterances=1)
     assert {system.candidate for system in found.systems} == BASELINES - {"minus-2-3"}
     with pytest.raises(StudyError, match="weights of minus-2-3 were deleted") as caught:
         measure(copied, ["minus-2-3"])

@@ -1,19 +1,26 @@
 """The system under search against transformers' own, on random weights."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel
 
 from prunesearch.model.encoder import encode, load_encoder, positions_of, remove_layers
+from prunesearch.model.hub import architectures, name_without_path
 from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora, lora_parameters
+from prunesearch.model.loading import load_models
 from prunesearch.model.parameters import count_parameters
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.study.config import LlmConfig
-from tests.conftest import LAYERS
+from prunesearch.study.config import LlmConfig, ProjectorConfig, load_study
+from prunesearch.study.errors import StudyError
+from tests.conftest import LAYERS, write_study
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +32,8 @@ def encoder(toy: Path) -> WhisperEncoder:
 def slam(toy: Path, encoder: WhisperEncoder) -> SpeechLlm:
     llm = load_llm(toy / "llm", LlmConfig(model="llm"), torch.float32)
     torch.manual_seed(1)
-    projector = Projector(encoder.config.d_model, 16, 2, 16, 0.0, embedding_scale(llm.model)).eval()
+    shape = ProjectorConfig(stack=2, hidden=16, dropout=0.0)
+    projector = Projector.for_models(shape, encoder.config.d_model, 16, embedding_scale(llm.model)).eval()
     return SpeechLlm(projector, llm, llm.model)
 
 
@@ -173,3 +181,101 @@ def test_an_llm_whose_tokenizer_begins_with_bos_keeps_it(slam: SpeechLlm) -> Non
 def test_a_model_that_is_not_there_raises_oserror(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         load_encoder(tmp_path / "nowhere")
+
+
+def test_a_studys_models_are_loaded_frozen_and_as_they_are_stored(toy: Path, tmp_path: Path) -> None:
+    models = load_models(load_study(write_study(tmp_path, toy)), torch.float32)
+    for module, name in ((models.encoder, "encoder"), (models.llm.model, "llm")):
+        stored = load_file(toy / name / "model.safetensors")
+        assert all(torch.equal(module.state_dict()[key], tensor) for key, tensor in stored.items())
+        assert not any(p.requires_grad for p in module.parameters())
+        assert not module.training
+    assert models.extractor.feature_size == models.encoder.config.num_mel_bins
+
+
+@pytest.mark.parametrize(("part", "lost"), [("encoder", "layers.1.fc1.weight"), ("llm", "model.layers.0.mlp.up_proj.weight")])
+def test_a_checkpoint_without_one_of_its_tensors_is_refused(toy: Path, tmp_path: Path, part: str, lost: str) -> None:
+    shutil.copytree(toy / part, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights[lost]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = load_study(write_study(tmp_path / "s", toy, **{part: {"model": str(tmp_path / "model")}}))
+    with pytest.raises(StudyError, match=rf"{part}\.model: .*lacks 1 of .* the first is {lost}"):
+        load_models(config, torch.float32)
+
+
+@pytest.mark.parametrize("part", ["encoder", "llm"])
+def test_pickled_weights_are_not_read(toy: Path, tmp_path: Path, part: str) -> None:
+    shutil.copytree(toy / part, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "model" / "pytorch_model.bin")
+    config = load_study(write_study(tmp_path / "s", toy, **{part: {"model": str(tmp_path / "model")}}))
+    with pytest.raises(StudyError, match=rf"{part}\.model: .*\n.*safetensors"):
+        load_models(config, torch.float32)
+
+
+def test_an_encoder_too_shallow_for_the_baselines_is_refused(toy: Path, tmp_path: Path) -> None:
+    for layers in (2, 3):
+        model = tmp_path / str(layers)
+        remove_layers(load_encoder(toy / "encoder"), range(layers, LAYERS)).save_pretrained(model)
+        config = load_study(write_study(tmp_path / "s", toy, encoder={"model": str(model)}, search={"max_removed": 1}))
+        if layers == 3:
+            assert architectures(config)[0].encoder_layers == 3
+        else:
+            with pytest.raises(StudyError, match=r"encoder\.model: must have at least three layers, got 2") as caught:
+                architectures(config)
+            assert len(caught.value.lines) == 1
+
+
+def test_names_say_nothing_about_the_machine(tmp_path: Path) -> None:
+    assert name_without_path("openai/whisper-tiny") == "openai/whisper-tiny"
+    assert name_without_path(str(tmp_path)) == name_without_path(f"{tmp_path}/") == tmp_path.name
+    assert name_without_path("/of/another/machine/llm") == "llm"
+    assert name_without_path("${MODELS}/llm") == name_without_path("../llm") == "llm"
+
+
+# a model's own module: where a loader runs it, it leaves a file behind
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+open({ran!r}, "w").close()
+class OwnTokenizer(PreTrainedTokenizerFast): ...
+class OwnConfig(LlamaConfig): model_type = "own"
+class OwnModel(LlamaForCausalLM): ...
+"""
+AUTO_MAPS: dict[str, dict[str, Any]] = {
+    "tokenizer_config.json": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
+    "config.json": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+}
+
+
+def add_own_code(folder: Path, **needed: dict[str, str]) -> Path:
+    """Give an LLM's folder code of its own, and configurations that name it. Returns the file that the code would write."""
+    (folder / "own.py").write_text(OWN_CODE.format(ran=str(folder / "ran")))
+    for name, auto_map in AUTO_MAPS.items():
+        stored = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(stored | {"auto_map": auto_map} | needed.get(name.split(".")[0], {})))
+    return folder / "ran"
+
+
+@pytest.mark.parametrize(
+    "needed", [{"tokenizer_config": {"tokenizer_class": "OwnTokenizer"}}, {"config": {"model_type": "own"}}]
+)
+def test_a_model_that_needs_code_of_its_own_is_refused(toy: Path, tmp_path: Path, needed: dict[str, dict[str, str]]) -> None:
+    shutil.copytree(toy / "llm", tmp_path / "llm")
+    ran = add_own_code(tmp_path / "llm", **needed)
+    config = load_study(write_study(tmp_path / "s", toy, llm={"model": str(tmp_path / "llm")}))
+    with pytest.raises(StudyError, match=r"llm\.model: .* needs code of its own .*, which prunesearch never runs") as caught:
+        load_models(config, torch.float32)
+    assert len(caught.value.lines) == 2
+    assert not ran.exists()
+
+
+def test_code_of_a_model_that_works_without_it_is_not_run(toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy / "llm", tmp_path / "llm")
+    ran = add_own_code(tmp_path / "llm")
+    config = load_study(write_study(tmp_path / "s", toy, llm={"model": str(tmp_path / "llm")}))
+    llm = load_models(config, torch.float32).llm
+    for part in (llm.tokenizer, llm.model):
+        assert type(part).__module__.startswith("transformers.")
+    assert not ran.exists()

@@ -1,4 +1,4 @@
-"""The same recordings from every kind of source, and every kind of broken recording."""
+"""Every kind of source gives the same utterances, and every kind of broken recording is reported."""
 
 import json
 import random
@@ -35,7 +35,7 @@ def rows(toy: Path, split: str) -> list[dict[str, Any]]:
 
 
 def save_dataset(toy: Path, split: str, folder: Path) -> None:
-    """A dataset folder with encoded recordings in it, as the hub has them."""
+    """A dataset folder with encoded recordings in its rows, as data sets on the hub have them."""
     there = rows(toy, split)
     table = pa.table(
         {
@@ -151,7 +151,7 @@ def test_draws_are_nested_and_hours_are_a_limit(toy: Path, tmp_path: Path) -> No
 
 
 def write_broken(folder: Path, good: Path) -> dict[str, str | None]:
-    """Recordings by name, and what is to be said of each (None: nothing is wrong with it)."""
+    """Write recordings. Returns, by name, a part of the expected error (None: the recording can be used)."""
     samples, _ = soundfile.read(good)
     whole = good.read_bytes()
     soundfile.write(folder / "stereo.wav", np.stack([samples, samples], 1), 16_000)
@@ -208,3 +208,19 @@ def test_every_kind_of_broken_recording_is_handled_or_named(toy: Path, tmp_path:
     assert report["utterances"] == len(expected) - len(wrong)
     shutil.rmtree(tmp_path / "folder.wav")
     assert [u.id for u in checked_corpus(lenient, "dev", silent).utterances] == [u.id for u in corpus.utterances]
+
+
+def test_a_folder_of_parquet_gives_what_a_saved_dataset_gives(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_dataset(toy, "dev", tmp_path / "saved")
+    saved = datasets.load_from_disk(str(tmp_path / "saved"))["dev"]
+    (tmp_path / "parquet").mkdir()
+    saved.cast_column("audio", datasets.Audio(decode=False)).to_parquet(tmp_path / "parquet" / "dev-0.parquet")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    both = [
+        load_corpus(study(tmp_path, toy, dev={"dataset": str(tmp_path / kind), "split": split, "text": "sentence"}), "dev")
+        for kind, split in (("saved", "dev"), ("parquet", "validation"))
+    ]
+    assert contents(both[0]) == contents(both[1])
+    assert [u.id for u in both[0]] == [u.id for u in both[1]]

@@ -29,7 +29,7 @@ def test_any_rate_and_channels_become_mono_16k(rate: int, channels: int, tmp_pat
     assert seconds_of(tmp_path / "a.wav") == pytest.approx(1)
 
 
-def test_unusable_recordings_are_named(tmp_path: Path) -> None:
+def test_errors_of_unusable_recordings_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("no audio")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16_000, subtype="FLOAT")
@@ -92,7 +92,7 @@ def test_empty_texts_count() -> None:
     assert count_errors("", "a b c") == WordErrors(insertions=3)
 
 
-def test_loops_are_seen_but_not_where_the_speaker_repeats() -> None:
+def test_loops_are_detected_but_not_where_the_speaker_repeats() -> None:
     assert longest_repetition(["a", "b", "a", "b", "a", "b", "c"]) == 3
     assert longest_repetition([]) == longest_repetition(["a"]) == 1
     assert is_loop("turn it on", "turn it it it it it")
@@ -109,12 +109,12 @@ def test_a_corpus_keeps_its_order_and_its_limits(toy: Path, tmp_path: Path) -> N
     assert all(u.seconds <= 0.7 and u.group in ("a", "b") for u in train)
 
 
-def test_a_group_that_no_line_has_is_a_mistake(toy: Path, tmp_path: Path) -> None:
+def test_a_group_column_that_no_line_has_is_refused(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="has the column 'accent'"):
         load_corpus(load_study(write_study(tmp_path, toy, data={"group": "accent"})), "dev")
 
 
-def test_broken_lines_are_reported_together_or_skipped_by_order(toy: Path, tmp_path: Path) -> None:
+def test_broken_lines_are_reported_together_or_skipped_if_the_study_says_so(toy: Path, tmp_path: Path) -> None:
     good = (toy / "dev.jsonl").read_text().replace('"dev/', f'"{toy}/dev/')
     bad = ["{", json.dumps({"audio": "x.wav"}), json.dumps({"audio": "missing.wav", "text": "low"})]
     (tmp_path / "dev.jsonl").write_text("\n".join([*bad, good]))

@@ -395,20 +395,19 @@ def transcribe(
     """Transcribe recordings of any length."""
     from transformers.utils import logging
 
-    from prunesearch.asr.recordings import recordings, written
-    from prunesearch.asr.recordings import transcribe as transcribe_files
+    from prunesearch.asr.recordings import format_transcript, recordings, transcribe_files
     from prunesearch.asr.slam_asr import SlamAsr
 
     logging.disable_progress_bar()
     with recordings(audio) as files:
         asr = SlamAsr.from_pretrained(folder)
         failed = False
-        for name, segments, problem in transcribe_files(asr, files, beams):
-            if segments is None:
+        for transcript in transcribe_files(asr, files, beams):
+            if transcript.problem is not None:
                 failed = True
-                typer.echo(problem, err=True)
+                typer.echo(transcript.problem, err=True)
             else:
-                typer.echo(written(name, segments, transcript_format.value, alone=len(files) == 1))
+                typer.echo(format_transcript(transcript, transcript_format.value, with_name=len(files) > 1))
     if failed:
         raise typer.Exit(2)
 
@@ -423,7 +422,7 @@ def evaluate(
     """Measure an exported system's WER on a manifest."""
     from transformers.utils import logging
 
-    from prunesearch.asr.recordings import evaluate as score_manifest
+    from prunesearch.asr.scoring import score_manifest
     from prunesearch.asr.slam_asr import SlamAsr
 
     logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""A Whisper encoder whose layers can be removed and whose input may be of any length.
+"""A Whisper encoder whose layers can be removed, for input of any length.
 
-Shapes: B batch, M mel bins, F mel frames, T positions (F / 2, rounded up), D width.
+Shapes: B batch, M mel bins, F mel frames, T encoder positions (F / 2, rounded up), D encoder width.
 """
 
 import copy
@@ -11,26 +11,33 @@ import torch
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+ENCODER_PREFIX = r"^(model\.)?encoder\."  # of the encoder's tensors in a full Whisper checkpoint; an encoder folder has none
+
 
 def load_encoder(source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> WhisperEncoder:
-    """The encoder of a Whisper checkpoint, or of an encoder-only folder; a decoder's weights are never read.
+    """Load the encoder of a full Whisper checkpoint, or of an encoder-only folder. A decoder's weights are not read.
 
-    Raises OSError when there is no such checkpoint.
+    Raises OSError when there is no such checkpoint, ValueError when it lacks one of the encoder's tensors.
     """
-    return WhisperEncoder.from_pretrained(
+    encoder, loaded = WhisperEncoder.from_pretrained(
         source,
         revision=revision or "main",
         dtype=dtype,
         use_safetensors=True,
+        trust_remote_code=False,
         attn_implementation="sdpa",
-        key_mapping={r"^(model\.)?encoder\.": ""},
+        key_mapping={ENCODER_PREFIX: ""},
+        output_loading_info=True,
     )
+    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random values, and only warn
+        raise ValueError(f"the checkpoint lacks {len(missing)} of the encoder's tensors, the first is {missing[0]}")
+    return encoder
 
 
 def remove_layers(encoder: WhisperEncoder, removed_layers: Iterable[int]) -> WhisperEncoder:
-    """A `WhisperEncoder` without the given (zero-based) layers. It shares the weights of the layers that stay.
+    """Build a `WhisperEncoder` without the given (zero-based) layers. It shares the weights of the layers that stay.
 
-    Layers are deleted from the module list and from the config; the final LayerNorm stays, as in the published work.
+    Layers are deleted from the module list and from the config. The final LayerNorm stays (arXiv 2603.27981).
     Raises ValueError for an index outside the encoder.
     """
     removed = set(removed_layers)
@@ -39,7 +46,7 @@ def remove_layers(encoder: WhisperEncoder, removed_layers: Iterable[int]) -> Whi
         raise ValueError(f"removed_layers must lie in [0, {depth}), got {outside[0]}: indices are zero-based")
     config = copy.deepcopy(encoder.config)
     config.encoder_layers = depth - len(removed)
-    with torch.device("meta"):  # a frame to hang the original's modules into: nothing is allocated
+    with torch.device("meta"):  # allocates nothing: every module is replaced by the original's
         pruned = WhisperEncoder(config)
     for name, module in encoder.named_children():
         setattr(pruned, name, module)
@@ -48,12 +55,12 @@ def remove_layers(encoder: WhisperEncoder, removed_layers: Iterable[int]) -> Whi
 
 
 def positions_of(frames: Tensor) -> Tensor:
-    """Encoder positions of so many mel frames: the second convolution has stride 2."""
+    """Mel frames (B,) -> encoder positions (B,): the second convolution has stride 2."""
     return (frames + 1) // 2
 
 
 def _padding_mask(lengths: Tensor, width: int) -> Tensor | None:
-    """(B, 1, T, T) boolean, True where a position may be attended to; None when nothing is padded."""
+    """(B,) -> boolean (B, 1, T, T), True where a position may be attended to; None when nothing is padded."""
     if bool((lengths == width).all()):
         return None
     inside = torch.arange(width, device=lengths.device) < lengths[:, None]  # (B, T)
@@ -61,22 +68,25 @@ def _padding_mask(lengths: Tensor, width: int) -> Tensor | None:
 
 
 def embed(encoder: WhisperEncoder, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Convolutions and position embeddings: (B, M, F), (B,) -> (B, T, D), lengths (B,).
+    """Convolutions and position embeddings: (B, M, F), frames (B,) -> (B, T, D), positions (B,).
 
-    Whisper reads 30 s, always. Here positions are sliced to the input's length, and what lies beyond an utterance's
-    own frames is zero wherever a convolution reads it: the batch it came in leaves no trace.
+    Whisper itself always reads 30 s. Here, the position embeddings are cut to the input's length, and everything beyond an
+    utterance's own frames is set to zero before each convolution, so that an utterance's states do not depend on its batch.
+    Raises ValueError for an input longer than the encoder's position embeddings.
     """
     inside = (torch.arange(features.shape[-1], device=frames.device) < frames[:, None])[:, None]  # (B, 1, F)
     hidden = nn.functional.gelu(encoder.conv1(features * inside))
     hidden = nn.functional.gelu(encoder.conv2(hidden * inside)).transpose(1, 2)  # (B, T, D)
     if hidden.shape[1] > encoder.max_source_positions:
-        raise ValueError(f"an utterance has {hidden.shape[1]} positions, the encoder knows {encoder.max_source_positions}")
+        raise ValueError(
+            f"an utterance must have at most {encoder.max_source_positions} encoder positions, got {hidden.shape[1]}"
+        )
     hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
     return nn.functional.dropout(hidden, encoder.dropout, encoder.training), positions_of(frames)
 
 
 def run_layers(encoder: WhisperEncoder, hidden: Tensor, lengths: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """Layers `first` to `last` (exclusive): (B, T, D), lengths (B,) -> (B, T, D)."""
+    """Layers `first` to `last` (exclusive; default: all that follow): (B, T, D), lengths (B,) -> (B, T, D)."""
     mask = _padding_mask(lengths, hidden.shape[1])
     for layer in encoder.layers[first:last]:
         hidden = layer(hidden, mask)
@@ -84,6 +94,6 @@ def run_layers(encoder: WhisperEncoder, hidden: Tensor, lengths: Tensor, first: 
 
 
 def encode(encoder: WhisperEncoder, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole encoder: (B, M, F), frames (B,) -> states (B, T, D), lengths (B,); states beyond a length mean nothing."""
+    """The whole encoder: (B, M, F), frames (B,) -> states (B, T, D), lengths (B,). States beyond a length are undefined."""
     hidden, lengths = embed(encoder, features, frames)
     return encoder.layer_norm(run_layers(encoder, hidden, lengths)), lengths

@@ -1,12 +1,15 @@
-"""Names of models: local folders, hub names, and what to say when one cannot be had."""
+"""Names of models: local folders and hub names, their configurations, and the error when one cannot be loaded."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from prunesearch.study.config import EncoderConfig, LlmConfig, StudyConfig
 from prunesearch.study.errors import StudyError
 
-# Dimensions of models that studies name often, so that a plan needs no network.
+MIN_ENCODER_LAYERS = 3  # the baseline `top2` removes two, and one must stay
+
+# Dimensions of models that studies often name, so that planning needs no network.
 _WHISPER = {  # layers, width, heads, mel bins, decoder layers
     "openai/whisper-tiny": (4, 384, 6, 80, 4),
     "openai/whisper-base": (6, 512, 8, 80, 6),
@@ -26,7 +29,7 @@ _QWEN2 = {  # width, feed-forward width, layers, heads, key-value heads, vocabul
 
 
 def known_architecture(name: str) -> Any | None:
-    """The configuration of a model whose dimensions stand here, without tokenizer details; None for any other name."""
+    """The configuration of a model in the tables above, without tokenizer details; None for any other name."""
     from transformers import Qwen2Config, WhisperConfig
 
     if name in _WHISPER:
@@ -46,7 +49,7 @@ def known_architecture(name: str) -> Any | None:
 
 
 def read_architecture(config: StudyConfig, part: EncoderConfig | LlmConfig) -> Any:
-    """A model's configuration, from its folder, from the table above, or from the hub. Raises StudyError when there is none."""
+    """A model's configuration, from its folder, the tables above, or the hub. Raises StudyError when there is none."""
     from transformers import AutoConfig
 
     source = config.locate(part.model)
@@ -60,11 +63,19 @@ def read_architecture(config: StudyConfig, part: EncoderConfig | LlmConfig) -> A
 
 
 def architectures(config: StudyConfig) -> tuple[Any, Any]:
-    """The configurations of encoder and LLM. Raises StudyError when one cannot be read, or is of another kind."""
+    """The configurations of encoder and LLM.
+
+    Raises StudyError when one cannot be read or is of another kind, and when the encoder is too shallow for the baselines.
+    """
     encoder, llm = read_architecture(config, config.encoder), read_architecture(config, config.llm)
     lines = []
     if not hasattr(encoder, "encoder_layers") or not hasattr(encoder, "num_mel_bins"):
         lines.append(f"encoder.model: must be a Whisper checkpoint, got one of type {encoder.model_type!r}")
+    elif encoder.encoder_layers < MIN_ENCODER_LAYERS:
+        lines.append(
+            f"encoder.model: must have at least three layers, got {encoder.encoder_layers}: "
+            "the baseline top2 removes two, and one must stay"
+        )
     if getattr(llm, "is_encoder_decoder", False) or not hasattr(llm, "vocab_size"):
         lines.append(f"llm.model: must be a decoder-only language model, got one of type {llm.model_type!r}")
     if lines:
@@ -72,29 +83,46 @@ def architectures(config: StudyConfig) -> tuple[Any, Any]:
     return encoder, llm
 
 
+def is_local(source: str) -> bool:
+    """Whether a model or data set is named by a path of this (or another) machine, not by its hub name."""
+    return Path(source).exists() or source.startswith(("/", ".", "~", "$"))
+
+
+def name_without_path(source: str) -> str:
+    """A hub name as it is; of a local file or folder its base name only, which says nothing about the machine."""
+    return Path(os.path.abspath(source)).name if is_local(source) else source
+
+
 def cannot_be_had(part: EncoderConfig | LlmConfig, source: str, error: Exception) -> StudyError:
-    """One line that says why, and one that says what to do."""
+    """The error for a study's model that cannot be loaded: one line with the reason, one with the fix."""
     key = "encoder.model" if isinstance(part, EncoderConfig) else "llm.model"
-    folder = f'give a local folder instead: {key} = "/path/to/{Path(source).name}"'
-    seen = _names_of_causes(error)
+    use_folder = f'give a local folder instead: {key} = "/path/to/{Path(source).name}"'
+    reason, fix = explain_loading(source, part.revision, error, use_folder)
+    return StudyError([f"{key}: {reason}", fix])
+
+
+def explain_loading(source: str, revision: str | None, error: Exception, use_folder: str = "") -> tuple[str, str]:
+    """Reason and fix for a model that cannot be loaded.
+
+    `use_folder` says how to give a local folder in the place of a hub name. `revision` is the one that was asked for.
+    """
+    causes = _names_of_causes(error)
+    if "custom code" in str(error):  # transformers' words for an `auto_map` that it was not allowed to follow
+        reason = f"{source} needs code of its own (`auto_map` in its configuration), which prunesearch never runs"
+        return reason, "use a model whose architecture and tokenizer transformers itself contains"
     if Path(source).exists():
-        line, advice = f"{source} cannot be loaded: {_first_line(error)}", "it must be a Hugging Face folder with safetensors"
-    elif "HFValidationError" in seen:
-        line, advice = (
-            f"there is no folder {source}, and it cannot be a hub name",
-            "see where the path starts: at the study file",
-        )
-    elif "GatedRepoError" in seen:
-        line, advice = f"{source} is gated", f"accept its terms on the hub and log in (`hf auth login`), or {folder}"
-    elif "RevisionNotFoundError" in seen:
-        line, advice = f"the hub's {source} has no revision {part.revision!r}", "see its page for branches and tags"
-    elif "RepositoryNotFoundError" in seen:
-        line, advice = f"the hub has no model {source} (or it is private)", f"see its name, or {folder}"
-    elif seen & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout"}:
-        line, advice = f"the hub cannot be reached, and {source} is not in its cache on this machine", folder
-    else:
-        line, advice = f"{source} cannot be loaded: {_first_line(error)}", folder
-    return StudyError([f"{key}: {line}", advice])
+        return f"{source} cannot be loaded: {_first_line(error)}", "it must be a Hugging Face folder with safetensors"
+    if "HFValidationError" in causes:
+        return f"there is no folder {source}, and it cannot be a hub name", "relative paths start at the study file"
+    if "GatedRepoError" in causes:
+        return f"{source} is gated", f"accept its terms on the hub and log in (`hf auth login`), or {use_folder}"
+    if "RevisionNotFoundError" in causes:
+        return f"the hub's {source} has no revision {revision!r}", "its hub page lists branches and tags"
+    if "RepositoryNotFoundError" in causes:
+        return f"the hub has no model {source} (or it is private)", f"check its name, or {use_folder}"
+    if causes & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout"}:
+        return f"the hub cannot be reached, and {source} is not in its cache on this machine", use_folder
+    return f"{source} cannot be loaded: {_first_line(error)}", use_folder
 
 
 def _names_of_causes(error: BaseException | None) -> set[str]:

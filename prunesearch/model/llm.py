@@ -1,4 +1,7 @@
-"""A frozen causal LM and its tokenizer; LoRA put on it and taken off again."""
+"""A frozen causal LM and its tokenizer, and LoRA on it.
+
+Shapes: B batch, S tokens, D width.
+"""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,12 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from prunesearch.study.config import LlmConfig
 from prunesearch.study.errors import StudyError
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj")  # the published targets; the same, fused
+# LoRA's targets in the published work (arXiv 2603.27981), and the same layers where query, key and value are one projection
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj")
 
 
 @dataclass(frozen=True)
 class Llm:
-    """The model, and what is needed to talk to it. `bos` is empty where the tokenizer puts nothing before a text."""
+    """The model, its tokenizer, and token ids. `bos` is empty where the tokenizer puts nothing before a text."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -30,34 +34,49 @@ class Llm:
     prompt: tuple[int, ...]
     eos: int
     pad: int
+    quantized: bool = False
 
     def tokens(self, text: str) -> list[int]:
-        """The text's tokens and the end of sequence: what the LLM is taught to write."""
+        """The text's tokens and the end of sequence: the LLM's training target."""
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.eos]
+
+    def to(self, device: torch.device) -> "Llm":
+        """Move the model to the device, in place. A quantised model stays where bitsandbytes has placed it."""
+        if not self.quantized:
+            self.model.to(device)
+        return self
 
 
 def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype, tokenizer_source: str | Path | None = None) -> Llm:
-    """Load from a folder or the hub; safetensors only, no remote code. A tokenizer may lie elsewhere.
+    """Load model and tokenizer from a folder or the hub: safetensors only, and no code that comes with a model is run.
 
-    Raises OSError when there is no such model, StudyError when it cannot be quantised or knows no end of sequence.
+    `tokenizer_source`: the tokenizer's folder, where it is not the model's. Raises OSError when there is no such model,
+    ValueError when a tensor is missing or the model needs code of its own, StudyError when it cannot be quantised or has no
+    end-of-sequence token.
     """
     revision = config.revision or "main"
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source or source, revision=None if tokenizer_source else revision)
-    model = AutoModelForCausalLM.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_source or source, revision=None if tokenizer_source else revision, trust_remote_code=False
+    )
+    model, loaded = AutoModelForCausalLM.from_pretrained(
         source,
-        revision=config.revision or "main",
+        revision=revision,
         dtype=dtype,
         use_safetensors=True,
+        trust_remote_code=False,
         quantization_config=_quantization(config, dtype),
+        output_loading_info=True,
     )
+    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random values, and only warn
+        raise ValueError(f"the checkpoint lacks {len(missing)} of the model's tensors, the first is {missing[0]}")
     model.requires_grad_(False).eval()
-    # The states whose logits are wanted come as a slice. A matrix product with a sliced (B, S, D) cannot be folded to two
+    # The states whose logits are needed come as a slice. A matrix product with a sliced (B, S, D) cannot be folded to two
     # dimensions: torch would copy the vocabulary's matrix once per utterance (20 of 30 s of a step with 262 k entries).
     model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    own = [i for i in (tokenizer.eos_token_id, model.config.eos_token_id) if i is not None]
-    if not own:
-        raise StudyError([f"llm.model: {source} has no end of sequence: set eos_token in its tokenizer_config.json"])
-    eos = own[0] if isinstance(own[0], int) else own[0][0]
+    ends = [i for i in (tokenizer.eos_token_id, model.config.eos_token_id) if i is not None]
+    if not ends:
+        raise StudyError([f"llm.model: {source} has no end-of-sequence token: set eos_token in its tokenizer_config.json"])
+    eos = ends[0] if isinstance(ends[0], int) else ends[0][0]
     return Llm(
         model=model,
         tokenizer=tokenizer,
@@ -65,6 +84,7 @@ def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype, tokenize
         prompt=tuple(tokenizer(config.prompt, add_special_tokens=False).input_ids),
         eos=eos,
         pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos,
+        quantized=config.quantization is not None,
     )
 
 
@@ -81,19 +101,19 @@ def _quantization(config: LlmConfig, dtype: torch.dtype) -> BitsAndBytesConfig |
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """From now on, the backward pass computes a layer's activations again instead of keeping them."""
-    # transformers is about to drop the second name, and has not always had the first
+    """Turn on gradient checkpointing: the backward pass computes a layer's activations again instead of keeping them."""
+    # transformers deprecates the second name, and its older versions lack the first
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def recomputes_activations(model: PreTrainedModel) -> bool:
-    """Whether it does already."""
+    """Whether gradient checkpointing is on."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def embedding_scale(model: PreTrainedModel) -> float:
-    """Standard deviation of what the LLM's embedding layer puts out, over (at most) 4,096 tokens of the vocabulary."""
+    """Standard deviation of the LLM's input embeddings, over at most 4,096 tokens spread evenly over the vocabulary."""
     embedding = model.get_input_embeddings()
     vocabulary = embedding.weight.shape[0]
     ids = torch.linspace(0, vocabulary - 1, min(vocabulary, 4096), device=embedding.weight.device).long()
@@ -103,7 +123,7 @@ def embedding_scale(model: PreTrainedModel) -> float:
 
 
 def lora_targets(model: PreTrainedModel, config: LlmConfig) -> list[str]:
-    """Names of the layers that LoRA adapts. Raises StudyError when the model has no layer of a name."""
+    """Names of the layers that LoRA adapts. Raises StudyError when the model has no layer of that name."""
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     kind = model.config.model_type
     if config.lora_targets == "auto":
@@ -111,7 +131,7 @@ def lora_targets(model: PreTrainedModel, config: LlmConfig) -> list[str]:
         targets = next((own for own in ATTENTION if names.issuperset(own)), known)
         if not targets:
             raise StudyError(
-                [f"llm.lora_targets: nothing is known of {kind!r} models; name some of its layers: {_layers(model)}"]
+                [f'llm.lora_targets: "auto" has no default for {kind!r} models; name some of its layers: {_layers(model)}']
             )
         return list(targets)
     if missing := [t for t in config.lora_targets if t not in names]:
@@ -127,9 +147,10 @@ def _layers(model: PreTrainedModel) -> str:
 
 @contextmanager
 def lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Iterator[Any]:
-    """The model with a fresh LoRA of the rank (the bare model for rank 0); taken off at the end.
+    """The model with a new LoRA of this rank (rank 0: the model itself), which is removed when the context ends.
 
-    alpha / rank is constant, as in the published work, so that a rank changes capacity and not the size of the step.
+    alpha / rank is constant, as in the published work, so that the rank changes capacity but not the size of a step.
+    `seed` sets torch's global random generator, from which the LoRA's first factors are drawn.
     """
     if rank == 0:
         yield llm.model
@@ -144,7 +165,7 @@ def lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Iterator[Any]:
 
 
 def with_lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Any:
-    """The model with a fresh LoRA of the rank, for good; the bare model for rank 0."""
+    """Put a new LoRA of this rank on the model, and leave it there. Rank 0: the model itself. See `lora`."""
     if rank == 0:
         return llm.model
     torch.manual_seed(seed)
@@ -156,21 +177,21 @@ def with_lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses transformers' old name
         return get_peft_model(llm.model, settings)
 
 
 def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The adapter's parameters by name; empty without LoRA."""
+    """The LoRA's parameters by name; empty without LoRA."""
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
 def pad_tokens(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    """(B, S), padded on the right."""
+    """Token ids (B, S), padded on the right with `value`."""
     width = max(map(len, sequences))
     return sent_to(device, torch.tensor([[*s, *[value] * (width - len(s))] for s in sequences]))
 
 
 def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """The tensor on the device. A GPU gets it in its own time: the host does not wait for it."""
+    """Copy the tensor to the device. To a GPU, the copy is asynchronous: the host does not wait for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""Parameters by group, which must sum to what the built modules hold."""
+"""Parameter counts by group. They must sum to what the built modules hold."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def _size(module: nn.Module) -> int:
 
 
 def count_parameters(encoder: nn.Module, projector: nn.Module, model: Any) -> Parameters:
-    """Counts of the built system; `model` is the LLM with its LoRA, if it has one. Tied weights count once."""
+    """Counts of the built system. `model` is the LLM, with its LoRA if it has one. Tied weights count once."""
     lora = sum(p.numel() for p in lora_parameters(model).values())
     counts = Parameters(encoder=_size(encoder), projector=_size(projector), lora=lora, llm=_size(model) - lora)
     assert counts.total == sum(p.numel() for p in nn.ModuleList([encoder, projector, model]).parameters())

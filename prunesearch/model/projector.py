@@ -1,14 +1,19 @@
-"""The bridge from encoder to LLM. Shapes: B batch, T encoder positions, A audio embeddings (T / stack), D width."""
+"""The projector from encoder states to LLM embeddings.
+
+Shapes: B batch, T encoder positions, A audio embeddings (T / stack, rounded up), D width.
+"""
 
 import torch
 from torch import Tensor, nn
+
+from prunesearch.study.config import ProjectorConfig
 
 
 class Projector(nn.Module):
     """Concatenate `stack` positions -> Linear -> ReLU -> dropout -> Linear -> LayerNorm (arXiv 2603.27981).
 
-    The LayerNorm's gain starts at `output_scale`, the standard deviation of the LLM's own input embeddings: an LLM
-    whose embeddings are small (Qwen: 0.02) or scaled up (Gemma: 1) sees audio as it sees text.
+    The LayerNorm's gain starts at `output_scale`. Give it the standard deviation of the LLM's own input embeddings: LLMs
+    differ there (Qwen: 0.02, Gemma: 1), and audio should reach the LLM at the scale of its text.
     """
 
     def __init__(self, encoder_width: int, llm_width: int, stack: int, hidden: int, dropout: float, output_scale: float = 1.0):
@@ -20,9 +25,18 @@ class Projector(nn.Module):
         self.norm = nn.LayerNorm(llm_width, eps=1e-5)
         nn.init.constant_(self.norm.weight, output_scale)
 
+    @classmethod
+    def for_models(cls, config: ProjectorConfig, encoder_width: int, llm_width: int, output_scale: float = 1.0) -> "Projector":
+        """A new projector of the study's shape, between an encoder and an LLM of these widths.
+
+        Its weights are drawn from torch's global random generator; `output_scale` is `llm.embedding_scale` for training, and
+        of no effect where trained weights are loaded.
+        """
+        return cls(encoder_width, llm_width, config.stack, config.hidden, config.dropout, output_scale)
+
     def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, D_encoder), (B,) -> (B, A, D_llm), (B,). What lies beyond an utterance's length counts as zero."""
-        inside = torch.arange(states.shape[1], device=lengths.device) < lengths[:, None]
+        """(B, T, D_encoder), lengths (B,) -> (B, A, D_llm), lengths (B,). States beyond an utterance's length count as zero."""
+        inside = torch.arange(states.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
         states = states * inside[..., None]
         states = nn.functional.pad(states, (0, 0, 0, -states.shape[1] % self.stack))
         stacked = states.reshape(states.shape[0], -1, self.stack * states.shape[2])  # (B, A, stack * D_encoder)

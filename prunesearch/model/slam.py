@@ -1,6 +1,7 @@
-"""SLAM-ASR: [bos] audio embeddings, prompt, text -> causal LM. The encoder's states come in; the encoder stands apart.
+"""SLAM-ASR: [bos], audio embeddings, prompt, text -> causal LM. Its input are encoder states; the encoder itself is elsewhere.
 
-Shapes: B batch, T encoder positions, A audio embeddings, P prompt tokens, S text tokens, D width, V vocabulary.
+Shapes: B batch, T encoder positions, A audio embeddings, P prompt tokens, W prefix ([bos], A and P), S text tokens, D width,
+V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -16,15 +17,15 @@ from prunesearch.model.projector import Projector
 
 @dataclass
 class SpeechLlm:
-    """A projector and an LLM (with or without LoRA on it): what follows the encoder."""
+    """A projector and an LLM (with or without LoRA): everything behind the encoder."""
 
     projector: Projector
     llm: Llm
     model: Any  # llm.model, or the same with a LoRA
 
     @cached_property
-    def _around(self) -> tuple[Tensor, Tensor]:
-        """What stands before and after the audio, embedded: bos (0 or 1, D) and the prompt (P, D)."""
+    def _bos_and_prompt(self) -> tuple[Tensor, Tensor]:
+        """The embeddings before and after the audio: bos (0 or 1, D) and prompt (P, D)."""
         embedding = self.llm.model.get_input_embeddings()
         with torch.no_grad():
             before, prompt = (
@@ -34,14 +35,14 @@ class SpeechLlm:
         return before, prompt
 
     def prefix(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """What the text follows: (B, T, D), (B,) -> embeddings (B, W, D), mask (B, W).
+        """Everything that the text follows: (B, T, D), lengths (B,) -> embeddings (B, W, D), mask (B, W).
 
-        Padding stands on the left, so that every prompt ends in the last column: generation goes on from there, and
-        the logits that training needs are the last ones.
+        Padding is on the left, so that every prompt ends in the last column: generation continues from there, and the
+        logits that training needs are the last ones.
         """
         audio, audio_lengths = self.projector(states, lengths)
         batch, device = audio.shape[0], audio.device
-        before, prompt = (e.to(audio.dtype).expand(batch, -1, -1) for e in self._around)
+        before, prompt = (e.to(audio.dtype).expand(batch, -1, -1) for e in self._bos_and_prompt)
         spoken = torch.cat([before, audio], dim=1)
         spoken_lengths = audio_lengths + len(self.llm.bos)
         width = spoken.shape[1]
@@ -52,7 +53,7 @@ class SpeechLlm:
         return torch.cat([shifted * mask[..., None], prompt], 1), torch.cat([mask, prompt_mask], 1).long()
 
     def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
-        """(B, T, D), (B,), text (B, S) -> (B, S, V): the prediction of each text token, and of nothing else."""
+        """(B, T, D), lengths (B,), text (B, S) -> (B, S, V): the predictions of the text tokens only."""
         prefix, mask = self.prefix(states, lengths)
         text = self.llm.model.get_input_embeddings()(tokens[:, :-1]).to(prefix.dtype)
         mask = torch.cat([mask, mask.new_ones(text.shape[:2])], 1)  # padding on the right is never attended to: causal

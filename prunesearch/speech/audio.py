@@ -1,4 +1,4 @@
-"""Recordings -> mono samples at 16 kHz."""
+"""Read recordings as mono samples at 16 kHz."""
 
 import io
 import re
@@ -20,7 +20,7 @@ class AudioError(ValueError):
 
 @dataclass(frozen=True)
 class Cell:
-    """A recording within a Hugging Face dataset whose audio column is not decoded."""
+    """A recording in a row of a Hugging Face dataset whose audio column is not decoded."""
 
     dataset: Any
     row: int
@@ -33,8 +33,8 @@ class Cell:
 Recording = Path | Cell
 
 
-def _opened(recording: Recording) -> Path | io.BytesIO:
-    """What soundfile can read. Raises AudioError when there is no such recording."""
+def _open_source(recording: Recording) -> Path | io.BytesIO:
+    """The path or bytes for soundfile to read. Raises AudioError when there is no such recording."""
     if isinstance(recording, Cell):
         cell = recording.dataset[recording.row][recording.column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
@@ -48,8 +48,10 @@ def _opened(recording: Recording) -> Path | io.BytesIO:
 
 
 def version_of(recording: Recording) -> str | None:
-    """What tells a recording from another under the same name: a file's size and time, if it is there; a dataset's
-    fingerprint."""
+    """A string that changes when a recording changes but keeps its name.
+
+    Of a file: its size and modification time (None if there is no such file). Of a dataset's row: the dataset's fingerprint.
+    """
     if isinstance(recording, Cell):
         return str(recording.dataset._fingerprint)
     if not recording.exists():
@@ -59,16 +61,16 @@ def version_of(recording: Recording) -> str | None:
 
 
 def is_there(recording: Recording) -> bool:
-    """Whether there is something to decode; of a file, it is looked at, not into."""
+    """Whether a file exists and is not empty; it is not read. True for a row of a dataset."""
     return isinstance(recording, Cell) or (recording.is_file() and recording.stat().st_size > 0)
 
 
 def read_audio(recording: Recording) -> NDArray[np.float32]:
-    """Samples in [-1, 1], (samples,): channels averaged, resampled to 16 kHz. The content tells the format, not the name.
+    """Samples (N,) in [-1, 1]: channels are averaged, and resampled to 16 kHz. A file's name does not matter to its format.
 
-    Raises AudioError when the recording is missing, empty, silent, cut off, no audio, or holds values that are not finite.
+    Raises AudioError when the recording is missing, empty, silent, truncated, not audio, or has values that are not finite.
     """
-    source = _opened(recording)
+    source = _open_source(recording)
     try:
         with soundfile.SoundFile(source) as file:
             announced, rate = _announced_frames(file), file.samplerate
@@ -88,16 +90,17 @@ def read_audio(recording: Recording) -> NDArray[np.float32]:
 
 
 def _announced_frames(file: soundfile.SoundFile) -> int:
-    """What the header promises. Of a WAV that was cut off, libsndfile mends the count, and tells of it in its log."""
-    mended = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-    if mended and 0 < int(mended[2]) < int(mended[1]) < 0x7FFFFFFF - 0xFFFF:  # streams promise the largest number there is
-        return file.frames * int(mended[1]) // int(mended[2])
+    """The number of frames in the header. libsndfile corrects the count of a truncated WAV, and says so in its log."""
+    corrected = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    # a header written before the length was known (by a streaming encoder) announces the largest number there is
+    if corrected and 0 < int(corrected[2]) < int(corrected[1]) < 0x7FFFFFFF - 0xFFFF:
+        return file.frames * int(corrected[1]) // int(corrected[2])
     return int(file.frames)
 
 
 def seconds_of(recording: Recording) -> float:
-    """The duration that the header states. Raises AudioError as `read_audio` does."""
-    source = _opened(recording)
+    """The duration in the header. Raises AudioError where there is no readable header."""
+    source = _open_source(recording)
     try:
         return float(soundfile.info(source).duration)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
@@ -105,7 +108,7 @@ def seconds_of(recording: Recording) -> float:
 
 
 def padded(samples: NDArray[np.float32], multiple_seconds: float | None) -> NDArray[np.float32]:
-    """The samples with silence behind them, up to the next multiple of so many seconds."""
+    """Pad (N,) with silence at the end, up to the next multiple of `multiple_seconds`; None: no padding."""
     if multiple_seconds is None:
         return samples
     block = round(multiple_seconds * SAMPLE_RATE)

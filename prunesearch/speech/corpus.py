@@ -1,4 +1,4 @@
-"""Sources -> a split's utterances: within the study's limits, drawn by its seed, every recording known to be readable."""
+"""A split's utterances from its sources: within the study's limits, drawn by its seed, all recordings known to be readable."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ from prunesearch.study.record import write_atomically
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
-Progress = Callable[[str, int, int], None]  # what, done, of how many
+Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording and what is said in it: `reference` as it is scored, `target` as the LLM is taught to write it."""
+    """A recording and its transcript: `reference` is normalised for scoring, `target` is the LLM's training target."""
 
     id: str
     audio: Recording
@@ -37,7 +37,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A line of a source that the study does without, and why."""
+    """A line of a source that the study does not use, and the reason."""
 
     id: str
     reason: str
@@ -45,13 +45,13 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A split. `dropped` is what its sources hold beside, but for what was not drawn."""
+    """A split. `dropped` are its sources' unusable lines; lines that were merely not drawn are in neither list."""
 
     utterances: list[Utterance]
     dropped: list[Dropped]
 
     def report(self) -> dict[str, Any]:
-        """Hours and counts, by language too, and every dropped line with its reason."""
+        """Hours and counts, in total and by language, and every dropped line with its reason."""
         languages = sorted({u.language or "" for u in self.utterances})
         return {
             "utterances": len(self.utterances),
@@ -70,32 +70,32 @@ def _hours(utterances: Sequence[Utterance]) -> float:
 
 
 def fingerprint(utterances: Sequence[Utterance]) -> dict[str, Any]:
-    """What a split is, whoever reads it: as many utterances, hours, texts and lengths, wherever the recordings lie."""
+    """A split's count, hours, and a digest of its texts and lengths: the same on every machine, whatever the paths."""
     rows = [(u.reference, u.target, round(u.seconds, 3), u.language, u.group) for u in utterances]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     return {"utterances": len(utterances), "hours": _hours(utterances), "digest": digest}
 
 
 def load_corpus(config: StudyConfig, split: Split) -> list[Utterance]:
-    """The split's utterances, in their sources' order; recordings are known by their headers alone.
+    """The split's utterances, in their sources' order. Of the recordings, only the headers are read.
 
-    Raises StudyError naming every line that cannot be used, unless the study says to go on without them.
+    Raises StudyError that names every line that cannot be used, unless the study has `skip_unreadable`.
     """
     problems, corpus = _select(config, split)
-    _refuse([d.reason for d in problems], config)
-    return _not_empty(corpus.utterances, config, split)
+    _require_no_problem([d.reason for d in problems], config)
+    _require_utterances(corpus.utterances, config, split)
+    return corpus.utterances
 
 
 def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Corpus:
-    """The same after every recording was decoded once: what cannot be is named now, not when its turn comes, and lengths are
-    what was decoded, whatever a header or a manifest says.
+    """As `load_corpus`, after decoding every recording once, so that an unreadable one is reported before training.
 
-    The outcome is kept as `corpus/<split>.json` in the study's run folder, and used again for the same recordings.
-    Raises StudyError as `load_corpus` does.
+    Lengths are those of the decoded samples, not those of headers or manifests. The result is stored in the study's run
+    folder as `corpus/<split>.json`, and used again for the same recordings. Raises StudyError as `load_corpus` does.
     """
     problems, corpus = _select(config, split)
     recordings = [(u.id, version_of(u.audio)) for u in corpus.utterances]
-    identity = hashlib.sha256(json.dumps(["seconds", recordings]).encode()).hexdigest()[:16]  # and what is kept of each
+    identity = hashlib.sha256(json.dumps(["seconds", recordings]).encode()).hexdigest()[:16]  # "seconds": what is stored
     path = config.run_folder / "corpus" / f"{split}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -104,31 +104,24 @@ def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Cor
             unreadable, seconds = known["unreadable"], known["seconds"]
         else:
             unreadable, seconds = _decode_all(corpus.utterances, split, progress)
-        _refuse([*(d.reason for d in problems), *unreadable.values()], config)
+        _require_no_problem([*(d.reason for d in problems), *unreadable.values()], config)
         kept = [replace(u, seconds=seconds[u.id]) for u in corpus.utterances if u.id not in unreadable]
         corpus = Corpus(kept, corpus.dropped + [Dropped(i, reason) for i, reason in unreadable.items()])
         if known.get("identity") != identity:
             whole = {"identity": identity, **corpus.report(), "unreadable": unreadable, "seconds": seconds}
             write_atomically(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-    _not_empty(kept, config, split)
+    _require_utterances(kept, config, split)
     return corpus
 
 
 def _decode_all(utterances: Sequence[Utterance], split: Split, progress: Progress) -> tuple[dict[str, str], dict[str, float]]:
-    """By utterance: what is wrong with those that cannot be used, and how long the others are."""
-
-    def decoded(utterance: Utterance) -> str | float:
-        try:
-            return len(read_audio(utterance.audio)) / SAMPLE_RATE
-        except AudioError as error:
-            return str(error)
-
+    """By utterance id: the reasons why recordings cannot be used, and the seconds of the others."""
     unreadable: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    with ThreadPoolExecutor() as pool:  # libsndfile works without Python's lock
-        for done, (utterance, found) in enumerate(zip(utterances, pool.map(decoded, utterances), strict=True)):
-            if isinstance(found, str):
-                unreadable[utterance.id] = found
+    with ThreadPoolExecutor() as pool:  # libsndfile releases Python's global lock
+        for done, (utterance, found) in enumerate(zip(utterances, pool.map(_decoded_seconds, utterances), strict=True)):
+            if isinstance(found, AudioError):
+                unreadable[utterance.id] = str(found)
             else:
                 seconds[utterance.id] = found
             if done % 100 == 0:
@@ -136,38 +129,45 @@ def _decode_all(utterances: Sequence[Utterance], split: Split, progress: Progres
     return unreadable, seconds
 
 
-def _refuse(problems: Sequence[str], config: StudyConfig) -> None:
+def _decoded_seconds(utterance: Utterance) -> float | AudioError:
+    try:
+        return len(read_audio(utterance.audio)) / SAMPLE_RATE
+    except AudioError as error:
+        return error
+
+
+def _require_no_problem(problems: Sequence[str], config: StudyConfig) -> None:
+    """Raises StudyError with (at most 20) problems, unless the study has `skip_unreadable`."""
     if problems and not config.data.skip_unreadable:
         more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise StudyError([*problems[:20], *more, "data.skip_unreadable = true goes on without them"])
+        raise StudyError([*problems[:20], *more, "data.skip_unreadable = true leaves them out"])
 
 
-def _not_empty(utterances: list[Utterance], config: StudyConfig, split: Split) -> list[Utterance]:
+def _require_utterances(utterances: list[Utterance], config: StudyConfig, split: Split) -> None:
+    """Raises StudyError where nothing is left of a split."""
     if not utterances:
         sources = ", ".join(map(str, getattr(config.data, split)))
         limits = f"{config.data.min_seconds:g} to {config.data.max_seconds:g} s"
         raise StudyError([f"data.{split}: {sources}: no readable utterance of {limits} with a text"])
-    return utterances
 
 
 def _select(config: StudyConfig, split: Split) -> tuple[list[Dropped], Corpus]:
-    """Rows of all sources -> utterances within the limits, fewer where the study says so; and, once more by themselves,
-    the rows that nothing can be made of."""
+    """The rows that cannot be used; and the corpus: utterances within the limits, drawn if the study asks for fewer."""
     data = config.data
     sources = getattr(data, split)
     problems: list[Dropped] = []
     outside: list[Dropped] = []
     kept: list[Utterance] = []
-    taken: set[str] = set()
+    ids: set[str] = set()
     for source in sources:
         for row in read_source(source, config):
             utterance = _utterance(row, config)
             if isinstance(utterance, Dropped):
                 problems.append(utterance)
                 continue
-            if utterance.id in taken:
-                utterance = replace(utterance, id=f"{utterance.id}#{len(taken)}")
-            taken.add(utterance.id)
+            if utterance.id in ids:
+                utterance = replace(utterance, id=f"{utterance.id}#{len(ids)}")
+            ids.add(utterance.id)
             if not utterance.reference:
                 outside.append(Dropped(utterance.id, "its text is empty after normalisation"))
             elif not data.min_seconds <= utterance.seconds <= data.max_seconds:
@@ -175,11 +175,11 @@ def _select(config: StudyConfig, split: Split) -> tuple[list[Dropped], Corpus]:
                 outside.append(Dropped(utterance.id, f"lasts {utterance.seconds:.2f} s, outside {limits}"))
             else:
                 kept.append(utterance)
-    return problems, Corpus(_drawn(kept, config, split), problems + outside)
+    return problems, Corpus(_draw(kept, config, split), problems + outside)
 
 
-def _drawn(utterances: list[Utterance], config: StudyConfig, split: Split) -> list[Utterance]:
-    """As many as the study wants, in their order. A smaller draw is a part of a larger one, by the same seed."""
+def _draw(utterances: list[Utterance], config: StudyConfig, split: Split) -> list[Utterance]:
+    """A random subset of the size that the study asks for, in order. With one seed, a smaller draw is part of a larger one."""
     most = getattr(config.data, f"max_{split}_utterances")
     hours = config.data.max_train_hours if split == "train" else None
     if (most is None or most >= len(utterances)) and hours is None:
@@ -197,10 +197,11 @@ def _drawn(utterances: list[Utterance], config: StudyConfig, split: Split) -> li
 
 
 def _utterance(row: Row, config: StudyConfig) -> Utterance | Dropped:
+    """The row with its duration and normalised texts, or the reason why it cannot be used."""
     if row.problem:
         return Dropped(row.id, f"{row.where}: {row.problem}")
     try:
-        # a header is read even where a source tells the duration: so a missing file is told at once
+        # a missing or empty file is reported here, also where the source gives the duration
         seconds = seconds_of(row.audio) if row.seconds is None or not is_there(row.audio) else row.seconds
     except AudioError as error:
         return Dropped(row.id, f"{row.where}: {error}")

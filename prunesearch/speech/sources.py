@@ -1,6 +1,6 @@
-"""Where utterances come from: JSONL manifests, Hugging Face datasets, unpacked Common Voice releases, FLEURS.
+"""Sources of utterances: JSONL manifests, Hugging Face datasets, unpacked Common Voice releases, FLEURS.
 
-A source yields `Row`s, as they are written there; limits, drawing and normalisation are `corpus`'s.
+A source yields its lines unchanged, as `Row`s. `corpus` applies limits, draws a subset, and normalises texts.
 """
 
 import csv
@@ -20,8 +20,10 @@ FLEURS_CONFIGS = {"da": "da_dk", "nl": "nl_nl", "en": "en_us"}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a source, and `where` it stands there. `seconds` is None where the source does not tell; `problem` says
-    why the line is of no use."""
+    """One line of a source; `where` is its place there, for error messages.
+
+    `seconds` is None where the source gives no duration. `problem` is the reason why the line cannot be used.
+    """
 
     where: str
     id: str
@@ -36,22 +38,22 @@ class Row:
 def read_source(source: Source, config: StudyConfig) -> Iterator[Row]:
     """The source's rows, in its order. Raises StudyError when there is no such source, or it lacks a column."""
     if isinstance(source, str):
-        return _manifest(Path(config.locate(source)), config.data.group)
+        return _manifest_rows(Path(config.locate(source)), config.data.group)
     if isinstance(source, CommonVoiceSource):
-        return _common_voice(Path(config.locate(source.common_voice)), source, config.data.group)
+        return _common_voice_rows(Path(config.locate(source.common_voice)), source, config.data.group)
     if isinstance(source, FleursSource):
         configuration = FLEURS_CONFIGS[source.fleurs]
-        return _dataset(
+        return _dataset_rows(
             DatasetSource(
                 dataset="google/fleurs", split=source.split, revision="refs/convert/parquet", text="raw_transcription",
                 language=source.fleurs, data_files=f"{configuration}/{source.split}/*.parquet",
             ),
             config,
         )  # fmt: skip
-    return _dataset(source, config)
+    return _dataset_rows(source, config)
 
 
-def _manifest(path: Path, group: str | None) -> Iterator[Row]:
+def _manifest_rows(path: Path, group: str | None) -> Iterator[Row]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold Unicode's other line ends
     except UnicodeDecodeError as error:
@@ -86,11 +88,13 @@ def _manifest(path: Path, group: str | None) -> Iterator[Row]:
     return iter(rows)
 
 
-def _common_voice(folder: Path, source: CommonVoiceSource, group: str | None) -> Iterator[Row]:
-    """A release's folder of one language: `<split>.tsv`, `clips/`, and `clip_durations.tsv` (milliseconds) if it is there."""
+def _common_voice_rows(folder: Path, source: CommonVoiceSource, group: str | None) -> Iterator[Row]:
+    """A release's folder of one language has `<split>.tsv`, `clips/`, and in newer ones `clip_durations.tsv` (milliseconds)."""
     table, durations = folder / f"{source.split}.tsv", folder / "clip_durations.tsv"
     if not table.is_file():
-        raise StudyError([f"{folder}: an unpacked Common Voice release has a {table.name}; there is none"])
+        raise StudyError(
+            [f"{folder}: must be a language's folder of an unpacked Common Voice release, but has no {table.name}"]
+        )
     seconds: dict[str, float] = {}
     if durations.is_file():
         with durations.open(encoding="utf-8", newline="") as file:
@@ -112,7 +116,7 @@ def _common_voice(folder: Path, source: CommonVoiceSource, group: str | None) ->
         )
 
 
-def _dataset(source: DatasetSource, config: StudyConfig) -> Iterator[Row]:
+def _dataset_rows(source: DatasetSource, config: StudyConfig) -> Iterator[Row]:
     from datasets import Audio
 
     data = _open_dataset(source, config)
@@ -138,14 +142,17 @@ def _open_dataset(source: DatasetSource, config: StudyConfig) -> Any:
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # the listener tells of progress
+    disable_progress_bar()  # the listener shows progress
     folder = Path(config.locate(source.dataset))
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
             data = load_from_disk(str(folder))
             return data[source.split] if isinstance(data, DatasetDict) else data
         files = {source.split: source.data_files} if source.data_files else None
-        return load_dataset(str(folder), source.config, split=source.split, revision=source.revision, data_files=files)
+        return load_dataset(
+            str(folder), source.config, split=source.split, revision=source.revision, data_files=files,
+            trust_remote_code=False,
+        )  # fmt: skip
     except KeyError as error:
         raise StudyError([f"data: {source.dataset} has no split {error}"]) from error
     except (OSError, ValueError, RuntimeError) as error:
@@ -153,7 +160,7 @@ def _open_dataset(source: DatasetSource, config: StudyConfig) -> Any:
         raise StudyError(
             [
                 f"data: the dataset {source.dataset} cannot be opened: {reason}",
-                "give a local folder, or a hub name and a network",
+                "give a local folder, or the name of a hub data set that this machine can reach",
             ]
         ) from error
 

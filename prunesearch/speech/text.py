@@ -1,4 +1,4 @@
-"""Text normalisers: the same for references and hypotheses."""
+"""Text normalisers. References and hypotheses get the same one."""
 
 import re
 import unicodedata
@@ -9,19 +9,22 @@ Normalizer = Callable[[str], str]
 
 
 def paper(text: str) -> str:
-    """Lowercase, punctuation out, apostrophes kept (arXiv 2603.27981)."""
+    """Lowercase without punctuation, but with apostrophes (arXiv 2603.27981)."""
     text = unicodedata.normalize("NFC", text).lower().replace("’", "'").replace("`", "'")
     return " ".join(re.sub(r"[^\w\s']|_", "", text).split())
 
 
 def none(text: str) -> str:
-    """As written, but for runs of white space."""
+    """The text as it is, with single spaces."""
     return " ".join(text.split())
 
 
 @cache
 def normalizer_for(name: str, language: str | None = None) -> Normalizer:
-    """`paper`, `none` or `whisper`: Whisper's English normaliser (less its spelling map) for `en`, its basic one else."""
+    """The normaliser of this name: `paper`, `none` or `whisper`.
+
+    `whisper` is Whisper's English normaliser (without its spelling map) for the language `en`, else its basic one.
+    """
     if name == "paper":
         return paper
     if name == "none":

@@ -1,4 +1,4 @@
-"""Word errors as counts, per utterance; rates only ever of summed counts."""
+"""Word errors per utterance, as counts: a corpus WER is the ratio of summed counts, not a mean of rates."""
 
 import jiwer
 
@@ -7,7 +7,7 @@ from prunesearch.study.record import UtteranceResult, WordErrors
 
 
 def count_errors(reference: str, hypothesis: str) -> WordErrors:
-    """Substitutions, deletions and insertions of a minimal word alignment (Levenshtein; jiwer). Texts are normalised."""
+    """Substitutions, deletions and insertions of a minimal word alignment (Levenshtein, by jiwer) of normalised texts."""
     if not reference or not hypothesis:
         return WordErrors(
             deletions=len(reference.split()), insertions=len(hypothesis.split()), reference_words=len(reference.split())
@@ -22,7 +22,7 @@ def count_errors(reference: str, hypothesis: str) -> WordErrors:
 
 
 def longest_repetition(words: list[str], longest_phrase: int = 4) -> int:
-    """How many times in a row some phrase of one to `longest_phrase` words occurs, at most."""
+    """The largest number of times in a row that a phrase of one to `longest_phrase` words occurs."""
     best = 1
     for size in range(1, longest_phrase + 1):
         run = 0
@@ -33,12 +33,12 @@ def longest_repetition(words: list[str], longest_phrase: int = 4) -> int:
 
 
 def is_loop(reference: str, hypothesis: str) -> bool:
-    """A phrase said four times in a row or more, and oftener than in the reference: an LLM that does not stop."""
+    """Whether the LLM repeats itself: a phrase occurs four or more times in a row, and more often than in the reference."""
     return longest_repetition(hypothesis.split()) > max(3, longest_repetition(reference.split()))
 
 
 def score(utterance: Utterance, hypothesis: str) -> UtteranceResult:
-    """The normalised hypothesis beside the utterance's reference."""
+    """Count a normalised hypothesis' errors against the utterance's reference."""
     return UtteranceResult(
         id=utterance.id,
         reference=utterance.reference,

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from transformers import AutoFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.encoder import load_encoder, remove_layers
-from prunesearch.model.hub import architectures, cannot_be_had
-from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora_targets, recompute_activations
+from prunesearch.model.digest import hub_commit, model_digest
+from prunesearch.model.encoder import remove_layers
+from prunesearch.model.llm import Llm, embedding_scale, lora_targets, recompute_activations
+from prunesearch.model.loading import load_models
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import SAMPLE_RATE
@@ -56,30 +56,15 @@ class TrainingContext:
 
         Raises StudyError when a model cannot be loaded.
         """
-        architectures(config)  # a model of the wrong kind is named before anything is loaded
         group = group or ProcessGroup.join()
-        device, dtype = group.device, pick_dtype(config.training.precision, group.device)
-        source = config.locate(config.encoder.model)
-        try:
-            encoder = load_encoder(source, config.encoder.revision, dtype)
-            extractor = AutoFeatureExtractor.from_pretrained(source, revision=config.encoder.revision or "main")
-        except (OSError, ValueError) as error:
-            raise cannot_be_had(config.encoder, source, error) from error
-        source = config.locate(config.llm.model)
-        try:
-            llm = load_llm(source, config.llm, dtype)
-        except StudyError:  # about another key than llm.model
-            raise
-        except (OSError, ValueError) as error:
-            raise cannot_be_had(config.llm, source, error) from error
-        lora_targets(llm.model, config.llm)  # a wrong name is told now, and not when the first LoRA is made
-        tracker_for(config, "")  # and so is a missing package
-        encoder.requires_grad_(False).eval().to(device)
-        if config.llm.quantization is None:  # bitsandbytes has placed its models already
-            llm.model.to(device)
+        dtype = pick_dtype(config.training.precision, group.device)
+        tracker_for(config, "")  # a missing package is told before models are loaded
+        models = load_models(config, dtype)
+        lora_targets(models.llm.model, config.llm)  # a wrong name is told now, and not when the first LoRA is made
+        encoder, llm = models.encoder.to(group.device), models.llm.to(group.device)
         if config.training.gradient_checkpointing:
             recompute_activations(llm.model)
-        context = cls(config, group, dtype, encoder, extractor, llm, report_progress)
+        context = cls(config, group, dtype, encoder, models.extractor, llm, report_progress)
         if outside := [i for i in config.removable(context.depth) if i >= context.depth]:
             raise StudyError([f"search.removable_layers: must lie in [0, {context.depth}), got {outside[0]}"])
         return context
@@ -172,7 +157,14 @@ class TrainingContext:
 
     @cached_property
     def model_digests(self) -> dict[str, str]:
-        return {"encoder": "", "llm": ""}
+        """What the models' weights are, over tensor names, shapes and bytes: the same for a folder and for a copy on the hub."""
+        return {"encoder": model_digest(self.config, self.config.encoder), "llm": model_digest(self.config, self.config.llm)}
+
+    def hub_commits(self) -> dict[str, str]:
+        """The hub's commits of the models that came from there, to be shown beside their digests."""
+        parts = {"encoder": self.config.encoder, "llm": self.config.llm}
+        commits = {name: hub_commit(self.config.locate(part.model), part.revision) for name, part in parts.items()}
+        return {name: commit for name, commit in commits.items() if commit}
 
     def prefix(self, split: Split, indices: Sequence[int] = ()) -> StateStore:
         """The states that all candidates share, from the study's cache. `indices`: utterances that are needed besides those
@@ -191,11 +183,9 @@ class TrainingContext:
 
     def fresh_projector(self, repeat: int = 0) -> Projector:
         """A new projector from the study's seed: the same for every candidate."""
-        settings = self.config.projector
         torch.manual_seed(self.config.seed + repeat)
         widths = self.encoder.config.d_model, self.llm.model.get_input_embeddings().embedding_dim
-        projector = Projector(*widths, settings.stack, settings.hidden, settings.dropout, embedding_scale(self.llm.model))
-        return projector.to(self.device)
+        return Projector.for_models(self.config.projector, *widths, embedding_scale(self.llm.model)).to(self.device)
 
     def decode(
         self, slam: SpeechLlm, split: Split, states: StateStore, indices: Sequence[int] | None = None, beams: int | None = None

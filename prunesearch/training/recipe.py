@@ -306,6 +306,7 @@ def provenance(context: TrainingContext) -> dict[str, Any]:
         "processes": context.group.size,
         "dtype": str(context.dtype).removeprefix("torch."),
         "models": context.model_digests,
+        "hub_commits": context.hub_commits(),
         "fingerprint": context.config.fingerprint(),
         "config": context.config.model_dump(mode="json", exclude={"storage"}),
     }

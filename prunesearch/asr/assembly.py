@@ -1,0 +1,95 @@
+"""Assemble a study's candidate as a `SlamAsr`, from the study's models and the weights of the candidate's record."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from prunesearch.asr.slam_asr import Settings, SlamAsr
+from prunesearch.model.encoder import remove_layers
+from prunesearch.model.llm import with_lora
+from prunesearch.model.loading import Models, load_models
+from prunesearch.model.projector import Projector
+from prunesearch.model.slam import SpeechLlm
+from prunesearch.study.config import StudyConfig
+from prunesearch.study.errors import StudyError
+from prunesearch.study.record import RunRecord, record_folder
+from prunesearch.training.finetune import restore, trainable
+
+
+@dataclass(frozen=True)
+class StudyModels:
+    """A study's models, loaded once for many candidates. The LLM is on `device`; the unpruned encoder stays on the CPU."""
+
+    models: Models
+    dtype: str
+    device: torch.device
+
+    @classmethod
+    def load(cls, config: StudyConfig, dtype: str) -> "StudyModels":
+        """Load the models for the first GPU, else the CPU. Raises StudyError when one cannot be loaded."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        models = load_models(config, getattr(torch, dtype))
+        models.llm.to(device)
+        return cls(models, dtype, device)
+
+
+def weights_file(config: StudyConfig, record: RunRecord) -> Path:
+    """The file with a record's projector and LoRA; it may have been deleted."""
+    return record_folder(config.run_folder / "records", record.candidate) / "weights.safetensors"
+
+
+def require_weights(config: StudyConfig, record: RunRecord) -> None:
+    """Raises StudyError where the record's weights are missing."""
+    if not (file := weights_file(config, record)).exists():
+        raise StudyError([f"{file} is missing: the weights of {record.candidate.key} were deleted, or are on another machine"])
+
+
+def recorded_dtype(record: RunRecord) -> str:
+    """The dtype that the record's system was trained and decoded in."""
+    return str(record.provenance.get("dtype", "float32"))
+
+
+def load_candidate(config: StudyConfig, record: RunRecord, merge: bool = False) -> SlamAsr:
+    """Load the study's models and assemble the record's system.
+
+    `merge` adds the LoRA to the LLM's weights. Raises StudyError where weights are missing or a model cannot be loaded.
+    """
+    require_weights(config, record)
+    loaded = StudyModels.load(config, recorded_dtype(record))
+    asr = assemble(config, record, loaded, with_lora(loaded.models.llm, record.lora_rank, config.llm, record.seed))
+    if merge and record.lora_rank > 0:
+        asr.slam.model = asr.slam.model.merge_and_unload()
+        asr.settings = asr.settings.model_copy(update={"merged": True})
+    return asr
+
+
+def assemble(config: StudyConfig, record: RunRecord, loaded: StudyModels, model: Any) -> SlamAsr:
+    """The record's system on the device of the loaded models.
+
+    `model` is their LLM, with a LoRA of the record's rank if that is not 0; its weights are replaced by the record's. The
+    pruned encoder shares its weights with the unpruned one and moves them to the device.
+    """
+    encoder = remove_layers(loaded.models.encoder, record.removed_layers).to(loaded.device)
+    llm = loaded.models.llm
+    width = llm.model.get_input_embeddings().embedding_dim
+    projector = Projector.for_models(config.projector, encoder.config.d_model, width).to(loaded.device)
+    slam = SpeechLlm(projector, llm, model)
+    restore(trainable(slam), load_file(weights_file(config, record)))
+    slam.projector.eval()
+    model.eval()
+    settings = Settings(
+        dtype=loaded.dtype,
+        removed_layers=record.removed_layers,
+        encoder_layers=record.encoder_layers,
+        shared_layers=config.shared_layers(record.encoder_layers),
+        lora_rank=record.lora_rank,
+        projector=config.projector,
+        llm=config.llm.model_copy(update={"model": config.locate(config.llm.model)}),
+        decoding=config.decoding,
+        text=config.text,
+        pad_to_seconds=config.data.pad_to_seconds,
+    )
+    return SlamAsr(encoder, loaded.models.extractor, slam, settings.without_paths(), loaded.device)

@@ -1,0 +1,113 @@
+"""The model card of an export, and its record for other machines: both without any path of this machine."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from prunesearch.model.hub import name_without_path
+from prunesearch.speech.corpus import SPLITS
+from prunesearch.study.config import CommonVoiceSource, FleursSource, Source, StudyConfig
+from prunesearch.study.record import RunRecord
+
+ERROR_KINDS = ("substitutions", "deletions", "insertions", "reference_words")
+
+
+def model_card(config: StudyConfig, record: RunRecord, merged: bool, llm_missing: bool) -> str:
+    """A model card: which layers were removed, WER, and training. The licence is left for the user to fill in.
+
+    `merged`: the LoRA is in the LLM's weights. `llm_missing`: the LLM is neither in the export nor on the hub.
+    """
+    p = record.parameters
+    removed = ", ".join(map(str, record.removed_layers)) or "none"
+    encoder, llm = (name_without_path(config.locate(name)) for name in (config.encoder.model, config.llm.model))
+    missing, llm_argument = (" (not part of this folder)", f', llm="/path/to/{llm}"') if llm_missing else ("", "")
+    languages = sorted(record.dev.by_language) if record.dev else []
+    return f"""---
+license: # fill in: it depends on the encoder's, the LLM's and the data's
+language: [{", ".join(languages)}]
+pipeline_tag: automatic-speech-recognition
+tags: [prunesearch, slam-asr]
+---
+
+# {config.name}: {record.name or record.candidate.key}
+
+A Whisper encoder with layers removed, a projector, and a language model{" with LoRA" if record.lora_rank else ""}, found by
+a search of the kind that [arXiv 2603.27981](https://arxiv.org/abs/2603.27981) suggests, in the study `{config.name}`.
+
+    from prunesearch import SlamAsr
+    SlamAsr.from_pretrained("…"{llm_argument}).transcribe(["recording.wav"])
+
+| | |
+|---|---|
+| encoder | `{encoder}`, {record.encoder_layers} layers, of which removed: {removed} |
+| LLM | `{llm}`{missing}, LoRA of rank {record.lora_rank}{", merged into it" if merged else ""} |
+| parameters | encoder {p.encoder:,}, projector {p.projector:,}, LoRA {p.lora:,}, LLM {p.llm:,} |
+| training | {record.steps} steps of {config.training.batch_size}, seed {record.seed}, from {config.training.init} |
+| data | train {", ".join(data_name(config, source) for source in config.data.train)} |
+
+| split | language | WER, % | substitutions | deletions | insertions | reference words |
+|---|---|---|---|---|---|---|
+{_error_rows(record)}
+
+Texts are normalised before they are compared.
+"""
+
+
+def _error_rows(record: RunRecord) -> str:
+    """One row of the table for each split and each of its languages."""
+    rows = []
+    for split, result in (("dev", record.dev), ("test", record.test)):
+        if result:
+            rows += [(split, name, errors) for name, errors in {"all": result.errors, **result.by_language}.items()]
+    return "\n".join(
+        f"| {split} | {name} | {100 * errors.wer:.2f} | {' | '.join(str(getattr(errors, kind)) for kind in ERROR_KINDS)} |"
+        for split, name, errors in rows
+    )
+
+
+def data_name(config: StudyConfig, source: Source) -> str:
+    """A short name of a data source, of a local one its base name only."""
+    if isinstance(source, str):
+        return _file_name(config, source)
+    if isinstance(source, CommonVoiceSource):
+        return f"Common Voice {_file_name(config, source.common_voice)} ({source.split})"
+    if isinstance(source, FleursSource):
+        return f"FLEURS {source.fleurs} ({source.split})"
+    configuration = f", {source.config}" if source.config else ""
+    return f"{name_without_path(config.locate(source.dataset))}{configuration} ({source.split})"
+
+
+def record_without_paths(config: StudyConfig, record: RunRecord) -> RunRecord:
+    """The record with the base names of local models and data in its copy of the study's definition."""
+    stored = record.provenance.get("config")
+    if not isinstance(stored, dict):
+        return record
+    definition = dict(stored)
+    for key in ("encoder", "llm"):
+        if key in definition:
+            definition[key] = {**definition[key], "model": name_without_path(config.locate(definition[key]["model"]))}
+    if "data" in definition:
+        splits = {split: [_source_without_path(config, s) for s in definition["data"][split]] for split in SPLITS}
+        definition["data"] = {**definition["data"], **splits}
+    return record.model_copy(update={"provenance": {**record.provenance, "config": definition}})
+
+
+def _source_without_path(config: StudyConfig, source: str | dict[str, Any]) -> str | dict[str, Any]:
+    """A data source as a record stores it, with base names in the place of paths."""
+    if isinstance(source, str):
+        return _file_name(config, source)
+    if "common_voice" in source:
+        return {**source, "common_voice": _file_name(config, source["common_voice"])}
+    if "dataset" in source:
+        files = source.get("data_files")
+        return {
+            **source,
+            "dataset": name_without_path(config.locate(source["dataset"])),
+            "data_files": name_without_path(files) if files else files,
+        }
+    return source
+
+
+def _file_name(config: StudyConfig, path: str) -> str:
+    """The base name of a path in the study file."""
+    return Path(os.path.abspath(config.locate(path))).name
