@@ -1,8 +1,6 @@
 """What became of a candidate: word errors, parameters, cost and provenance; written and read whole or not at all."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from prunesearch.study.candidate import Candidate
+from prunesearch.study.files import write_atomically as write_atomically  # importable from here, too
 
 SCHEMA_VERSION = 1
 
@@ -178,25 +177,16 @@ class RunRecord(_Frozen):
     def candidate(self) -> Candidate:
         return Candidate(self.removed_layers, self.lora_rank, self.repeat)
 
+    @property
+    def reported(self) -> tuple[Literal["test", "dev"], SplitResult] | None:
+        """The split to report, and its result: test where it was decoded, else dev; None where neither was."""
+        if self.test is not None:
+            return "test", self.test
+        return None if self.dev is None else ("dev", self.dev)
+
     def outcome(self) -> dict[str, Any]:
         """Everything that a second run of the same candidate must reproduce."""
         return self.model_dump(mode="json", exclude={"cost", "provenance"})
-
-
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """The file appears whole or not at all, also when the process is killed, and whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # others may work on the study, too
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def record_folder(records: Path, candidate: Candidate) -> Path:
