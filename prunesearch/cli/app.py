@@ -251,36 +251,46 @@ def storage_upgrade(study: Study, storage: StorageUrl = None) -> None:
 def report(
     studies: Annotated[list[Path], typer.Argument(metavar="STUDY…", help="Study files, or folders with a study.toml.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where to write; default: run/report, for several: overlay.")
+        Path | None, typer.Option("--out", help="Folder to write to; default: run/report, for several studies: overlay.")
+    ] = None,
+    tables: Annotated[
+        list[str] | None,
+        typer.Option("--tables", metavar="NAME…", help="Print these tables instead of the summary; `all` prints all of them."),
     ] = None,
     storage: StorageUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Compare what was found with the baselines: tables, plots (PNG, SVG, PDF), an HTML page, CSV and JSON.
+    """Compare the results with the baselines; print a summary and write all tables, plots, an HTML page, CSV and JSON.
 
-    Several studies are laid over one another.
+    Of several studies, the fronts are drawn in one plot.
     """
     from prunesearch.commands.launch import collect
-    from prunesearch.report import write_overlay, write_report
-    from prunesearch.report.data import to_json
-    from prunesearch.report.overlay import overlay_table
-    from prunesearch.report.tables import render, rich_table
+    from prunesearch.report import render, render_overlay, render_tables, to_json, write_overlay, write_report
+    from prunesearch.report.tables import TABLES, checked_names
     from prunesearch.study.config import load_study
 
+    names = checked_names(tables or ())
     configs = [load_study(study, data_must_exist=False) for study in studies]
     for config in configs:
         collect(config, storage)
     if len(configs) > 1:
-        folder = out or Path("overlay")
+        folder, stem = out or Path("overlay"), "overlay"
         comparisons = write_overlay(configs, folder)
-        page = folder / "overlay.html"
-        _print_json([to_json(c) for c in comparisons]) if as_json else _print(rich_table(overlay_table(comparisons)))
     else:
-        comparison = write_report(configs[0], out)
-        page = (out or configs[0].run_folder / "report") / "report.html"
-        _print_json(to_json(comparison)) if as_json else _print(render(comparison))
-    if not as_json:
-        typer.echo(f"report: {page}")
+        folder, stem = out or configs[0].run_folder / "report", "report"
+        comparisons = [write_report(configs[0], out)]
+    if as_json:
+        made = [to_json(c) for c in comparisons]
+        _print_json(made if len(made) > 1 else made[0])
+        return
+    if names:
+        for comparison in comparisons:
+            _print(render_tables(comparison, names))
+    else:
+        _print(render_overlay(comparisons) if len(comparisons) > 1 else render(comparisons[0]))
+    typer.echo(f"report: {folder / stem}.html; as text: {stem}.md")
+    if not names:
+        typer.echo(f"more tables: --tables NAME (or all), of {', '.join(TABLES)}")
 
 
 @storage_commands.command("proxy")
@@ -296,8 +306,8 @@ def storage_proxy(
     serve(study, storage, host, port, lambda: typer.echo(f"workers may use --storage grpc://{host}:{port}", err=True))
 
 
-class Start(StrEnum):
-    """Where projectors begin."""
+class Init(StrEnum):
+    """Where projectors start."""
 
     anchor = "anchor"
     scratch = "scratch"
@@ -306,24 +316,25 @@ class Start(StrEnum):
 @app.command()
 def confirm(
     study: Study,
-    seeds: Annotated[int, typer.Option(min=1, help="How often each system is trained.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training; default: five times the search's.")] = None,
-    init: Annotated[Start | None, typer.Option("--from", help="Where projectors begin; default: as in the search.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per system, each from its own seed.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps per training; default: five times the search's.")] = None,
+    init: Annotated[Init | None, typer.Option("--init", help="Where projectors start; default: as in the search.")] = None,
+    older_init: Annotated[Init | None, typer.Option("--from", hidden=True, help="The older name of --init.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
     storage: StorageUrl = None,
 ) -> None:
-    """Train the front and the baselines for longer, from several seeds: how well did the short runs foretell?"""
-    from prunesearch.commands.confirm import compared
+    """Train the front and the baselines again, for more steps and from several seeds, and compare with the short runs."""
     from prunesearch.commands.confirm import confirm as run
+    from prunesearch.report.confirmation import compare_with_confirmation, confirmation_table
+    from prunesearch.report.formats import to_rich
     from prunesearch.study.config import load_study
 
+    start = init or older_init
     with _Display() as display:
-        run(study, seeds, steps, init.value if init else None, workers, storage, display)
-    from prunesearch.cli.tables import confirmation_table
-
-    found = compared(load_study(study, data_must_exist=False))
+        run(study, seeds, steps, start.value if start else None, workers, storage, display)
+    found = compare_with_confirmation(load_study(study, data_must_exist=False))
     if found:
-        _print(confirmation_table(found))
+        _print(to_rich(confirmation_table(found)))
 
 
 @app.command()
