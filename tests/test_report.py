@@ -30,7 +30,7 @@ from prunesearch.report.formats import to_html, to_latex, to_markdown, to_rich
 from prunesearch.report.layer_tables import layers_by_size_table, layers_table
 from prunesearch.report.overlay import check_comparable, overlay_table
 from prunesearch.report.page import render_page
-from prunesearch.report.plots import draw_front, write_figures
+from prunesearch.report.plots import draw_front, draw_fronts, write_figures
 from prunesearch.report.system_tables import summary_table, systems_table
 from prunesearch.report.table import Shade, Table
 from prunesearch.report.tables import TABLES, checked_names, tables
@@ -38,7 +38,7 @@ from prunesearch.study.candidate import BASELINE_NAMES, Candidate
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import staged_files
 from prunesearch.study.record import SplitResult, read_records, write_record
-from tests.report_records import FOUND, add, add_baselines, add_study, heard, study, wer
+from tests.report_records import FOUND, add, add_baselines, add_results, add_study, heard, study, wer
 
 ROOT = Path(__file__).parents[1]
 
@@ -299,6 +299,20 @@ def test_without_baselines_or_records_the_report_is_short_but_works(tmp_path: Pa
         assert to_csv([comparison]).startswith("study,name,key,")
         assert "</html>" in render_page(comparison)
         assert draw_front(comparison).axes
+
+
+@pytest.mark.parametrize("with_baselines", [False, True])
+def test_a_front_may_be_empty_because_of_the_groups_limit(tmp_path: Path, with_baselines: bool) -> None:
+    results = [heard("a", "one two", "one two", "x"), heard("b", "one two", "one", "y")]
+    for name, candidate in (("unpruned", Candidate()), (None, Candidate((1,)))):
+        add_results(tmp_path, candidate, results, name=name if with_baselines else None)
+    comparison = compare(tmp_path, "speech_params", "s", max_worst_group_wer=0.1)
+    assert (comparison.front, len(comparison.complete)) == ((), 2)
+    assert "2 are excluded" in shown(render(comparison))
+    assert "Plotly.newPlot" in render_page(comparison)
+    assert draw_front(comparison).axes
+    assert draw_fronts([comparison, comparison]).axes
+    assert overlay_table([comparison]).rows[0][0] == "s"
 
 
 def test_a_report_that_cannot_be_made_leaves_the_older_one(tmp_path: Path) -> None:

@@ -255,7 +255,9 @@ def report(
     ] = None,
     tables: Annotated[
         list[str] | None,
-        typer.Option("--tables", metavar="NAME…", help="Print these tables instead of the summary; `all` prints all of them."),
+        typer.Option(
+            "--tables", metavar="NAME…", help="Tables to print instead of the summary: names with commas between them, or all."
+        ),
     ] = None,
     storage: StorageUrl = None,
     as_json: Json = False,

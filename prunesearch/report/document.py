@@ -31,7 +31,8 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 caption { text-align: left; font-weight: 600; font-size: 1rem; padding-bottom: .3rem; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { white-space: nowrap; }
-td.wrap { white-space: normal; min-width: 8rem; text-align: left; }
+td.text { white-space: normal; min-width: 8rem; }
+.text { text-align: left; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 tbody th { font-weight: 500; }

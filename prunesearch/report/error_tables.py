@@ -37,7 +37,7 @@ def lora_table(comparison: Comparison) -> Table:
             for c in comparison.lora_changes
         ),
         "Each system against the same layers without LoRA.",
-        wrapped=("against",),
+        text_columns=("against",),
     )
 
 
@@ -61,7 +61,7 @@ def pruning_table(comparison: Comparison) -> Table:
         ),
         "Each system against an unpruned one: a system with LoRA against that of the nearest LoRA rank, others against that "
         "without LoRA.",
-        wrapped=("against",),
+        text_columns=("against",),
     )
 
 
@@ -115,7 +115,7 @@ def confusions_table(comparison: Comparison) -> Table:
         ("reference word", "recognised as", ours, theirs),
         tuple((c.said or NOTHING, c.heard or NOTHING, str(c.ours), str(c.theirs)) for c in found.confusions) if found else (),
         f"On {found.split}: the confusions whose counts differ most." if found else "",
-        wrapped=("recognised as",),
+        text_columns=("recognised as",),
     )
 
 
@@ -139,7 +139,7 @@ def _utterances_table(name: str, what: str, found: ErrorAnalysis | None, utteran
         ("utterance", "errors", "reference", ours, theirs),
         tuple((u.id, signed_count(u.errors), u.reference, u.ours or NOTHING, u.theirs or NOTHING) for u in utterances),
         f"On {found.split}: the utterances whose number of errors differs most." if found else "",
-        wrapped=("reference", ours, theirs),
+        text_columns=("reference", ours, theirs),
     )
 
 

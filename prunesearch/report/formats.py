@@ -46,17 +46,19 @@ def to_latex(tables: Sequence[Table]) -> str:
 
 def to_html(table: Table) -> str:
     """A table in a scroll box, its note below it. A row that can be pinned has a pin button after its name."""
-    names = (table.columns[0], *(["pin"] if table.pins else []), *table.columns[1:])
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    are_text = _are_text(table)[1:]
+    first, *others = table.columns
+    heads = [f'<th scope="col"{_html_class(text)}>{escape(name)}</th>' for name, text in zip(others, are_text, strict=True)]
+    pin = '<th scope="col">pin</th>' if table.pins else ""
+    head = f'<tr><th scope="col">{escape(first)}</th>{pin}{"".join(heads)}</tr>'
     buttons = [f"<td>{_pin_button(key, title)}</td>" for key, title in table.pins] or [""] * len(table.rows)
-    is_text = _are_text(table)[1:]
     body = "\n".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{button}{_html_cells(row[1:], is_text, shades)}</tr>'
+        f'<tr><th scope="row">{escape(row[0])}</th>{button}{_html_cells(row[1:], are_text, shades)}</tr>'
         for row, button, shades in zip(table.rows, buttons, _shades(table), strict=True)
     )
+    whole = f"<table><caption>{escape(table.title)}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
     note = f"<small>{escape(table.note)}</small>" if table.note else ""
-    caption = f"<caption>{escape(table.title)}</caption>"
-    return scroll_box(table.title, f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>") + note
+    return scroll_box(table.title, whole) + note
 
 
 def scroll_box(label: str, table: str) -> str:
@@ -66,7 +68,7 @@ def scroll_box(label: str, table: str) -> str:
 
 def _are_text(table: Table) -> list[bool]:
     """For each column, whether it holds text, not numbers. The first one names the row."""
-    return [i == 0 or column in table.wrapped for i, column in enumerate(table.columns)]
+    return [i == 0 or column in table.text_columns for i, column in enumerate(table.columns)]
 
 
 def _shades(table: Table) -> Sequence[Sequence[Shade | None]]:
@@ -77,10 +79,14 @@ def _rich_style(shade: Shade | None) -> Style | str:
     return Style(color=shade.ink, bgcolor=shade.background) if shade else ""
 
 
+def _html_class(is_text: bool) -> str:
+    return ' class="text"' if is_text else ""
+
+
 def _html_cells(cells: Sequence[str], are_text: Sequence[bool], shades: Sequence[Shade | None]) -> str:
     parts = []
     for cell, is_text, shade in zip(cells, are_text, shades, strict=True):
-        look = ' class="wrap"' if is_text else ""
+        look = _html_class(is_text)
         look += f' style="background:{shade.background};color:{shade.ink}"' if shade else ""
         parts.append(f"<td{look}>{escape(cell)}</td>")
     return "".join(parts)

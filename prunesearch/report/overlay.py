@@ -48,7 +48,7 @@ def overlay_table(comparisons: Sequence[Comparison]) -> Table:
         "front's knee. Parameters (of the objective): change against the unpruned system. Against top2+lora: difference of WER "
         "with its 95 % interval, on test if both were decoded there. Hypervolume: of the front, over that of the baselines "
         "alone.",
-        wrapped=("chosen",),
+        text_columns=("chosen",),
     )
 
 

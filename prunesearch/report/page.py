@@ -108,7 +108,9 @@ def _figure(comparison: Comparison) -> go.Figure:
             marker={"symbol": "cross-thin-open", "size": 11, "color": grey, "line": {"width": 2}},
         )
     _add_rings(figure, comparison)
-    shown = [place(r, comparison.objective)[1] for r in (*comparison.front, *comparison.baselines.values())]
+    # without front and baselines, all candidates are above the groups' limit
+    focus = (*comparison.front, *comparison.baselines.values()) or comparison.complete
+    shown = [place(r, comparison.objective)[1] for r in focus]
     _lay_out(figure, comparison, [*shown, *(100 * p.wer for p in comparison.published)])
     return figure
 

@@ -53,20 +53,15 @@ def draw_fronts(comparisons: Sequence[Comparison]) -> Figure:
     """The fronts of several studies with their baselines, one colour per study."""
     figure, axes = _empty_plot(comparisons[0].objective)
     objective = comparisons[0].objective
-    drawn = [c for c in comparisons if c.complete]
-    if drawn:
-        kept = [place(r, objective) for c in drawn for r in (*c.front, *c.baselines.values())]
-        _limit(axes, kept, kept)
-    high, right = axes.get_ylim()[1], axes.get_xlim()[1]
+    focus = [place(r, objective) for c in comparisons for r in (*c.front, *c.baselines.values())]
+    if focus:
+        _limit(axes, focus, focus)
     handles = []
     for number, comparison in enumerate(comparisons):
         colour = STUDY_COLOURS[number % len(STUDY_COLOURS)]
         handles.append(Line2D([], [], label=comparison.study, color=colour, marker="o", markersize=5, linewidth=1.4))
-        if not comparison.complete:
-            continue
         front = [place(r, objective) for r in comparison.front]
-        steps = [(front[0][0], high), *front, (right, front[-1][1])]
-        axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=colour, linewidth=1.4, zorder=2)
+        _draw_steps(axes, front, color=colour, linewidth=1.4)
         _scatter(axes, front, c=[colour] * len(front), s=26, zorder=4)
         for name, record in comparison.baselines.items():
             style = {"marker": BASELINE_MARKERS[name], "s": 90, "facecolors": "none", "edgecolors": colour, "linewidths": 1.2}
@@ -94,11 +89,10 @@ def draw_front(comparison: Comparison) -> Figure:
     stopped = [p for r in comparison.pruned if (p := place_if_decoded(r, comparison.objective))]
     baselines = {name: place(r, comparison.objective) for name, r in comparison.baselines.items()}
     published = [(p.params / 1e6, 100 * p.wer) for p in comparison.published]
-    _limit(axes, [*front, *baselines.values(), *published], [*front, *others, *stopped, *published])
-
-    high, right = axes.get_ylim()[1], axes.get_xlim()[1]
-    steps = [(front[0][0], high), *front, (right, front[-1][1])]
-    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=INK, linewidth=1.1, zorder=2)
+    focus = [*front, *baselines.values(), *published]
+    _limit(axes, focus or others, [*front, *others, *stopped, *published])
+    high = axes.get_ylim()[1]
+    steps = _draw_steps(axes, front, color=INK, linewidth=1.1)
     colours = _layer_colours(comparison)
     inside = [(p, colours(r)) for p, r in zip(others, comparison.others, strict=True) if p[1] <= high]
     _scatter(axes, [p for p, _ in inside], c=[c for _, c in inside], s=20, alpha=0.45, linewidths=0, zorder=3)
@@ -154,6 +148,15 @@ def _limit(axes: Axes, focus: Sequence[Point], everything: Sequence[Point]) -> N
         axes.set_ylim(best - 0.12 * span, min(top, worst + 0.6 * span) + 0.12 * span)
 
 
+def _draw_steps(axes: Axes, front: Sequence[Point], **style: Any) -> list[Point]:
+    """Draw the line through the front up to the edges of the plot, and return its points; nothing for an empty front."""
+    if not front:
+        return []
+    steps = [(front[0][0], axes.get_ylim()[1]), *front, (axes.get_xlim()[1], front[-1][1])]
+    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", zorder=2, **style)
+    return steps
+
+
 def _scatter(axes: Axes, points: Sequence[Point], **style: Any) -> None:
     if points:
         axes.scatter(*zip(*points, strict=True), **style)
@@ -202,8 +205,8 @@ def _label(figure: Figure, axes: Axes, labels: dict[Point, str], points: Sequenc
     figure.draw_without_rendering()  # only the layout decides where points lie
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(points)]
-    corners = axes.transData.transform(steps)
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (axes.transData.transform(points) if points else ())]
+    corners: Any = axes.transData.transform(steps) if steps else ()
     taken += [Bbox.from_extents(x, y - 2, next_x, y + 2) for (x, y), (next_x, _) in itertools.pairwise(corners)]
     written: list[Bbox] = []
     places = dict(zip(labels, axes.transData.transform(list(labels)), strict=True)) if labels else {}

@@ -95,7 +95,7 @@ def correlations_table(scan: Scan) -> Table:
         "Rank correlation of criteria over single layers",
         ("criterion", "other criterion", "Spearman's ρ"),
         tuple((CRITERION_LABELS[a], CRITERION_LABELS[b], f"{rho:+.2f}") for (a, b), rho in scan.correlations().items()),
-        wrapped=("other criterion",),
+        text_columns=("other criterion",),
     )
 
 

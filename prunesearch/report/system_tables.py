@@ -38,7 +38,7 @@ def summary_table(comparison: Comparison) -> Table:
         ("system", "removed layers", "rank", "dev WER, %", "test WER, %", f"{group} params, M", "change"),
         tuple((_marked(comparison, r), *_what(r), *parameters_and_change(comparison, r, group)) for r in shown),
         note,
-        wrapped=("removed layers",),
+        text_columns=("removed layers",),
     )
 
 
@@ -65,7 +65,7 @@ def systems_table(comparison: Comparison) -> Table:
         tuple((_marked(comparison, r), *_what(r), _kinds(r), f"{r.cost.train_seconds:.0f}") for r in shown),
         f"{MARKS} S/D/I: substitutions, deletions and insertions per 100 reference words on test, or on dev (*) if test is not "
         "decoded.",
-        wrapped=("removed",),
+        text_columns=("removed",),
         pins=tuple((r.candidate.key, title(r)) for r in shown),
     )
 
@@ -89,10 +89,10 @@ def removed_table(comparison: Comparison) -> Table:
     return Table(
         "removed",
         "Best candidate at each number of removed layers, WER in %",
-        ("layers removed", "removed", "rank", "dev WER", "test WER", "tried"),
+        ("number removed", "removed", "rank", "dev WER", "test WER", "tried"),
         tuple((str(n), *_what(b.record), str(b.tried)) for n, b in comparison.best_by_removed.items()),
         "Chosen on dev, at any LoRA rank. The more candidates were tried, the more optimistic the best one's dev WER is.",
-        wrapped=("removed",),
+        text_columns=("removed",),
     )
 
 
@@ -117,7 +117,7 @@ def contrasts_table(comparison: Comparison) -> Table:
         ),
         "WER of the system less WER of the other. The interval is a paired bootstrap over utterances, and over trainings if a "
         "system has several. With one training, the interval does not cover the choice of the seed.",
-        wrapped=("against", "WER is"),
+        text_columns=("against", "WER is"),
     )
 
 
@@ -136,7 +136,7 @@ def paper_claims_table(comparison: Comparison) -> Table:
         "arXiv 2603.27981. Intervals: paired bootstrap over utterances, and over trainings if there are several. A claim "
         "about a size holds if the interval lies on its side of zero and overlaps the published range; a claim about a "
         "direction holds if the interval lies on that side of zero.",
-        wrapped=("verdict in this study",),
+        text_columns=("verdict in this study",),
     )
 
 

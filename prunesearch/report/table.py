@@ -20,6 +20,6 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
-    wrapped: tuple[str, ...] = ()  # columns that hold text instead of numbers: left-aligned, may break into lines
+    text_columns: tuple[str, ...] = ()  # that hold text, not numbers: left-aligned, may break into lines
     pins: tuple[tuple[str, str], ...] = ()  # each row's candidate key and title, if a reader of the page can pin it
     shades: tuple[tuple[Shade | None, ...], ...] = ()  # each row's cells after the first one; empty: no colours
