@@ -1,7 +1,6 @@
 """The whole way on toy models: command line, kills, workers, report."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -14,17 +13,18 @@ from typing import Any
 import optuna
 import pytest
 
-from prunesearch.commands.confirm import compared, confirm, confirmation_folder, rank_correlation
+from prunesearch.commands.confirm import confirm
 from prunesearch.commands.launch import launch
 from prunesearch.commands.plan import plan
 from prunesearch.commands.status import status
 from prunesearch.model.skeleton import params_of_candidates
 from prunesearch.report import write_report
+from prunesearch.report.confirmation import compare_with_confirmation, confirmation_file
 from prunesearch.study.candidate import BASELINE_NAMES, Candidate, baselines
 from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.front import pareto_front
-from prunesearch.study.importance import kendall, read_scan, spearman
+from prunesearch.study.importance import read_scan
 from prunesearch.study.record import RunRecord, read_records
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.recipe import train_and_score
@@ -241,7 +241,7 @@ def test_a_confirmation_is_a_study_of_its_own_for_longer_and_from_several_seeds(
     launch(file, trials=6)
     config = load_study(file)
     confirm(file, seeds=2, steps=12)
-    confirmed = load_study(confirmation_folder(config))
+    confirmed = load_study(confirmation_file(config))
     logs = [(c.run_folder / "anchor" / "anchor.json").read_bytes() for c in (config, confirmed)]
     assert logs[0] == logs[1], "handed on, not trained again: no two trainings take as many seconds"
     records = read_records(confirmed.run_folder / "records")
@@ -250,18 +250,9 @@ def test_a_confirmation_is_a_study_of_its_own_for_longer_and_from_several_seeds(
     assert {r.candidate.system for r in records} == systems
     assert Counter(r.repeat for r in records) == {0: len(systems), 1: len(systems)}
     assert {r.steps for r in records} == {12}
-    found = compared(config)
+    found = compare_with_confirmation(config)
     assert found is not None
-    assert len(found.rows) == len(systems)
-    assert all(len(seeds) == 2 for _, _, seeds in found.rows)
+    assert len(found.systems) == len(systems)
+    assert all(len(s.long_dev_wers) == 2 for s in found.systems)
     assert found.regret >= 0
-    assert status(confirmation_folder(config))["settled"] == len(records)
-
-
-def test_a_rank_correlation_has_an_interval_and_is_unknown_where_nothing_differs() -> None:
-    alike = [(0.1 * i, 0.2 * (i ^ 1)) for i in range(12)]  # neighbours have changed places
-    for measure in (spearman, kendall):
-        found = rank_correlation(measure, alike)
-        assert 0.7 < found.value < 1
-        assert 0.4 < found.low < found.value < found.high < 1.001
-    assert math.isnan(rank_correlation(spearman, [(0.5, 0.1), (0.5, 0.2)]).value)
+    assert status(confirmation_file(config))["settled"] == len(records)

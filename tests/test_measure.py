@@ -18,7 +18,7 @@ from prunesearch.commands.export import export
 from prunesearch.commands.launch import launch
 from prunesearch.commands.measure import measure
 from prunesearch.report import comparison_of
-from prunesearch.report.tables import costs_table
+from prunesearch.report.system_tables import ratios_table
 from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.measurement import Measurement, Ratios, SystemMetrics, read_measurement
@@ -62,7 +62,7 @@ def test_front_and_baselines_are_measured_and_unpruned_comes_first(measured: Mea
 def test_the_report_shows_what_was_measured(study: Path, measured: Measurement) -> None:
     config = load_study(study)
     assert read_measurement(config.run_folder / "measure.json") == measured
-    table = costs_table(comparison_of(config))
+    table = ratios_table(comparison_of(config))
     assert [row[0] for row in table.rows] == [s.name or s.candidate for s in measured.systems]
     assert table.rows[0][1:] == ("1.00 (1.00–1.00)",) * 4 + ("1.000", "1.000")
 
@@ -156,7 +156,7 @@ def test_a_table_has_ratios_and_figures_and_says_what_they_depend_on(measured: M
     assert f"{system.ratios.parameters:.3f}" in row
     assert f"{1e3 * system.figures.encoder_seconds:.2f}" in row
     assert ("–" in row) == (system.figures.peak_memory_bytes is None)
-    assert "The more tokens are written" in " ".join(shown.split())
+    assert "more tokens are generated" in " ".join(shown.split())
 
 
 def test_weights_that_are_gone_are_left_out_unless_asked_for(copied: Path) -> None:

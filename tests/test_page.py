@@ -13,9 +13,9 @@ from prunesearch.report import compare
 from prunesearch.report.page import render_page
 from prunesearch.study.candidate import Candidate
 from tests.browser import Browser, find_chromium
-from tests.test_report import LAYERS, add, add_study
+from tests.report_records import FOUND, LAYERS, add, add_study
 
-FOUND, TOP2 = Candidate((1, 2), 4), Candidate((4, 5))
+TOP2 = Candidate((4, 5))
 PANEL = "[...document.querySelectorAll('#pins tr')].map(r => [...r.cells].map(c => c.textContent))"
 RINGS = "[...document.querySelectorAll('#front .tracepinned .point')].filter(p => getComputedStyle(p).opacity > 0).length"
 LABELS = "[...document.querySelectorAll('#front .tracepinned text')].map(t => t.textContent.trim()).filter(Boolean).sort()"

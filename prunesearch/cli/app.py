@@ -264,59 +264,72 @@ app.add_typer(storage_commands, name="storage")
 def report(
     studies: Annotated[list[Path], typer.Argument(metavar="STUDY…", help="Study files, or folders that contain study.toml.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write. Default: run/report; for several studies, overlay.")
+        Path | None, typer.Option("--out", help="Folder to write to; default: run/report, for several studies: overlay.")
+    ] = None,
+    tables: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tables", metavar="NAME…", help="Tables to print instead of the summary: names with commas between them, or all."
+        ),
     ] = None,
     storage: StorageUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Compare the candidates with the baselines: tables, plots (PNG, SVG, PDF), an HTML page, CSV and JSON.
+    """Compare the results with the baselines; print a summary and write all tables, plots, an HTML page, CSV and JSON.
 
-    Several studies are compared in one overlay.
+    Of several studies, the fronts are drawn in one plot.
     """
-    from prunesearch.report import write_overlay, write_report
-    from prunesearch.report.data import to_json
-    from prunesearch.report.overlay import overlay_table
-    from prunesearch.report.tables import render, rich_table
+    from prunesearch.report import render, render_overlay, render_tables, to_json, write_overlay, write_report
+    from prunesearch.report.tables import TABLES, checked_names
     from prunesearch.study.config import load_study
     from prunesearch.workers.final_test import fetch_records
 
+    names = checked_names(tables or ())
     configs = [load_study(study, data_must_exist=False) for study in studies]
     for config in configs:
         fetch_records(config, storage)
     if len(configs) > 1:
-        folder = out or Path("overlay")
+        folder, stem = out or Path("overlay"), "overlay"
         comparisons = write_overlay(configs, folder)
-        page = folder / "overlay.html"
-        print_json([to_json(c) for c in comparisons]) if as_json else print_tables(rich_table(overlay_table(comparisons)))
     else:
-        comparison = write_report(configs[0], out)
-        page = (out or configs[0].run_folder / "report") / "report.html"
-        print_json(to_json(comparison)) if as_json else print_tables(render(comparison))
-    if not as_json:
-        typer.echo(f"report: {page}")
+        folder, stem = out or configs[0].run_folder / "report", "report"
+        comparisons = [write_report(configs[0], out)]
+    if as_json:
+        made = [to_json(c) for c in comparisons]
+        print_json(made if len(made) > 1 else made[0])
+        return
+    if names:
+        for comparison in comparisons:
+            print_tables(render_tables(comparison, names))
+    else:
+        print_tables(render_overlay(comparisons) if len(comparisons) > 1 else render(comparisons[0]))
+    print_hint(f"report: {folder / stem}.html; as text: {stem}.md", as_json)
+    if not names:
+        print_hint(f"more tables: --tables NAME (or all), of {', '.join(TABLES)}", as_json)
 
 
 @app.command()
 def confirm(
     study: Study,
-    seeds: Annotated[int, typer.Option(min=1, help="How often each system is trained.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training; default: five times the search's.")] = None,
-    init: Annotated[Start | None, typer.Option("--from", help="Where projectors begin; default: as in the search.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per system, each from its own seed.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps per training; default: five times the search's.")] = None,
+    init: Annotated[Start | None, typer.Option("--init", help="Where projectors start; default: as in the search.")] = None,
+    older_init: Annotated[Start | None, typer.Option("--from", hidden=True, help="The older name of --init.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
     storage: StorageUrl = None,
 ) -> None:
-    """Train the front and the baselines for longer, from several seeds: how well did the short runs foretell?"""
-    from prunesearch.commands.confirm import compared
+    """Train the front and the baselines again, for more steps and from several seeds, and compare with the short runs."""
     from prunesearch.commands.confirm import confirm as run
+    from prunesearch.report.confirmation import compare_with_confirmation, confirmation_table
+    from prunesearch.report.formats import to_rich
     from prunesearch.study.config import load_study
 
+    start = init or older_init
     with ProgressDisplay() as display:
-        run(study, seeds, steps, init.value if init else None, workers, storage, display)
-    from prunesearch.cli.tables import confirmation_table
-
-    found = compared(load_study(study, data_must_exist=False))
+        run(study, seeds, steps, start.value if start else None, workers, storage, display)
+    found = compare_with_confirmation(load_study(study, data_must_exist=False))
     if found:
-        print_tables(confirmation_table(found))
+        print_tables(to_rich(confirmation_table(found)))
 
 
 @app.command()

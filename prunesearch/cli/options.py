@@ -23,7 +23,7 @@ StorageUrl = Annotated[
 ]
 AllowChanges = Annotated[
     bool,
-    typer.Option("--allow-changes", help="Continue even though code, data or anchor differ from when the study started."),
+    typer.Option("--allow-changes", help="Continue even though code, data, models or anchor differ from the study's start."),
 ]
 Beams = Annotated[int | None, typer.Option("--beams", min=1, help="Beam size. Default: the one that the study used on test.")]
 

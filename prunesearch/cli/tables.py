@@ -5,7 +5,6 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from prunesearch.commands.confirm import Confirmation
 from prunesearch.commands.plan import Estimate, Plan
 from prunesearch.study.measurement import Measurement
 
@@ -53,61 +52,39 @@ def plan_tables(plan: Plan, cost: Estimate) -> Group:
     return Group(counts, shares, run, needs, changed)
 
 
-def confirmation_table(found: Confirmation) -> Group:
-    """Short and long runs side by side, and how well the one foretold the other."""
-    table = Table(title="confirmation, dev WER in %")
-    for column in ("system", "short", "long, mean", "by seed", "test, mean"):
-        table.add_column(column, justify="left" if column == "system" else "right")
-    for short, long, seeds in found.rows:
-        assert short.dev
-        assert long.dev
-        table.add_row(
-            short.name or short.candidate.key,
-            f"{100 * short.dev.errors.wer:.2f}",
-            f"{100 * long.dev.errors.wer:.2f}",
-            " ".join(f"{100 * wer:.2f}" for wer in seeds),
-            f"{100 * long.test.errors.wer:.2f}" if long.test else "–",
-        )
-    said = [
-        f"{name} {c.value:.2f} (95 % interval {c.low:.2f} to {c.high:.2f}, over systems)"
-        for name, c in (("Spearman's ρ", found.spearman), ("Kendall's τ", found.kendall))
-    ]
-    regret = f"taking the short runs' word costs at most {100 * found.regret:.2f} points of dev WER at any size"
-    return Group(table, *said, regret)
-
-
 def measurement_table(found: Measurement) -> Group:
-    """Each system's figures, behind their ratios to the unpruned system's."""
-    table = Table(title=f"{found.study}: ratio to unpruned, and the figure itself (medians over {found.turns} turns)")
+    """Each system's metrics, each after its ratio to that of the unpruned system."""
+    table = Table(title=f"{found.study}: ratio to unpruned, then the value (medians over {found.turns} turns)")
     table.add_column("system")
     for column in (
         "encoder,\nms alone", "encoder,\nms in batches", "samples to text,\nms alone", "real-time factor,\nin batches",
-        "tokens\nwritten", "peak memory,\nMiB", "parameters,\nMiB", "file,\nMiB",
+        "tokens\ngenerated", "peak memory,\nMiB", "parameters,\nMiB", "file,\nMiB",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for system in found.systems:
-        f, r, low, high = system.figures, system.ratios, system.lowest, system.highest
+        m, r, low, high = system.figures, system.ratios, system.lowest, system.highest
         table.add_row(
             system.name or system.candidate,
-            f"{r.encoder:.3f}  {1e3 * f.encoder_seconds:9.2f}\n{low.encoder:.2f} to {high.encoder:.2f}",
-            f"{r.batch_encoder:.3f}  {1e3 * f.batch_encoder_seconds:9.2f}\n{low.batch_encoder:.2f} to {high.batch_encoder:.2f}",
-            f"{r.end_to_end:.3f}  {1e3 * f.end_to_end_seconds:9.2f}\n{low.end_to_end:.2f} to {high.end_to_end:.2f}",
-            f"{r.batch_end_to_end:.3f}  {f.real_time_factor:8.4f}\n{low.batch_end_to_end:.2f} to {high.batch_end_to_end:.2f}",
-            f"{r.new_tokens:.2f}  {f.new_tokens:6.1f}",
-            "–" if f.peak_memory_bytes is None else f"{r.peak_memory:.3f}  {_mib(f.peak_memory_bytes)}",
-            f"{r.parameters:.3f}  {_mib(f.parameter_bytes)}",
-            f"{r.file:.3f}  {_mib(f.file_bytes)}",
+            f"{r.encoder:.3f}  {1e3 * m.encoder_seconds:9.2f}\n{low.encoder:.2f} to {high.encoder:.2f}",
+            f"{r.batch_encoder:.3f}  {1e3 * m.batch_encoder_seconds:9.2f}\n{low.batch_encoder:.2f} to {high.batch_encoder:.2f}",
+            f"{r.end_to_end:.3f}  {1e3 * m.end_to_end_seconds:9.2f}\n{low.end_to_end:.2f} to {high.end_to_end:.2f}",
+            f"{r.batch_end_to_end:.3f}  {m.real_time_factor:8.4f}\n{low.batch_end_to_end:.2f} to {high.batch_end_to_end:.2f}",
+            f"{r.new_tokens:.2f}  {m.new_tokens:6.1f}",
+            "–" if m.peak_memory_bytes is None else f"{r.peak_memory:.3f}  {_mib(m.peak_memory_bytes)}",
+            f"{r.parameters:.3f}  {_mib(m.parameter_bytes)}",
+            f"{r.file:.3f}  {_mib(m.file_bytes)}",
         )
-    said = (
-        "Milliseconds are a recording's. Ratios are taken within a turn: unpruned is measured anew beside each system. Below a "
-        "ratio is the turns' range: where it is wide, the machine was busy. The more tokens are written, the longer samples to "
-        "text takes: compare it between systems that write about as many. File: encoder, projector and LoRA."
+    notes = (
+        "Milliseconds are per recording. A ratio is taken within a turn: the unpruned system is measured again beside each "
+        "system. Below it is the range of the turns' ratios; if it is wide, the machine was busy. Samples to text takes longer "
+        "if more tokens are generated, so compare it only between systems that generate about as many. File: encoder, "
+        "projector and LoRA."
     )
     where = (
         f"{found.device}, {found.dtype}, {found.threads} threads, torch {found.torch}; {found.utterances} recordings of dev, "
         f"{found.audio_seconds:.1f} s, batches of {min(found.batch_size, found.utterances)}"
     )
-    return Group(table, said, where)
+    return Group(table, notes, where)
 
 
 def _mib(size: int) -> str:

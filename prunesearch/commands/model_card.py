@@ -6,8 +6,9 @@ from typing import Any
 
 from prunesearch.model.hub import name_without_path
 from prunesearch.speech.corpus import SPLITS
-from prunesearch.study.config import CommonVoiceSource, FleursSource, Source, StudyConfig
+from prunesearch.study.config import StudyConfig
 from prunesearch.study.record import RunRecord
+from prunesearch.study.sources import CommonVoiceSource, FleursSource, Source
 
 ERROR_KINDS = ("substitutions", "deletions", "insertions", "reference_words")
 

@@ -1,19 +1,18 @@
-"""Records in, report out: the front, the paired differences and the tables of a study. Never trains, never proposes."""
+"""Records in, report out: the front, paired differences and tables of a study. This room never trains and never proposes."""
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from prunesearch.report.comparison import Best, Comparison, Contrast, Reductions, compare
 from prunesearch.report.data import to_csv, to_json
 from prunesearch.report.overlay import check_comparable, overlay_table
 from prunesearch.report.statistics import Difference, paired_bootstrap
-from prunesearch.report.tables import render, tables, verdict
+from prunesearch.report.tables import render, render_overlay, render_tables, tables
+from prunesearch.report.verdict import verdict
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
+from prunesearch.study.files import staged_files
 from prunesearch.study.front import non_dominated, pareto_front
 from prunesearch.study.importance import read_scan
 from prunesearch.study.measurement import read_measurement
@@ -30,6 +29,8 @@ __all__ = [
     "paired_bootstrap",
     "pareto_front",
     "render",
+    "render_overlay",
+    "render_tables",
     "to_csv",
     "to_json",
     "verdict",
@@ -39,67 +40,61 @@ __all__ = [
 
 
 def write_report(config: StudyConfig, folder: Path | None = None) -> Comparison:
-    """Compare the study's records and write front.{png,svg,pdf} and report.{html,md,tex,csv,json} to the folder (default:
-    `run/report/`).
+    """Compare the study's records, and write front.{png,svg,pdf} and report.{html,md,tex,csv,json}.
 
-    Raises StudyError when nothing was launched yet.
+    `folder` is where to write; by default it is `run/report/`. Raises StudyError if the study was not launched yet, or if the
+    folder cannot be written to.
     """
     from prunesearch.report.formats import to_latex, to_markdown
     from prunesearch.report.page import render_page
     from prunesearch.report.plots import draw_front, write_figures
 
     comparison = comparison_of(config)
-    with _moved_in(folder or config.run_folder / "report") as made:
-        write_figures(draw_front(comparison), made)
-        _write(made / "report.html", render_page(comparison))
-        _write(made / "report.md", to_markdown(tables(comparison)))
-        _write(made / "report.tex", to_latex(tables(comparison)))
-        _write(made / "report.csv", to_csv([comparison]))
-        _write(made / "report.json", _as_json(to_json(comparison)))
+    with staged_files(folder or config.run_folder / "report") as staged:
+        write_figures(draw_front(comparison), staged)
+        _write(staged / "report.html", render_page(comparison))
+        _write(staged / "report.md", to_markdown(tables(comparison)))
+        _write(staged / "report.tex", to_latex(tables(comparison)))
+        _write(staged / "report.csv", to_csv([comparison]))
+        _write(staged / "report.json", _as_json(to_json(comparison)))
     return comparison
 
 
 def write_overlay(configs: Sequence[StudyConfig], folder: Path) -> list[Comparison]:
-    """Several studies side by side: overlay.{png,svg,pdf,html,md,tex,csv,json} in the folder.
+    """Compare several studies, and write overlay.{png,svg,pdf,html,md,tex,csv,json} to the folder.
 
-    Raises StudyError where they cannot be compared, or nothing was launched yet.
+    Raises StudyError if the studies cannot be compared, if one was not launched yet, or if the folder cannot be written to.
     """
     from prunesearch.report.formats import to_latex, to_markdown
-    from prunesearch.report.page import render_overlay
+    from prunesearch.report.page import render_overlay_page
     from prunesearch.report.plots import draw_fronts, write_figures
 
     comparisons = [comparison_of(config) for config in configs]
     check_comparable(comparisons)
     table = [overlay_table(comparisons)]
-    with _moved_in(folder) as made:
-        write_figures(draw_fronts(comparisons), made, "overlay")
-        _write(made / "overlay.html", render_overlay(comparisons))
-        _write(made / "overlay.md", to_markdown(table))
-        _write(made / "overlay.tex", to_latex(table))
-        _write(made / "overlay.csv", to_csv(comparisons))
-        _write(made / "overlay.json", _as_json([to_json(c) for c in comparisons]))
+    with staged_files(folder) as staged:
+        write_figures(draw_fronts(comparisons), staged, "overlay")
+        _write(staged / "overlay.html", render_overlay_page(comparisons))
+        _write(staged / "overlay.md", to_markdown(table))
+        _write(staged / "overlay.tex", to_latex(table))
+        _write(staged / "overlay.csv", to_csv(comparisons))
+        _write(staged / "overlay.json", _as_json([to_json(c) for c in comparisons]))
     return comparisons
 
 
 def comparison_of(config: StudyConfig) -> Comparison:
-    """A study's records, compared. Raises StudyError when nothing was launched yet."""
-    if not (config.run_folder / "records").is_dir():
-        raise StudyError([f"{config.name} has no records yet: `prunesearch launch {config.source}`"])
+    """Compare the study's records as they are now. Raises StudyError if the study was not launched yet."""
     folder, search = config.run_folder, config.search
-    scan, measured = read_scan(folder / "scan" / "scan.json"), read_measurement(folder / "measure.json")
-    limit = search.max_worst_group_wer
-    return compare(folder / "records", search.params_objective, config.name, scan, limit, measured)
-
-
-@contextmanager
-def _moved_in(folder: Path) -> Iterator[Path]:
-    """A place to make files that then move into the folder, so that a reader never meets half a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".report.") as name:
-        made = Path(name)
-        yield made
-        for file in made.iterdir():
-            os.replace(file, folder / file.name)
+    if not (folder / "records").is_dir():
+        raise StudyError([f"{config.name} has no records yet: `prunesearch launch {config.source}`"])
+    return compare(
+        folder / "records",
+        search.params_objective,
+        config.name,
+        scan=read_scan(folder / "scan" / "scan.json"),
+        max_worst_group_wer=search.max_worst_group_wer,
+        measured=read_measurement(folder / "measure.json"),
+    )
 
 
 def _write(file: Path, text: str) -> None:

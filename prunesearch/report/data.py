@@ -1,4 +1,4 @@
-"""A comparison as plain data for other programs: JSON and CSV."""
+"""A comparison as plain data for other programs: JSON and CSV. Their keys are stable."""
 
 import csv
 import io
@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from prunesearch.report.anatomy import KINDS, Anatomy, Change
 from prunesearch.report.comparison import Comparison, Contrast
-from prunesearch.report.tables import verdict
+from prunesearch.report.error_analysis import KINDS, ErrorAnalysis, ErrorChange
+from prunesearch.report.paper_claims import PaperClaim
+from prunesearch.report.verdict import verdict
 from prunesearch.study.front import dev_wer
 from prunesearch.study.record import RunRecord, WordErrors
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain data. WERs and reductions are fractions; null is unknown or not decoded."""
+    """The comparison as plain data. WERs and reductions are fractions; null means unknown or not decoded."""
 
     def record(r: RunRecord) -> dict[str, Any]:
         return record_data(comparison, r)
@@ -33,10 +34,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "front": [record(r) for r in comparison.front],
         "dominating": [{**record(c.system), "difference_to_top2_lora": difference_data(c)} for c in comparison.dominating],
         "best_by_removed": {str(n): {**record(b.record), "tried": b.tried} for n, b in comparison.best_by_removed.items()},
-        "claims": [asdict(f) for f in comparison.claims],
-        "lora_changes": [_change_data(c) for c in comparison.repairs],
-        "layer_changes": [_change_data(c) for c in comparison.losses],
-        "anatomy": comparison.anatomy and _anatomy_data(comparison.anatomy),
+        "claims": [_paper_claim_data(c) for c in comparison.paper_claims],
+        "lora_changes": [_change_data(c) for c in comparison.lora_changes],
+        "layer_changes": [_change_data(c) for c in comparison.pruning_changes],
+        "anatomy": comparison.error_analysis and _analysis_data(comparison.error_analysis),
         "measured": comparison.measured and asdict(comparison.measured),
         "knee": comparison.knee and comparison.knee.candidate.key,
         "hypervolume": {"reference": comparison.reference, **comparison.hypervolumes},
@@ -44,12 +45,17 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _change_data(change: Change) -> dict[str, Any]:
+def _paper_claim_data(claim: PaperClaim) -> dict[str, Any]:
+    """The verdict keeps its older key, `word`."""
+    return {("word" if key == "verdict" else key): value for key, value in asdict(claim).items()}
+
+
+def _change_data(change: ErrorChange) -> dict[str, Any]:
     names = {"system": change.system.candidate.key, "against": change.reference.candidate.key}
     return {**names, "split": change.split, "language": change.language, **{kind: change.of(kind) for kind in KINDS}}
 
 
-def _anatomy_data(found: Anatomy) -> dict[str, Any]:
+def _analysis_data(found: ErrorAnalysis) -> dict[str, Any]:
     return {
         "system": found.system.candidate.key,
         "against": found.reference.candidate.key,
@@ -61,8 +67,7 @@ def _anatomy_data(found: Anatomy) -> dict[str, Any]:
 
 
 def to_csv(comparisons: Sequence[Comparison]) -> str:
-    """All complete records of the studies, one a line; layers are separated by spaces, results by language and by group are
-    JSON objects."""
+    """One line per complete record of the studies. Layers are separated by spaces; WERs by language or group are JSON."""
     rows = [{"study": c.study, **record_data(c, r)} for c in comparisons for r in c.complete]
     for row in rows:
         row["removed_layers"] = " ".join(map(str, row["removed_layers"]))
@@ -87,8 +92,8 @@ RECORD_KEYS = (
 
 def record_data(comparison: Comparison, record: RunRecord) -> dict[str, Any]:
     """A complete record under the keys of RECORD_KEYS."""
-    splits = {"dev": record.dev, "test": record.test}
-    split, decoded = ("test", record.test) if record.test else ("dev", record.dev)
+    results = {"dev": record.dev, "test": record.test}
+    split, decoded = record.reported or (None, None)
     reductions = comparison.reductions(record)
     parameters = record.parameters
     groups = ("encoder", "projector", "lora", "llm", "speech", "total")
@@ -102,9 +107,9 @@ def record_data(comparison: Comparison, record: RunRecord) -> dict[str, Any]:
         **{f"{group}_params": getattr(parameters, group) for group in groups},
         "errors_split": split,
         **(decoded.errors.model_dump() if decoded else {}),
-        **{f"{name}_wer_by_language": split and _wers(split.by_language) for name, split in splits.items()},
-        **{f"{name}_wer_by_group": split and _wers(split.by_group) for name, split in splits.items()},
-        **{f"{name}_worst_group_wer": split and split.worst_group_wer for name, split in splits.items()},
+        **{f"{name}_wer_by_language": result and _wers(result.by_language) for name, result in results.items()},
+        **{f"{name}_wer_by_group": result and _wers(result.by_group) for name, result in results.items()},
+        **{f"{name}_worst_group_wer": result and result.worst_group_wer for name, result in results.items()},
         "loop_rate": decoded and decoded.loop_rate,
         "empty_rate": decoded and decoded.empty_rate,
         **{f"{g}_reduction": getattr(reductions, g) if reductions else None for g in ("encoder", "speech", "total")},

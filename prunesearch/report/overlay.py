@@ -1,60 +1,64 @@
-"""Several studies on one page: their fronts in one plot, and a line for each of them."""
+"""Several studies side by side: a table with one row per study."""
 
 from collections.abc import Sequence
 
 from prunesearch.report.comparison import Comparison
-from prunesearch.report.tables import Table, millions, points, signed, title, wer_percent
+from prunesearch.report.table import Table
+from prunesearch.report.values import UNKNOWN, millions, points, signed, title, wer_percent
 from prunesearch.study.errors import StudyError
+from prunesearch.study.record import RunRecord
 
 
 def check_comparable(comparisons: Sequence[Comparison]) -> None:
-    """Raises StudyError where the studies' axes differ, or a name stands for two of them."""
+    """Raises StudyError if the studies have different objectives, or if two of them have the same name."""
     objectives = {c.study: c.objective for c in comparisons}
     if len(objectives) < len(comparisons):
-        raise StudyError(["two of the studies have the same name: give one of them another (`name` in its file)"])
+        names = [c.study for c in comparisons]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise StudyError([f"name: studies in one report must have different names, got {twice} more than once"])
     if len(set(objectives.values())) > 1:
-        told = ", ".join(f"{study} {objective}" for study, objective in objectives.items())
-        raise StudyError([f"search.params_objective: must be the same for studies in one plot, got {told}"])
+        got = ", ".join(f"{objective} in {study}" for study, objective in objectives.items())
+        raise StudyError([f"search.params_objective: studies in one report must have the same one, got {got}"])
 
 
 def overlay_table(comparisons: Sequence[Comparison]) -> Table:
-    """For each study: its baselines, what dev chooses against the published pruning, and how far its front reaches."""
-    columns = ("study", "complete", "unpruned", "top2", "top2+lora", "dev chooses", "its dev WER", "parameters")
+    """For each study: its baselines, the candidate chosen on dev against top2+lora, and the hypervolume of its front."""
+    names = ("unpruned", "top2", "top2+lora")
     rows = []
     for c in comparisons:
-        chosen = c.winner.system if c.winner else c.knee
-        found = c.winner.difference if c.winner else None
+        chosen, found = c.chosen, c.winner.difference if c.winner else None
         rows.append(
             (
                 c.study,
                 str(len(c.complete)),
-                *(wer_percent(c.baselines[name].dev) if name in c.baselines else "–" for name in columns[2:5]),
-                title(chosen) if chosen else "–",
-                wer_percent(chosen.dev) if chosen else "–",
-                _fewer(c) if chosen else "–",
-                f"{points(found.estimate)} ({points(found.low)} to {points(found.high)})" if found else "–",
-                _reach(c),
+                *(wer_percent(c.baselines[name].dev) if name in c.baselines else UNKNOWN for name in names),
+                title(chosen) if chosen else UNKNOWN,
+                wer_percent(chosen.dev) if chosen else UNKNOWN,
+                _size(c, chosen) if chosen else UNKNOWN,
+                f"{points(found.estimate)} ({points(found.low)} to {points(found.high)})" if found else UNKNOWN,
+                _hypervolume_ratio(c),
             )
         )
     return Table(
+        "studies",
         "Studies side by side, dev WER in %",
-        (*columns, "against top2+lora, points", "hypervolume"),
+        ("study", "complete", *names, "chosen", "its dev WER", "parameters", "against top2+lora, points", "hypervolume"),
         tuple(rows),
-        "Dev chooses the lowest WER of those that beat top2+lora at no more parameters, else the front's knee. Parameters: "
-        "change against the unpruned system (of the objective's group). The difference is on test where both are decoded "
-        "there, with its 95 % interval. Hypervolume: of the front, over that of the baselines alone.",
+        "Chosen: of the candidates that beat top2+lora with no more parameters, the one of lowest dev WER; if none does, the "
+        "front's knee. Parameters (of the objective): change against the unpruned system. Against top2+lora: difference of WER "
+        "with its 95 % interval, on test if both were decoded there. Hypervolume: of the front, over that of the baselines "
+        "alone.",
+        text_columns=("chosen",),
     )
 
 
-def _fewer(comparison: Comparison) -> str:
-    chosen = comparison.winner.system if comparison.winner else comparison.knee
-    assert chosen
+def _size(comparison: Comparison, record: RunRecord) -> str:
+    size = record.parameters.of(comparison.objective)
     if comparison.unpruned is None:
-        return millions(chosen.parameters.of(comparison.objective))
-    whole = comparison.unpruned.of(comparison.objective)
-    return f"{signed(100 * (chosen.parameters.of(comparison.objective) / whole - 1))} %"
+        return f"{millions(size)} M"
+    return f"{signed(100 * (size / comparison.unpruned.of(comparison.objective) - 1))} %"
 
 
-def _reach(comparison: Comparison) -> str:
+def _hypervolume_ratio(comparison: Comparison) -> str:
     volumes = comparison.hypervolumes
-    return f"×{volumes['front'] / volumes['baselines']:.2f}" if volumes.get("baselines") else "–"
+    return f"×{volumes['front'] / volumes['baselines']:.2f}" if volumes.get("baselines") else UNKNOWN

@@ -1,5 +1,5 @@
-// Pins up to two candidates, from the plot or from a table's buttons, and compares them below the plot.
-// What comes from the study is only ever set as text.
+// The reader pins up to two candidates, in the plot or by a table's buttons; a table below the plot compares them.
+// Data of the study is only set as text, never as HTML.
 (() => {
   "use strict";
   const { rows, candidates } = JSON.parse(document.getElementById("candidates").textContent);
@@ -75,6 +75,6 @@
   clear.addEventListener("click", () => {
     pinned = [];
     show();
-    panel.focus(); // the button that had the focus is gone
+    panel.focus(); // the button that had the focus is hidden now
   });
 })();

@@ -1,10 +1,11 @@
-"""What the page needs to compare two candidates that a reader pins: a panel, their numbers as JSON, and a script."""
+"""Pins: a reader of the page pins up to two candidates to compare them. A panel, all numbers as JSON, and a script."""
 
 import json
 from collections.abc import Callable, Iterable
 from importlib.resources import files
 
-from prunesearch.report.tables import title
+from prunesearch.report.values import kinds_per_100_words, title
+from prunesearch.study.front import latest_dev_errors
 from prunesearch.study.record import RunRecord, SplitResult, WordErrors
 
 PANEL = (
@@ -19,13 +20,13 @@ PANEL = (
 Values = tuple[float, ...] | None  # None: not measured
 Rows = dict[str, tuple[int, Callable[[RunRecord], Values]]]
 
-# The comparison's rows: decimals, and what a record has there.
+# The rows of the comparison: number of decimals, and a record's values.
 ROWS: Rows = {
     "layers removed": (0, lambda r: (len(r.removed_layers),)),
     "LoRA rank": (0, lambda r: (r.lora_rank,)),
-    "dev WER, %": (2, lambda r: _wer(_dev(r))),
+    "dev WER, %": (2, lambda r: _wer(latest_dev_errors(r))),
     "test WER, %": (2, lambda r: _wer(_test(r))),
-    "dev S/D/I": (1, lambda r: _kinds(_dev(r))),
+    "dev S/D/I": (1, lambda r: _kinds(latest_dev_errors(r))),
     "test S/D/I": (1, lambda r: _kinds(_test(r))),
     "worst group, dev %": (2, lambda r: _worst(r.dev)),
     "worst group, test %": (2, lambda r: _worst(r.test)),
@@ -36,15 +37,17 @@ ROWS: Rows = {
 
 
 def pin_script(records: Iterable[RunRecord]) -> str:
-    """The records' numbers and the script that shows them, to follow plot, panel and tables. Rows that nobody has are left
-    out."""
+    """The records' numbers, and the script that shows them; both come after plot, panel and tables on the page.
+
+    Rows for which no record has a value are left out.
+    """
     records = list(records)
     rows = {label: row for label, row in ROWS.items() if any(row[1](r) is not None for r in records)}
     data = {
         "rows": [(label, decimals) for label, (decimals, _) in rows.items()],
         "candidates": {r.candidate.key: _candidate(r, rows) for r in records},
     }
-    # no "<" at all, so that neither </script> nor <!-- can end or change the element
+    # without any "<", so that neither </script> nor <!-- in a name can end or change the element
     embedded = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     script = files("prunesearch.report").joinpath("pin.js").read_text(encoding="utf-8")
     return f'<script type="application/json" id="candidates">{embedded}</script>\n<script>\n{script}</script>'
@@ -69,10 +72,6 @@ def _candidate(record: RunRecord, rows: Rows) -> dict[str, object]:
     }
 
 
-def _dev(record: RunRecord) -> WordErrors | None:
-    return record.dev.errors if record.dev else record.rungs[-1].errors if record.rungs else None
-
-
 def _test(record: RunRecord) -> WordErrors | None:
     return record.test.errors if record.test else None
 
@@ -86,8 +85,4 @@ def _worst(split: SplitResult | None) -> Values:
 
 
 def _kinds(errors: WordErrors | None) -> Values:
-    """Substitutions, deletions and insertions per 100 reference words."""
-    if errors is None:
-        return None
-    words = max(1, errors.reference_words)
-    return tuple(100 * n / words for n in (errors.substitutions, errors.deletions, errors.insertions))
+    return None if errors is None else kinds_per_100_words(errors)

@@ -1,4 +1,4 @@
-"""The front as a figure for a paper: parameters across, dev WER upwards; bottom left is better."""
+"""The front as a figure for a paper: dev WER over parameters; bottom left is better."""
 
 import itertools
 import math
@@ -17,20 +17,20 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 from prunesearch.report.comparison import Comparison
-from prunesearch.report.tables import OBJECTIVES, title
-from prunesearch.study.front import dev_wer
+from prunesearch.report.values import OBJECTIVE_LABELS, title
+from prunesearch.study.front import dev_wer, latest_dev_errors
 from prunesearch.study.record import RunRecord
 
 BASELINE_MARKERS = {"unpruned": "s", "unpruned+lora": "D", "top2": "^", "top2+lora": "v"}
 INK, FAINT = "#222222", "#8a8a8a"
-STUDY_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito: told apart by all eyes
-LOG_FROM = 4.0  # a front whose worst WER is this many times its best is read on a log scale
+STUDY_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito: safe for colour-blind readers
+LOG_FROM = 4.0  # if the front's worst WER is more than this many times its best, the WER axis is logarithmic
 
 Point = tuple[float, float]  # millions of parameters, WER in percent
 
 
 def write_figures(figure: Figure, folder: Path, name: str = "front") -> None:
-    """`front.png`, `front.svg` and `front.pdf`; text stays text in the latter two, and equal records give equal files."""
+    """Write `front.png`, `front.svg` and `front.pdf`. SVG and PDF keep text as text. Equal records give equal files."""
     with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "front"}):
         figure.savefig(folder / f"{name}.png", dpi=200)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
@@ -41,7 +41,7 @@ def _empty_plot(objective: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_xlabel(f"{OBJECTIVES[objective].capitalize()}, millions".replace("lora", "LoRA").replace("llm", "LLM"))
+    axes.set_xlabel(OBJECTIVE_LABELS[objective])
     axes.set_ylabel("Dev WER, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e6e6e6", linewidth=0.6)
@@ -50,23 +50,18 @@ def _empty_plot(objective: str) -> tuple[Figure, Axes]:
 
 
 def draw_fronts(comparisons: Sequence[Comparison]) -> Figure:
-    """The fronts of several studies, a colour each, with their baselines."""
+    """The fronts of several studies with their baselines, one colour per study."""
     figure, axes = _empty_plot(comparisons[0].objective)
     objective = comparisons[0].objective
-    drawn = [c for c in comparisons if c.complete]
-    if drawn:
-        kept = [place(r, objective) for c in drawn for r in (*c.front, *c.baselines.values())]
-        _limit(axes, kept, kept)
-    high, right = axes.get_ylim()[1], axes.get_xlim()[1]
+    focus = [place(r, objective) for c in comparisons for r in (*c.front, *c.baselines.values())]
+    if focus:
+        _limit(axes, focus, focus)
     handles = []
     for number, comparison in enumerate(comparisons):
         colour = STUDY_COLOURS[number % len(STUDY_COLOURS)]
         handles.append(Line2D([], [], label=comparison.study, color=colour, marker="o", markersize=5, linewidth=1.4))
-        if not comparison.complete:
-            continue
         front = [place(r, objective) for r in comparison.front]
-        steps = [(front[0][0], high), *front, (right, front[-1][1])]
-        axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=colour, linewidth=1.4, zorder=2)
+        _draw_steps(axes, front, color=colour, linewidth=1.4)
         _scatter(axes, front, c=[colour] * len(front), s=26, zorder=4)
         for name, record in comparison.baselines.items():
             style = {"marker": BASELINE_MARKERS[name], "s": 90, "facecolors": "none", "edgecolors": colour, "linewidths": 1.2}
@@ -80,7 +75,10 @@ def draw_fronts(comparisons: Sequence[Comparison]) -> Figure:
 
 
 def draw_front(comparison: Comparison) -> Figure:
-    """Front, dominated and rung-ended candidates and baselines; what lies far above the front is marked at the edge."""
+    """Front, baselines, dominated candidates and those that ended at a rung.
+
+    Candidates far above the front are drawn at the upper edge, so that the front stays readable.
+    """
     figure, axes = _empty_plot(comparison.objective)
     if not comparison.complete:
         axes.text(0.5, 0.5, "no candidate is complete yet", transform=axes.transAxes, ha="center", color=FAINT)
@@ -88,37 +86,36 @@ def draw_front(comparison: Comparison) -> Figure:
         return figure
 
     front, others = ([place(r, comparison.objective) for r in rs] for rs in (comparison.front, comparison.others))
-    stopped = [p for r in comparison.pruned if (p := place_stopped(r, comparison.objective))]
-    anchors = {name: place(r, comparison.objective) for name, r in comparison.baselines.items()}
-    marks = [(m.params / 1e6, 100 * m.wer) for m in comparison.published]
-    _limit(axes, [*front, *anchors.values(), *marks], [*front, *others, *stopped, *marks])
-
-    high, right = axes.get_ylim()[1], axes.get_xlim()[1]
-    steps = [(front[0][0], high), *front, (right, front[-1][1])]
-    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=INK, linewidth=1.1, zorder=2)
+    stopped = [p for r in comparison.pruned if (p := place_if_decoded(r, comparison.objective))]
+    baselines = {name: place(r, comparison.objective) for name, r in comparison.baselines.items()}
+    published = [(p.params / 1e6, 100 * p.wer) for p in comparison.published]
+    focus = [*front, *baselines.values(), *published]
+    _limit(axes, focus or others, [*front, *others, *stopped, *published])
+    high = axes.get_ylim()[1]
+    steps = _draw_steps(axes, front, color=INK, linewidth=1.1)
     colours = _layer_colours(comparison)
     inside = [(p, colours(r)) for p, r in zip(others, comparison.others, strict=True) if p[1] <= high]
     _scatter(axes, [p for p, _ in inside], c=[c for _, c in inside], s=20, alpha=0.45, linewidths=0, zorder=3)
     _scatter(axes, [p for p in stopped if p[1] <= high], marker="x", s=14, c=FAINT, alpha=0.5, linewidths=0.8, zorder=1)
     _scatter(axes, front, c=[colours(r) for r in comparison.front], s=44, edgecolors=INK, linewidths=0.9, zorder=5)
-    for name, point in anchors.items():
+    for name, point in baselines.items():
         _scatter(
             axes, [point], marker=BASELINE_MARKERS[name], s=110, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=6
         )
-    _scatter(axes, [p for p in marks if p[1] <= high], marker="+", s=60, c=FAINT, linewidths=1.2, zorder=2)
+    _scatter(axes, [p for p in published if p[1] <= high], marker="+", s=60, c=FAINT, linewidths=1.2, zorder=2)
     outside = [p for p in [*others, *stopped] if p[1] > high]
     if outside:
         edge = axes.get_xaxis_transform()
         _scatter(axes, [(x, 0.985) for x, _ in outside], marker="^", s=12, c=FAINT, alpha=0.6, linewidths=0, transform=edge)
-        said = f"▴ {len(outside)} above {high:.3g} %, up to {max(y for _, y in outside):.0f} %"
-        axes.text(0.995, 0.955, said, transform=axes.transAxes, ha="right", va="top", fontsize=7, color=FAINT)
+        note = f"▴ {len(outside)} above {high:.3g} %, up to {max(y for _, y in outside):.0f} %"
+        axes.text(0.995, 0.955, note, transform=axes.transAxes, ha="right", va="top", fontsize=7, color=FAINT)
 
-    _legend(figure, others=bool(inside), stopped=bool(stopped), published=any(y <= high for _, y in marks))
+    _legend(figure, others=bool(inside), stopped=bool(stopped), published=any(y <= high for _, y in published))
     _colour_bar(figure, axes, comparison)
-    labels = {p: name for name, p in anchors.items()}
+    labels = {p: name for name, p in baselines.items()}
     if comparison.winner and comparison.winner.system.name is None:
         labels[place(comparison.winner.system, comparison.objective)] = title(comparison.winner.system)
-    _label(figure, axes, labels, [*front, *anchors.values(), *(p for p, _ in inside)], steps)
+    _label(figure, axes, labels, [*front, *baselines.values(), *(p for p, _ in inside)], steps)
     return figure
 
 
@@ -126,14 +123,14 @@ def place(record: RunRecord, objective: str) -> Point:
     return record.parameters.of(objective) / 1e6, 100 * dev_wer(record)
 
 
-def place_stopped(record: RunRecord, objective: str) -> Point | None:
-    """A rung-ended record lies at its last dev measurement."""
-    errors = record.dev.errors if record.dev else record.rungs[-1].errors if record.rungs else None
+def place_if_decoded(record: RunRecord, objective: str) -> Point | None:
+    """Where a record lies by its latest dev WER; None if it was never decoded on dev."""
+    errors = latest_dev_errors(record)
     return None if errors is None else (record.parameters.of(objective) / 1e6, 100 * errors.wer)
 
 
 def _limit(axes: Axes, focus: Sequence[Point], everything: Sequence[Point]) -> None:
-    """Show all of the front and the baselines, and as much beside them as leaves these readable."""
+    """Show all points of `focus` (front and baselines), and other points only as far as the focus stays readable."""
     xs = [x for x, _ in everything]
     margin = 0.06 * (max(xs) - min(xs)) or 0.02 * max(xs)
     axes.set_xlim(min(xs) - margin, max(xs) + margin)
@@ -151,13 +148,22 @@ def _limit(axes: Axes, focus: Sequence[Point], everything: Sequence[Point]) -> N
         axes.set_ylim(best - 0.12 * span, min(top, worst + 0.6 * span) + 0.12 * span)
 
 
+def _draw_steps(axes: Axes, front: Sequence[Point], **style: Any) -> list[Point]:
+    """Draw the line through the front up to the edges of the plot, and return its points; nothing for an empty front."""
+    if not front:
+        return []
+    steps = [(front[0][0], axes.get_ylim()[1]), *front, (axes.get_xlim()[1], front[-1][1])]
+    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", zorder=2, **style)
+    return steps
+
+
 def _scatter(axes: Axes, points: Sequence[Point], **style: Any) -> None:
     if points:
         axes.scatter(*zip(*points, strict=True), **style)
 
 
 def _palette(comparison: Comparison) -> tuple[list[int], ListedColormap]:
-    """One colour for each number of removed layers, from a map that also orders by lightness."""
+    """The numbers of removed layers, and a colour for each; the colour map's lightness follows their order."""
     counts = sorted({len(r.removed_layers) for r in comparison.complete})
     span = counts[-1] - counts[0]
     return counts, ListedColormap([matplotlib.colormaps["viridis"](0.95 * i / max(1, span)) for i in range(span + 1)])
@@ -192,13 +198,15 @@ def _legend(figure: Figure, others: bool, stopped: bool, published: bool) -> Non
 
 
 def _label(figure: Figure, axes: Axes, labels: dict[Point, str], points: Sequence[Point], steps: Sequence[Point]) -> None:
-    """Write each label where it covers least, and nearer to its point than to another that has a label: of eight directions
-    at growing distances the first free one."""
-    figure.draw_without_rendering()  # the layout decides where points lie
+    """Write each label where it covers least, and nearer to its own point than to another labelled one.
+
+    Tried are eight directions at growing distances; the first free place is taken.
+    """
+    figure.draw_without_rendering()  # only the layout decides where points lie
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(points)]
-    corners = axes.transData.transform(steps)
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (axes.transData.transform(points) if points else ())]
+    corners: Any = axes.transData.transform(steps) if steps else ()
     taken += [Bbox.from_extents(x, y - 2, next_x, y + 2) for (x, y), (next_x, _) in itertools.pairwise(corners)]
     written: list[Bbox] = []
     places = dict(zip(labels, axes.transData.transform(list(labels)), strict=True)) if labels else {}
@@ -235,12 +243,12 @@ def _label(figure: Figure, axes: Axes, labels: dict[Point, str], points: Sequenc
 
 
 def _gap(box: Bbox, point: Any) -> float:
-    """How far a point lies from a box, in pixels."""
+    """The distance between a point and a box, in pixels."""
     return math.hypot(max(box.x0 - point[0], 0, point[0] - box.x1), max(box.y0 - point[1], 0, point[1] - box.y1))
 
 
 def _text_box(note: Annotation, renderer: Any) -> Bbox:
-    """Where the words lie, without the line that leads to them."""
+    """The box of a label's text, without the line that leads to its point."""
     note.update_positions(renderer)
     return Text.get_window_extent(note, renderer)
 

@@ -1,7 +1,7 @@
-"""Published word error rates to stand beside a study's own: of the same encoder, in the same language.
+"""Published word error rates of the study's encoder and language, for orientation beside the study's own.
 
-On Common Voice 22, in front of Qwen2.5-3B, after thousands of steps from scratch, without LoRA where nothing else is said:
-a mark for orientation, not a competitor at equal budget.
+They were measured on Common Voice 22 in front of Qwen2.5-3B, after thousands of steps from scratch, without LoRA. The training
+budget differs from the study's, so they do not compete.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ FOLLOW_UP = "Pruning for Efficiency, Paying in Fairness"
 
 @dataclass(frozen=True)
 class Published:
-    """WER (a fraction) of an encoder that lost its top layers."""
+    """WER (a fraction) of an encoder without its top layers."""
 
     encoder: str
     language: str
@@ -35,16 +35,19 @@ NUMBERS = (
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A published system's place in a study's plot."""
+class PublishedPoint:
+    """Where a published system lies in a study's plot."""
 
     params: int  # of the study's objective, with the study's own projector
     wer: float
     label: str
 
 
-def marks(records: Iterable[RunRecord], objective: str) -> tuple[Mark, ...]:
-    """The published systems of the study's encoder and (only) language, where its records tell how large a layer is."""
+def published_points(records: Iterable[RunRecord], objective: str) -> tuple[PublishedPoint, ...]:
+    """The published systems of the study's encoder and language.
+
+    Empty if the study has several languages, or no records from which the size of a layer follows.
+    """
     records = list(records)
     whole = next((r for r in records if not r.removed_layers and not r.lora_rank), None)
     part = next((r for r in records if r.removed_layers), None)
@@ -53,7 +56,7 @@ def marks(records: Iterable[RunRecord], objective: str) -> tuple[Mark, ...]:
     encoder = str(whole.provenance.get("config", {}).get("encoder", {}).get("model", "")).rsplit("/", 1)[-1]
     layer = (whole.parameters.encoder - part.parameters.encoder) // len(part.removed_layers)
     return tuple(
-        Mark(
+        PublishedPoint(
             whole.parameters.of(objective) - p.top_layers_removed * layer,
             p.wer,
             f"published{f', top {p.top_layers_removed} removed' if p.top_layers_removed else ''} ({p.source})",

@@ -1,9 +1,7 @@
-"""A scan in tables, as a figure and as a page: what each layer is worth, and which pairs are more or less than their sum."""
+"""A scan as tables, a figure and a page: each layer's importance, and how far pairs of layers differ from their sum."""
 
 import math
-import os
-import tempfile
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,150 +10,132 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from rich.console import Group
-from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
-from prunesearch.report.page import STYLE, scroll_box
+from prunesearch.report.document import document
+from prunesearch.report.formats import to_html, to_rich
+from prunesearch.report.table import Shade, Table
+from prunesearch.report.values import CRITERION_LABELS
+from prunesearch.study.files import staged_files
 from prunesearch.study.importance import Scan
 
-LABELS = {
-    "delta_loss": "Δ loss, nats a token",
-    "drift": "projector drift",
-    "delta_wer": "Δ WER",
-    "block_influence": "Block Influence",
-    "frobenius_change": "relative change",
-    "cka_distance": "1 − CKA",
-    "angular_distance": "angular distance, π",
-}
 Grid = list[list[float | None]]
+
+DARK_INK, LIGHT_INK = "#222222", "#ffffff"
+DARK_FROM = 0.6  # of the darkest background; there the ink is light
+NUMBERS_UP_TO = 16  # layers; in a larger figure, numbers in the cells would not be readable
 
 
 def write_scan_report(folder: Path, scan: Scan) -> None:
-    """`scan.png`, `scan.svg` and `scan.html` in the folder."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".report.") as name:
-        made = Path(name)
+    """Write `scan.png`, `scan.svg` and `scan.html` to the folder."""
+    with staged_files(folder) as staged:
         figure = draw_scan(scan)
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scan"}):
-            figure.savefig(made / "scan.png", dpi=200)
-            figure.savefig(made / "scan.svg", metadata={"Date": None})
-        (made / "scan.html").write_text(render_scan_page(scan), encoding="utf-8")
-        for file in made.iterdir():
-            os.replace(file, folder / file.name)
-
-
-def heat(scan: Scan) -> tuple[list[str], list[int], Grid]:
-    """Criteria, layers, and each criterion's value for each layer."""
-    table, layers = scan.table(), list(scan.removable)
-    return list(table), layers, [[values.get(i) for i in layers] for values in table.values()]
-
-
-def pairs(scan: Scan) -> tuple[str, list[int], Grid]:
-    """The criterion that was measured for pairs, the layers, and a matrix: above the diagonal what the pair costs, on it
-    what the layer costs, below it the pair's cost beyond the sum of the two."""
-    criterion = "delta_loss" if scan.interactions() else "drift"
-    costs, beyond = scan.score(criterion), scan.interactions(criterion)
-    layers = list(scan.removable)
-
-    def cell(row: int, column: int) -> float | None:
-        if row == column:
-            return costs.get((row,))
-        pair = min(row, column), max(row, column)
-        return (costs if row < column else beyond).get(pair)
-
-    return criterion, layers, [[cell(r, c) for c in layers] for r in layers]
-
-
-def counted(scan: Scan) -> str:
-    """How much the tree saved."""
-    e = scan.evaluations
-    share = f"{e.tree:,} layer evaluations a batch as a tree, {e.one_by_one:,} set by set ({100 * e.tree / e.one_by_one:.1f} %)"
-    if e.tree_seconds is None or not e.one_by_one_seconds:
-        return share
-    times = f"{e.tree_seconds:.1f} s against {e.one_by_one_seconds:.1f} s ({100 * e.tree_seconds / e.one_by_one_seconds:.1f} %)"
-    return f"{share}; both ways agree, in {times}"
-
-
-def correlation_rows(scan: Scan) -> list[tuple[str, str, str]]:
-    return [(LABELS[a], LABELS[b], f"{rho:+.2f}") for (a, b), rho in scan.correlations().items()]
+            figure.savefig(staged / "scan.png", dpi=200)
+            figure.savefig(staged / "scan.svg", metadata={"Date": None})
+        (staged / "scan.html").write_text(render_scan_page(scan), encoding="utf-8")
 
 
 def render_scan(scan: Scan) -> Group:
-    """For a rich console: heat map, pairs, correlations, counts."""
-    criteria, layers, values = heat(scan)
-    single = Table(title=f"{scan.study}: what each layer is worth (dark: much)", pad_edge=False)
-    single.add_column("layer", justify="right")
-    for criterion in criteria:
-        single.add_column(LABELS[criterion], justify="right")
-    shades = [_shares(row) for row in values]
-    for k, layer in enumerate(layers):
-        cells = [_shaded(f"{row[k]:.4f}", shade[k]) for row, shade in zip(values, shades, strict=True)]
-        single.add_row(str(layer), *cells)
-
-    criterion, _, matrix = pairs(scan)
-    both = Table(
-        title=f"pairs: {LABELS[criterion]}", pad_edge=False,
-        caption="on the diagonal a layer, above it a pair, below it what the pair costs beyond the sum of its layers",
-    )  # fmt: skip
-    both.add_column("")
-    for layer in layers:
-        both.add_column(str(layer), justify="right")
-    for layer, row in zip(layers, matrix, strict=True):
-        both.add_row(str(layer), *("" if v is None else _rounded(v, 2) for v in row))
-
-    ranks = Table(title="rank correlation of criteria, over single layers")
-    for column in ("criterion", "criterion", "Spearman's ρ"):
-        ranks.add_column(column, justify="left" if column == "criterion" else "right")
-    for cells_ in correlation_rows(scan):
-        ranks.add_row(*cells_)
-    return Group(single, both, ranks, Text(counted(scan)))
+    """For a rich console."""
+    shown = layers_table(scan), pairs_table(scan, decimals=2), correlations_table(scan)
+    return Group(*map(to_rich, shown), Text(evaluations_text(scan)))
 
 
-def _rounded(value: float, digits: int) -> str:
-    return f"{round(value, digits) + 0.0:.{digits}f}"  # zero has no sign
+def render_scan_page(scan: Scan) -> str:
+    """A page whose maps are tables, so that a screen reader can read them, too."""
+    intro = (
+        f"<p>{scan.utterances} utterances of dev; the unpruned loss is {scan.unpruned_loss:.4f} nats per token. "
+        f"{evaluations_text(scan)}.</p>"
+    )
+    shown = layers_table(scan), pairs_table(scan, decimals=3), correlations_table(scan)
+    return document(f"{scan.study}: scan", f"{scan.study}: importance of each layer", [intro, *map(to_html, shown)])
 
 
-def _shares(values: list[float | None]) -> list[float]:
-    """0 for the least, 1 for the greatest; by rank, since one layer often dwarfs the others."""
-    known = sorted(v for v in values if v is not None)
-    return [0.0 if v is None or len(known) < 2 else known.index(v) / (len(known) - 1) for v in values]
+def layers_table(scan: Scan) -> Table:
+    """Every criterion's value for every layer."""
+    columns = list(scan.table().values())
+    shades = [_shares([column.get(layer) for layer in scan.removable]) for column in columns]
+    rows, colours = [], []
+    for i, layer in enumerate(scan.removable):
+        rows.append((str(layer), *(_cell(column.get(layer), 4) for column in columns)))
+        colours.append(tuple(_blue(shares[i]) for shares in shades))
+    return Table(
+        "layers",
+        "Importance of each layer",
+        ("layer", *(CRITERION_LABELS[c] for c in scan.table())),
+        tuple(rows),
+        "The darker a cell, the more the layer matters by that criterion (by rank).",
+        shades=tuple(colours),
+    )
 
 
-def _shaded(text: str, share: float) -> Text:
-    red, green, blue = (round(255 * c) for c in matplotlib.colormaps["Blues"](0.1 + 0.7 * share)[:3])
-    return Text(text, Style(color="white" if share > 0.6 else "black", bgcolor=f"rgb({red},{green},{blue})"))
+def pairs_table(scan: Scan, decimals: int) -> Table:
+    """Above the diagonal a pair's value, on it a layer's, below it the pair's value beyond the sum of its layers."""
+    criterion, matrix = pairs(scan)
+    reach = _reach(matrix)
+    names = tuple(map(str, scan.removable))
+    return Table(
+        "pairs",
+        f"Pairs of layers, {CRITERION_LABELS[criterion]}",
+        ("layer", *names),
+        tuple((name, *(_cell(value, decimals) for value in row)) for name, row in zip(names, matrix, strict=True)),
+        "Above the diagonal: removing both layers. On it: removing this layer. Below it: the pair's value less the sum of its "
+        "two layers' values (red: together worse than the sum; blue: better).",
+        shades=tuple(
+            tuple(_red_or_blue(v, reach) if r > c and v is not None else None for c, v in enumerate(row))
+            for r, row in enumerate(matrix)
+        ),
+    )
+
+
+def correlations_table(scan: Scan) -> Table:
+    return Table(
+        "correlations",
+        "Rank correlation of criteria over single layers",
+        ("criterion", "other criterion", "Spearman's ρ"),
+        tuple((CRITERION_LABELS[a], CRITERION_LABELS[b], f"{rho:+.2f}") for (a, b), rho in scan.correlations().items()),
+        text_columns=("other criterion",),
+    )
+
+
+def evaluations_text(scan: Scan) -> str:
+    """How much work the tree saved."""
+    e = scan.evaluations
+    share = (
+        f"{e.tree:,} layer evaluations per batch as a tree instead of {e.one_by_one:,} set by set "
+        f"({100 * e.tree / e.one_by_one:.1f} %)"
+    )
+    if e.tree_seconds is None or not e.one_by_one_seconds:
+        return share
+    times = (
+        f"{e.tree_seconds:.1f} s instead of {e.one_by_one_seconds:.1f} s ({100 * e.tree_seconds / e.one_by_one_seconds:.1f} %)"
+    )
+    return f"{share}; both ways give the same values, in {times}"
+
+
+def pairs(scan: Scan) -> tuple[str, Grid]:
+    """The criterion that was measured for pairs, and the matrix that `pairs_table` shows."""
+    criterion = "delta_loss" if scan.interactions() else "drift"
+    values, beyond_sum = scan.score(criterion), scan.interactions(criterion)
+
+    def cell(row: int, column: int) -> float | None:
+        if row == column:
+            return values.get((row,))
+        pair = min(row, column), max(row, column)
+        return (values if row < column else beyond_sum).get(pair)
+
+    return criterion, [[cell(r, c) for c in scan.removable] for r in scan.removable]
 
 
 def draw_scan(scan: Scan) -> Figure:
-    """Both maps side by side."""
-    criteria, layers, values = heat(scan)
+    """Two maps side by side: criteria of single layers, and pairs beyond the sum of their layers."""
+    layers = list(scan.removable)
     figure = Figure(figsize=(max(9.0, 0.55 * len(layers) + 5), max(4.2, 0.3 * len(layers) + 1.5)), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
-    _map(left, [list(row) for row in zip(*map(_shares, values), strict=True)], "Blues", None)
-    left.set_xticks(range(len(criteria)), [LABELS[c] for c in criteria], rotation=35, ha="right", fontsize=8)
-    left.set_title("each layer, ranked (dark: worth most)", fontsize=10)
-    if len(layers) <= 16:
-        for y in range(len(layers)):
-            for x, row in enumerate(values):
-                value, share = row[y], _shares(row)[y]
-                text = "" if value is None else f"{value:.2f}"
-                left.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if share > 0.6 else "#222222")
-
-    criterion, _, matrix = pairs(scan)
-    beyond: Grid = [[v if r > c else None for c, v in enumerate(row)] for r, row in enumerate(matrix)]
-    reach = max((abs(v) for row in beyond for v in row if v is not None), default=0.0) or 1.0
-    image = _map(right, beyond, "RdBu_r", TwoSlopeNorm(0.0, -reach, reach))
-    right.set_xticks(range(len(layers)), [str(i) for i in layers], fontsize=8)
-    right.set_title(f"pairs beyond the sum of their layers, {LABELS[criterion]}", fontsize=10)
-    if len(layers) <= 16:
-        for r, row in enumerate(beyond):
-            for c, v in enumerate(row):
-                if v is not None:
-                    strong = abs(v) > 0.6 * reach
-                    colour = "white" if strong else "#222222"
-                    right.text(c, r, _rounded(v, 2), ha="center", va="center", fontsize=7, color=colour)
-    bar = figure.colorbar(image, ax=right, pad=0.02, aspect=30)
+    _draw_layers(left, scan)
+    bar = figure.colorbar(_draw_pairs(right, scan), ax=right, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
     for axes in (left, right):
         axes.set_yticks(range(len(layers)), [str(i) for i in layers], fontsize=8)
@@ -165,68 +145,60 @@ def draw_scan(scan: Scan) -> Figure:
     return figure
 
 
-def _map(axes: Axes, values: Grid | list[list[float]], colours: str, norm: TwoSlopeNorm | None) -> matplotlib.image.AxesImage:
-    shown = [[math.nan if v is None else v for v in row] for row in values]
-    if norm:
-        return axes.imshow(shown, cmap=colours, norm=norm, aspect="auto")
-    return axes.imshow(shown, cmap=colours, vmin=-0.1, vmax=1.25, aspect="auto")
+def _draw_layers(axes: Axes, scan: Scan) -> None:
+    table, layers = scan.table(), list(scan.removable)
+    columns = [[values.get(i) for i in layers] for values in table.values()]
+    shares = [_shares(column) for column in columns]
+    axes.imshow([list(row) for row in zip(*shares, strict=True)], cmap="Blues", vmin=-0.1, vmax=1.25, aspect="auto")
+    axes.set_xticks(range(len(table)), [CRITERION_LABELS[c] for c in table], rotation=35, ha="right", fontsize=8)
+    axes.set_title("each layer, by rank (dark: important)", fontsize=10)
+    if len(layers) <= NUMBERS_UP_TO:
+        for x, (column, its_shares) in enumerate(zip(columns, shares, strict=True)):
+            for y, (value, share) in enumerate(zip(column, its_shares, strict=True)):
+                axes.text(x, y, _cell(value, 2), ha="center", va="center", fontsize=7, color=_ink(share))
 
 
-def render_scan_page(scan: Scan) -> str:
-    """One file that needs no network: the maps as tables, so that a screen reader can read them too."""
-    criteria, layers, values = heat(scan)
-    shades = [_shares(row) for row in values]
-    single = [
-        [
-            (f"{row[k]:.4f}", _css("Blues", 0.1 + 0.7 * shade[k], shade[k] > 0.6))
-            for row, shade in zip(values, shades, strict=True)
-        ]
-        for k in range(len(layers))
-    ]
-    criterion, _, matrix = pairs(scan)
-    below = [abs(v) for r, row in enumerate(matrix) for c, v in enumerate(row) if v is not None and r > c]
-    reach = max(below, default=0.0) or 1.0
-
-    def pair_cell(r: int, c: int, v: float | None) -> tuple[str, str]:
-        if v is None:
-            return "", ""
-        return _rounded(v, 3), _css("RdBu_r", 0.5 + 0.45 * v / reach, abs(v) > 0.6 * reach) if r > c else ""
-
-    both = [[pair_cell(r, c, v) for c, v in enumerate(row)] for r, row in enumerate(matrix)]
-    names = [str(i) for i in layers]
-    caption = (
-        f"Pairs, {LABELS[criterion]}: above the diagonal the pair, on it the layer, below it the pair beyond its layers' sum"
-    )
-    correlations = [[(b, ""), (rho, "")] for _, b, rho in correlation_rows(scan)]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(scan.study)}: scan – prunesearch</title><style>{STYLE}</style></head>\n"
-        f"<body><main><h1>{escape(scan.study)}: what each layer is worth</h1>\n"
-        f"<p>{scan.utterances} utterances of dev; the unpruned loss is {scan.unpruned_loss:.4f} nats a token. "
-        f"{escape(counted(scan))}.</p>\n"
-        + _grid("Each layer (dark: worth most)", "layer", [LABELS[c] for c in criteria], names, single)
-        + _grid(caption, "layer", names, names, both)
-        + _grid(
-            "Rank correlation of criteria, over single layers",
-            "criterion", ["criterion", "Spearman's ρ"], [a for a, _, _ in correlation_rows(scan)], correlations,
-        )
-        + "\n</main></body></html>\n"
-    )  # fmt: skip
+def _draw_pairs(axes: Axes, scan: Scan) -> matplotlib.image.AxesImage:
+    criterion, matrix = pairs(scan)
+    reach, layers = _reach(matrix), list(scan.removable)
+    beyond_sum = [[v if r > c and v is not None else math.nan for c, v in enumerate(row)] for r, row in enumerate(matrix)]
+    image = axes.imshow(beyond_sum, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -reach, reach), aspect="auto")
+    axes.set_xticks(range(len(layers)), [str(i) for i in layers], fontsize=8)
+    axes.set_title(f"pairs beyond the sum of their layers, {CRITERION_LABELS[criterion]}", fontsize=10)
+    if len(layers) <= NUMBERS_UP_TO:
+        for r, row in enumerate(beyond_sum):
+            for c, v in enumerate(row[:r]):
+                if not math.isnan(v):
+                    axes.text(c, r, _cell(v, 2), ha="center", va="center", fontsize=7, color=_ink(abs(v) / reach))
+    return image
 
 
-def _css(colours: str, at: float, dark: bool) -> str:
-    red, green, blue = (round(255 * c) for c in matplotlib.colormaps[colours](at)[:3])
-    return f"background:rgb({red},{green},{blue});color:{'#fff' if dark else '#222'}"
+def _cell(value: float | None, decimals: int) -> str:
+    return "" if value is None else f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: zero has no sign
 
 
-def _grid(caption: str, corner: str, columns: list[str], names: list[str], cells: list[list[tuple[str, str]]]) -> str:
-    head = "".join(f'<th scope="col">{escape(c)}</th>' for c in (corner, *columns))
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(f'<td style="{style}">{escape(text)}</td>' if style else f"<td>{escape(text)}</td>" for text, style in row)
-        + "</tr>"
-        for name, row in zip(names, cells, strict=True)
-    )
-    table = f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return scroll_box(caption, table) + "\n"
+def _shares(values: Sequence[float | None]) -> list[float]:
+    """0 for the least value, 1 for the greatest, by rank: one layer's value is often much greater than all others."""
+    known = sorted(v for v in values if v is not None)
+    return [0.0 if v is None or len(known) < 2 else known.index(v) / (len(known) - 1) for v in values]
+
+
+def _reach(matrix: Grid) -> float:
+    """The greatest absolute value below the diagonal, which gets the strongest colour; 1 if all are zero or unknown."""
+    return max((abs(v) for r, row in enumerate(matrix) for v in row[:r] if v is not None), default=0.0) or 1.0
+
+
+def _blue(share: float) -> Shade:
+    return Shade(_colour("Blues", 0.1 + 0.7 * share), _ink(share))
+
+
+def _red_or_blue(value: float, reach: float) -> Shade:
+    return Shade(_colour("RdBu_r", 0.5 + 0.45 * value / reach), _ink(abs(value) / reach))
+
+
+def _ink(strength: float) -> str:
+    return LIGHT_INK if strength > DARK_FROM else DARK_INK
+
+
+def _colour(colours: str, at: float) -> str:
+    return matplotlib.colors.to_hex(matplotlib.colormaps[colours](at))

@@ -2,7 +2,12 @@
 
 import os
 import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from prunesearch.study.errors import StudyError
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
@@ -23,3 +28,22 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def staged_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; when the block ends without an error, move the files in it into `folder`.
+
+    Creates `folder`. Raises StudyError where nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # inside the folder, so that moving a file never crosses file systems
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".staged.")
+    except OSError as error:
+        raise StudyError([f"{folder} must be a folder that can be written to: {error.strerror}; choose another one"]) from error
+    with temporary as name:
+        staged = Path(name)
+        yield staged
+        for file in staged.iterdir():
+            os.replace(file, folder / file.name)

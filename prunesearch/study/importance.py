@@ -1,4 +1,4 @@
-"""What layers are worth before any training: which sets a scan measures, in which order, and what comes out."""
+"""How important layers are before any training: the layer sets that a scan measures, in which order, and its outcome."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from prunesearch.study.record import write_atomically
+from prunesearch.study.files import write_atomically
 
 LayerSet = tuple[int, ...]  # removed layers, sorted
 
@@ -20,10 +20,11 @@ class _Frozen(BaseModel):
 
 
 class SetScore(_Frozen):
-    """What the anchor's system loses when these layers go and nothing is trained.
+    """How much the anchor's system gets worse when these layers are removed and nothing is trained.
 
-    `delta_loss`: nats per token, teacher-forced, against the unpruned encoder. `drift`: ||P(S) - P|| / ||P|| of the
-    projector's output. `delta_wer`: a fraction. None where it was not measured.
+    `delta_loss`: nats per token, teacher-forced, more than with the unpruned encoder. `drift`: ||P(S) - P|| / ||P||, where
+    P is the projector's output with the unpruned encoder and P(S) without these layers. `delta_wer`: a fraction. A value
+    that was not measured is None.
     """
 
     removed_layers: LayerSet
@@ -33,7 +34,7 @@ class SetScore(_Frozen):
 
 
 class LayerScore(_Frozen):
-    """What a layer does to its input, in the unpruned encoder; small values say that it does little.
+    """How much a layer of the unpruned encoder changes its input; a small value means that it changes little.
 
     `block_influence`: 1 - cosine of input and output, mean over positions (ShortGPT, arXiv 2403.03853).
     `frobenius_change`: ||output - input|| / ||input||. `cka_distance`: 1 - linear CKA of output and input (unbiased, by
@@ -47,20 +48,23 @@ class LayerScore(_Frozen):
 
 
 class Evaluations(_Frozen):
-    """Layers run on a batch: for all sets as one tree, and as one forward pass for each set (counted, not run)."""
+    """Number of layer evaluations on one batch: all sets as one tree, and one forward pass per set (counted, not run)."""
 
     tree: int
     one_by_one: int
     tree_seconds: float | None = None
-    one_by_one_seconds: float | None = None  # of a check that ran both
+    one_by_one_seconds: float | None = None  # both times are known only if the scan ran both ways (`--check`)
 
 
 class Scan(_Frozen):
-    """A finished scan. `angular[n - 1][l]` is the angular distance of layer l's input and layer l+n-1's output, in units
-    of pi (arXiv 2403.17887), for blocks that lie within the removable part of the encoder, from layer `first` on."""
+    """A finished scan.
+
+    `angular[n - 1][i]` is for the block of n layers that starts at layer `first + i`, where `first` is the first removable
+    layer: the angular distance between the block's input and its output, in units of pi (arXiv 2403.17887).
+    """
 
     study: str
-    anchor: str  # fingerprint of the projector that it was measured with
+    anchor: str  # fingerprint of the projector that the scan used
     encoder_layers: int
     removable: LayerSet
     utterances: int
@@ -73,37 +77,38 @@ class Scan(_Frozen):
     evaluations: Evaluations
 
     def score(self, criterion: str) -> dict[LayerSet, float]:
-        """A set criterion's values, where they were measured."""
+        """A set criterion's measured values, by layer set."""
         return {s.removed_layers: v for s in self.sets if (v := getattr(s, criterion)) is not None}
 
     def table(self) -> dict[str, dict[int, float]]:
-        """Criterion -> removable layer -> value, of everything that speaks of single layers."""
+        """Criterion -> removable layer -> value, for all criteria that have values of single layers."""
         columns = {c: {s[0]: v for s, v in self.score(c).items() if len(s) == 1} for c in SET_CRITERIA}
         columns |= {c: {s.layer: getattr(s, c) for s in self.layers if s.layer in self.removable} for c in LAYER_CRITERIA}
         columns["angular_distance"] = {i: self.angular[0][i - self.first] for i in self.removable}
         return {name: values for name, values in columns.items() if values}
 
     def interactions(self, criterion: str = "delta_loss") -> dict[LayerSet, float]:
-        """What a pair costs beyond the sum of its layers: below zero where the one makes up for the other."""
+        """Each pair's value less the sum of its two layers' values. Negative: removing both is less harmful than their sum."""
         values = self.score(criterion)
         return {s: v - values[s[:1]] - values[s[1:]] for s, v in values.items() if len(s) == 2}
 
     def correlations(self) -> dict[tuple[str, str], float]:
-        """Spearman's rank correlation between criteria, over single layers."""
+        """Spearman's rank correlation of each two criteria, over single layers."""
         table = self.table()
         return {(a, b): spearman([table[a][i] for i in self.removable], [table[b][i] for i in self.removable])
                 for a, b in combinations(table, 2)}  # fmt: skip
 
 
 def family(removable: Sequence[int], most: int) -> list[LayerSet]:
-    """Every set of at most `most` of the removable layers, the empty one first."""
+    """All sets of at most `most` removable layers, the empty set first."""
     return [s for k in range(most + 1) for s in combinations(sorted(removable), k)]
 
 
 def prefixes(sets: Iterable[LayerSet]) -> dict[LayerSet, int]:
-    """The nodes of the sets' tree: each beginning of a set, and the last layer at which it must still be alive.
+    """The nodes of the tree that the sets share: each prefix of a set, and up to which layer its states are needed.
 
-    A beginning lives until its last continuation branches off it; a set itself, until the encoder's end (-1 stands for that).
+    A prefix that is not a set itself is needed up to the last layer at which another node branches off it. A set is needed up
+    to the end of the encoder, which is written as -1.
     """
     alive: dict[LayerSet, int] = {}
     for whole in sets:
@@ -116,7 +121,7 @@ def prefixes(sets: Iterable[LayerSet]) -> dict[LayerSet, int]:
 
 
 def evaluations(sets: Sequence[LayerSet], first: int, encoder_layers: int) -> Evaluations:
-    """How many layers are run when all sets share a tree that starts at layer `first`, and when each is run by itself."""
+    """Count the layer evaluations per batch: all sets as one tree that starts at layer `first`, and one pass per set."""
     tree = 0
     for node, until in prefixes(sets).items():
         begin = node[-1] + 1 if node else first
@@ -125,33 +130,21 @@ def evaluations(sets: Sequence[LayerSet], first: int, encoder_layers: int) -> Ev
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation; ties share their mean rank. NaN where one side is constant or there are fewer than two values."""
-    ranks = [_ranks(values) for values in (a, b)]
-    means = [sum(r) / len(r) if r else 0.0 for r in ranks]
-    x, y = ([v - m for v in r] for r, m in zip(ranks, means, strict=True))
-    norm = math.sqrt(sum(v * v for v in x) * sum(v * v for v in y))
-    return sum(p * q for p, q in zip(x, y, strict=True)) / norm if norm else math.nan
+    """Spearman's rank correlation; ties get their mean rank. NaN if one side is constant or has fewer than two values."""
+    from scipy.stats import spearmanr
+
+    return math.nan if _is_constant(a) or _is_constant(b) else float(spearmanr(a, b).statistic)
 
 
 def kendall(a: Sequence[float], b: Sequence[float]) -> float:
-    """Kendall's tau-b. NaN where one side is constant or there are fewer than two values."""
+    """Kendall's tau-b. NaN if one side is constant or has fewer than two values."""
     from scipy.stats import kendalltau
 
-    return float(kendalltau(a, b).statistic) if len(a) > 1 else math.nan
+    return math.nan if _is_constant(a) or _is_constant(b) else float(kendalltau(a, b).statistic)
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0.0] * len(values)
-    i = 0
-    while i < len(order):
-        j = i
-        while j + 1 < len(order) and values[order[j + 1]] == values[order[i]]:
-            j += 1
-        for k in order[i : j + 1]:
-            ranks[k] = (i + j) / 2
-        i = j + 1
-    return ranks
+def _is_constant(values: Sequence[float]) -> bool:
+    return len(set(values)) < 2
 
 
 def write_scan(path: Path, scan: Scan) -> None:

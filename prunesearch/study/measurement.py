@@ -1,4 +1,4 @@
-"""What candidates take where they run, as `prunesearch measure` found it on some machine."""
+"""Speed, memory and size of systems on one machine, as measured by `prunesearch measure`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,21 +8,21 @@ from pydantic import TypeAdapter
 
 @dataclass(frozen=True)
 class SystemMetrics:
-    """What one system takes. Seconds are a recording's, on average."""
+    """Speed, memory and size of one system. Seconds and tokens are means per recording."""
 
-    encoder_seconds: float  # the encoder alone, one recording at a time
-    batch_encoder_seconds: float  # the encoder alone, a recording's share of a batch
+    encoder_seconds: float  # encoder only, one recording at a time
+    batch_encoder_seconds: float  # encoder only, in batches
     end_to_end_seconds: float  # from samples to text, one recording at a time
-    real_time_factor: float  # from samples to text in batches: seconds of computing per second of audio
-    new_tokens: float  # that the LLM wrote, one recording at a time
-    peak_memory_bytes: int | None  # from samples to text, weights included; None on a CPU, where it cannot be counted anew
-    parameter_bytes: int  # encoder, projector, LoRA and LLM, as they are held
-    file_bytes: int  # of the tensors that an export writes for the speech side: encoder, projector and LoRA
+    real_time_factor: float  # from samples to text, in batches: seconds of computing per second of audio
+    new_tokens: float  # tokens that the LLM generated
+    peak_memory_bytes: int | None  # from samples to text, weights included; None on a CPU, whose peak cannot be reset
+    parameter_bytes: int  # encoder, projector, LoRA and LLM, in the precision that they are held in
+    file_bytes: int  # tensors that an export writes for encoder, projector and LoRA
 
 
 @dataclass(frozen=True)
 class Ratios:
-    """A system's figures over the unpruned system's."""
+    """A system's metrics divided by those of the unpruned system."""
 
     encoder: float
     batch_encoder: float
@@ -36,11 +36,14 @@ class Ratios:
 
 @dataclass(frozen=True)
 class MeasuredSystem:
-    """Medians over turns: of the system's figures, of the unpruned system's in the same turns, of the turns' ratios. Of these,
-    the lowest and the highest too: far apart, they say that the machine had other things to do, or turns were too few."""
+    """One system beside the unpruned one, which was measured again in the same turns.
+
+    `figures`, `unpruned` and `ratios` are medians over turns; a ratio is taken within a turn. `lowest` and `highest` are the
+    range of the turns' ratios: if it is wide, the machine was busy with other work, or there were too few turns.
+    """
 
     candidate: str  # its key
-    name: str | None  # a baseline's
+    name: str | None  # of a baseline
     figures: SystemMetrics
     unpruned: SystemMetrics
     ratios: Ratios
@@ -50,10 +53,9 @@ class MeasuredSystem:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Systems by what they take on one machine, the unpruned one first.
+    """All systems that were measured on one machine, the unpruned one first.
 
-    `measure.json`, and what `--json` prints, is an object of these fields: `systems` a list of `MeasuredSystem`, in which
-    `figures` and `unpruned` are `Figures`, and `ratios`, `lowest` and `highest` are `Ratios`.
+    `measure.json` and the output of `--json` are this object, with the names of its fields as keys.
     """
 
     study: str
@@ -69,5 +71,5 @@ class Measurement:
 
 
 def read_measurement(path: Path) -> Measurement | None:
-    """The study's `run/measure.json`; None where nothing was measured."""
+    """Read a study's `run/measure.json`. None if nothing was measured yet."""
     return TypeAdapter(Measurement).validate_json(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -194,6 +194,13 @@ class RunRecord(_Frozen):
     def candidate(self) -> Candidate:
         return Candidate(self.removed_layers, self.lora_rank, self.repeat)
 
+    @property
+    def reported(self) -> tuple[Literal["test", "dev"], SplitResult] | None:
+        """The split to report, and its result: test where it was decoded, else dev; None where neither was."""
+        if self.test is not None:
+            return "test", self.test
+        return None if self.dev is None else ("dev", self.dev)
+
     def outcome(self) -> dict[str, Any]:
         """The fields that a second run of the same candidate must reproduce."""
         return self.model_dump(mode="json", exclude={"cost", "provenance"})

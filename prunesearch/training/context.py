@@ -157,13 +157,16 @@ class TrainingContext:
 
     @cached_property
     def model_digests(self) -> dict[str, str]:
-        """What the models' weights are, over tensor names, shapes and bytes: the same for a folder and for a copy on the hub."""
+        """Digests of the models' weights: the same for a folder and for a copy of it on the hub."""
         return {"encoder": model_digest(self.config, self.config.encoder), "llm": model_digest(self.config, self.config.llm)}
 
     def hub_commits(self) -> dict[str, str]:
         """The hub's commits of the models that came from there, to be shown beside their digests."""
-        parts = {"encoder": self.config.encoder, "llm": self.config.llm}
-        commits = {name: hub_commit(self.config.locate(part.model), part.revision) for name, part in parts.items()}
+        encoder, llm, locate = self.config.encoder, self.config.llm, self.config.locate
+        commits = {
+            "encoder": hub_commit(locate(encoder.model), encoder.revision),
+            "llm": hub_commit(locate(llm.model), llm.revision),
+        }
         return {name: commit for name, commit in commits.items() if commit}
 
     def prefix(self, split: Split, indices: Sequence[int] = ()) -> StateStore:

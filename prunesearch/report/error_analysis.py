@@ -1,12 +1,12 @@
-"""What went wrong, and for whom: errors by kind, words taken for others, utterances that changed, groups of speakers."""
+"""Which errors a system makes: errors by kind, words taken for others, and utterances whose errors changed most."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import jiwer
 
+from prunesearch.report.decodings import SPLITS, DecodedPair, Split
 from prunesearch.study.record import RunRecord, SplitResult, UtteranceResult, WordErrors
 
 MOST = 10  # confusions, and changed utterances in each direction, that a report shows
@@ -15,35 +15,41 @@ KINDS = ("errors", "substitutions", "deletions", "insertions")
 
 
 @dataclass(frozen=True)
-class Change:
-    """A system's errors beside another's on the same split, in one language or in all (None)."""
+class ErrorChange:
+    """Two systems' errors on the same split, in one language or in all (None)."""
 
     system: RunRecord
     reference: RunRecord
-    split: Literal["test", "dev"]
+    split: Split
     language: str | None
     ours: WordErrors
     theirs: WordErrors
 
     def of(self, kind: str) -> float | None:
-        """Errors of a kind per reference word, less those of the other, as a fraction of them; None where it makes none."""
+        """The system's rate of these errors per reference word over that of the reference, less one: -0.1 is 10 % fewer.
+
+        `kind` is one of KINDS. None if the reference makes no such errors.
+        """
         theirs = getattr(self.theirs, kind) / max(1, self.theirs.reference_words)
         return getattr(self.ours, kind) / max(1, self.ours.reference_words) / theirs - 1 if theirs else None
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """A word taken for another; without one of them, a word that was left out or put in. How often, in both systems."""
+    """A word (`said`) that was recognised as another one (`heard`), and how often each of two systems did that.
 
-    said: str | None  # in the reference
+    `heard` is None for a deleted word, `said` is None for an inserted one.
+    """
+
+    said: str | None
     heard: str | None
     ours: int
     theirs: int
 
 
 @dataclass(frozen=True)
-class Changed:
-    """An utterance in both systems' words."""
+class ChangedUtterance:
+    """What two systems recognised in one utterance."""
 
     id: str
     reference: str
@@ -53,74 +59,71 @@ class Changed:
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """One system beside its counterpart, word by word."""
+class ErrorAnalysis:
+    """One system beside another one, word by word."""
 
     system: RunRecord
     reference: RunRecord
-    split: Literal["test", "dev"]
+    split: Split
     confusions: tuple[Confusion, ...]  # those whose counts differ most
-    worse: tuple[Changed, ...]
-    better: tuple[Changed, ...]
+    worse: tuple[ChangedUtterance, ...]
+    better: tuple[ChangedUtterance, ...]
 
 
-def changes(system: RunRecord, reference: RunRecord) -> list[Change]:
-    """In all, and by language where there are several; on test where both were decoded there, else on dev."""
-    splits: tuple[Literal["test", "dev"], ...] = ("test", "dev")
-    for split in splits:
+def error_changes(system: RunRecord, reference: RunRecord) -> list[ErrorChange]:
+    """In all languages together and, if there are several, in each; on test if both were decoded there, else on dev."""
+    for split in SPLITS:
         ours, theirs = getattr(system, split), getattr(reference, split)
         if ours is None or theirs is None:
             continue
         shared = [language for language in ours.by_language if language in theirs.by_language]
-        found = [Change(system, reference, split, None, ours.errors, theirs.errors)]
-        for language in shared if len(shared) > 1 else ():
-            found.append(Change(system, reference, split, language, ours.by_language[language], theirs.by_language[language]))
-        return found
+        counts: list[tuple[str | None, WordErrors, WordErrors]] = [(None, ours.errors, theirs.errors)]
+        if len(shared) > 1:
+            counts += [(language, ours.by_language[language], theirs.by_language[language]) for language in shared]
+        return [ErrorChange(system, reference, split, *each) for each in counts]
     return []
 
 
-def counterpart(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:
-    """The complete unpruned system of the nearest LoRA rank: with LoRA for one with, without for one without."""
+def unpruned_counterpart(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:
+    """The unpruned system of the nearest LoRA rank: with LoRA if the record has LoRA, without if it has none.
+
+    None if there is no such system, or if the record is that system.
+    """
     whole = [r for r in records if not r.removed_layers and bool(r.lora_rank) == bool(record.lora_rank)]
     nearest = min(whole, key=lambda r: abs(r.lora_rank - record.lora_rank), default=None)
     return None if nearest is None or nearest.candidate == record.candidate else nearest
 
 
 def without_lora(record: RunRecord, records: Sequence[RunRecord]) -> RunRecord | None:
-    """The same layers without LoRA."""
+    """The system with the same removed layers and no LoRA. None if the record has no LoRA, or if there is no such system."""
     if not record.lora_rank:
         return None
     return next((r for r in records if r.removed_layers == record.removed_layers and not r.lora_rank), None)
 
 
 def length_ratio(split: SplitResult) -> float:
-    """Words written per word said."""
+    """Recognised words per reference word."""
     errors = split.errors
     return (errors.reference_words - errors.deletions + errors.insertions) / max(1, errors.reference_words)
 
 
-def anatomy(
-    system: RunRecord,
-    reference: RunRecord,
-    split: Literal["test", "dev"],
-    ours: Sequence[UtteranceResult],
-    theirs: Sequence[UtteranceResult],
-) -> Anatomy:
-    """Compare two decodings of the same utterances, in the same order, word by word."""
-    counts, others = Counter(confused(ours)), Counter(confused(theirs))
-    pairs = sorted(counts | others, key=lambda p: (-abs(counts[p] - others[p]), -counts[p], str(p)))
-    confusions = (Confusion(*pair, counts[pair], others[pair]) for pair in pairs if counts[pair] != others[pair])
+def analyse_errors(system: RunRecord, reference: RunRecord, pair: DecodedPair) -> ErrorAnalysis:
+    """Compare the first training of each system, word by word."""
+    ours, theirs = pair.system.results[0], pair.reference.results[0]
+    counts, others = Counter(confused_words(ours)), Counter(confused_words(theirs))
+    words = sorted(counts | others, key=lambda p: (-abs(counts[p] - others[p]), -counts[p], str(p)))
+    confusions = (Confusion(*word, counts[word], others[word]) for word in words if counts[word] != others[word])
     both = [
-        Changed(a.id, a.reference, a.hypothesis, b.hypothesis, a.errors.errors - b.errors.errors)
+        ChangedUtterance(a.id, a.reference, a.hypothesis, b.hypothesis, a.errors.errors - b.errors.errors)
         for a, b in zip(ours, theirs, strict=True)
     ]
     worse = sorted((c for c in both if c.errors > 0), key=lambda c: (-c.errors, c.id))
     better = sorted((c for c in both if c.errors < 0), key=lambda c: (c.errors, c.id))
-    return Anatomy(system, reference, split, tuple(confusions)[:MOST], tuple(worse[:MOST]), tuple(better[:MOST]))
+    return ErrorAnalysis(system, reference, pair.split, tuple(confusions)[:MOST], tuple(worse[:MOST]), tuple(better[:MOST]))
 
 
-def confused(results: Sequence[UtteranceResult]) -> Iterator[tuple[str | None, str | None]]:
-    """(said, heard) of every word error, by the alignment that counts them (jiwer)."""
+def confused_words(results: Sequence[UtteranceResult]) -> Iterator[tuple[str | None, str | None]]:
+    """(said, heard) of every word error, from the same alignment (jiwer) that counts the errors."""
     for result in results:
         said, heard = result.reference.split(), result.hypothesis.split()
         if not result.errors.errors:
