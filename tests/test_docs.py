@@ -139,6 +139,13 @@ def table_rows(page: Path, header: str) -> list[list[str]]:
     return rows
 
 
+def test_the_report_page_lists_every_table() -> None:
+    from prunesearch.report.tables import TABLES
+
+    rows = table_rows(ROOT / "docs" / "report.md", "| table | content |")
+    assert [table for row in rows for table in re.findall(r"`([\w-]+)`", row[0])] == list(TABLES)
+
+
 def test_the_table_of_rooms_is_the_import_contract() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
