@@ -17,6 +17,7 @@ import typer
 import prunesearch.commands.launch
 import prunesearch.commands.measure
 import prunesearch.commands.status
+import prunesearch.commands.worker
 from prunesearch.cli.app import app, main
 from prunesearch.cli.output import print_json
 from prunesearch.cli.progress import ProgressDisplay
@@ -101,7 +102,7 @@ def test_help_shows_new_option_names_and_hides_old_ones(run: Run, monkeypatch: p
     ("command", "module", "function", "new", "old"),
     [
         ("launch", prunesearch.commands.launch, "launch", ["--allow-changes"], ["--adopt"]),
-        ("worker", prunesearch.commands.launch, "join", ["--allow-changes"], ["--adopt"]),
+        ("worker", prunesearch.commands.worker, "join", ["--allow-changes"], ["--adopt"]),
         ("measure", prunesearch.commands.measure, "measure", ["--runs", "3"], ["--turns", "3"]),
     ],
 )
