@@ -10,18 +10,16 @@ from typing import Annotated
 import typer
 
 from prunesearch import __version__
+from prunesearch.cli import exported
 from prunesearch.cli.main import run_app
 from prunesearch.cli.options import (
     Adopt,
     AllowChanges,
-    Beams,
-    Folder,
     Json,
     Launcher,
     Start,
     StorageUrl,
     Study,
-    TranscriptFormat,
     Turns,
 )
 from prunesearch.cli.output import counted, print_hint, print_json, print_tables
@@ -379,13 +377,14 @@ def measure(
     runs: Annotated[int, typer.Option(min=1, help="Timed runs per system, after one warm-up run.")] = 5,
     turns: Turns = None,
     utterances: Annotated[int, typer.Option(min=1, help="Number of dev utterances to use.")] = 16,
+    storage: StorageUrl = None,
     as_json: Json = False,
 ) -> None:
     """Measure latency, memory and file size on this machine, relative to the unpruned system."""
     from prunesearch.commands.measure import measure as run
 
     with ProgressDisplay() as display:
-        found = run(study, candidate or (), runs if turns is None else turns, utterances, display)
+        found = run(study, candidate or (), runs if turns is None else turns, utterances, display, storage)
     if as_json:
         from dataclasses import asdict
 
@@ -396,57 +395,7 @@ def measure(
         print_tables(measurement_table(found))
 
 
-@app.command()
-def transcribe(
-    folder: Folder,
-    audio: Annotated[list[str], typer.Argument(metavar="AUDIO…", help="Recordings, folders of recordings, or - for stdin.")],
-    transcript_format: Annotated[
-        TranscriptFormat, typer.Option("--format", help="Format of the transcripts.")
-    ] = TranscriptFormat.text,
-    beams: Beams = None,
-) -> None:
-    """Transcribe recordings of any length."""
-    from transformers.utils import logging
-
-    from prunesearch.asr.recordings import format_transcript, recordings, transcribe_files
-    from prunesearch.asr.slam_asr import SlamAsr
-
-    logging.disable_progress_bar()
-    with recordings(audio) as files:
-        asr = SlamAsr.from_pretrained(folder)
-        failed = False
-        for transcript in transcribe_files(asr, files, beams):
-            if transcript.problem is not None:
-                failed = True
-                typer.echo(transcript.problem, err=True)
-            else:
-                typer.echo(format_transcript(transcript, transcript_format.value, with_name=len(files) > 1))
-    if failed:
-        raise typer.Exit(2)
-
-
-@app.command()
-def evaluate(
-    folder: Folder,
-    data: Annotated[Path, typer.Option("--data", help="Manifest: JSONL with audio, text and, optionally, language.")],
-    beams: Beams = None,
-    as_json: Json = False,
-) -> None:
-    """Measure an exported system's WER on a manifest."""
-    from transformers.utils import logging
-
-    from prunesearch.asr.scoring import score_manifest
-    from prunesearch.asr.slam_asr import SlamAsr
-
-    logging.disable_progress_bar()
-    found = score_manifest(SlamAsr.from_pretrained(folder), data, beams=beams)
-    if as_json:
-        print_json(found)
-        return
-    kinds = "/".join(str(found[kind]) for kind in ("substitutions", "deletions", "insertions"))
-    typer.echo(f"WER {100 * found['wer']:.2f} % ({kinds} S/D/I in {found['reference_words']} words)")
-    for language, wer in found["by_language"].items():
-        typer.echo(f"{language}: {100 * wer:.2f} %")
+exported.add_commands(app)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.files import write_atomically
 from prunesearch.study.front import complete_records, pareto_front, pooled_by_system
 from prunesearch.study.progress import ProgressListener
+from prunesearch.workers.final_test import fetch_records
 
 STEPS_FACTOR = 5  # the default number of steps, in steps of the search
 
@@ -38,6 +39,7 @@ def confirm(
     systems do not change. Raises StudyError for mistakes of the user.
     """
     config = load_study(source)
+    fetch_records(config, storage)
     file = confirmation_file(config)
     if not file.exists():
         write_confirmation(config, seeds, steps, init)

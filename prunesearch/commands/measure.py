@@ -31,6 +31,7 @@ from prunesearch.study.progress import NullListener, ProgressListener
 from prunesearch.study.record import RunRecord, write_atomically
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import device_name, forget_peak_memory, peak_memory_bytes
+from prunesearch.workers.final_test import fetch_records
 
 UNPRUNED = Candidate()
 
@@ -53,6 +54,7 @@ def measure(
     runs: int = 5,
     utterances: int = 16,
     listener: ProgressListener | None = None,
+    storage: str | None = None,
 ) -> Measurement:
     """Measure candidates on the first `utterances` of dev, and write the result to the study's `run/measure.json`.
 
@@ -62,6 +64,7 @@ def measure(
     logging.disable_progress_bar()  # the listener shows progress
     listener = listener or NullListener()
     config = load_study(source)
+    fetch_records(config, storage)
     unpruned, others = _records_to_measure(config, candidates, listener)
     recordings = _read_recordings(config, utterances, listener)
     loaded = StudyModels.load(config, recorded_dtype(unpruned))

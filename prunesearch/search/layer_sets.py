@@ -25,6 +25,7 @@ from prunesearch.search.space import SearchSpace
 from prunesearch.search.study_progress import candidate_key
 from prunesearch.search.surrogate import Posterior, Surrogate
 from prunesearch.study.candidate import Candidate
+from prunesearch.study.front import non_dominated
 from prunesearch.study.importance import LayerSet
 
 ParamsOf = Callable[[Candidate], float]
@@ -191,13 +192,9 @@ class LayerSetSampler(CandidateSampler):
         if not candidates:
             return []
         means, _ = posterior.predict(candidates)
-        front: list[tuple[float, float, Candidate]] = []
-        for params, value, candidate in sorted(
-            ((self._params_of(c), float(m), c) for c, m in zip(candidates, means, strict=True)), key=lambda x: x[:2]
-        ):
-            if not front or value < front[-1][1]:
-                front.append((params, value, candidate.system))
-        return front
+        points = [(self._params_of(c), float(m)) for c, m in zip(candidates, means, strict=True)]
+        first = {points[i]: i for i in reversed(non_dominated(points))}  # of candidates with equal points, the first one
+        return [(*point, candidates[i].system) for point, i in sorted(first.items())]
 
     def _within(self, candidates: Sequence[Candidate], worst: Posterior) -> Array:
         """The probability that each candidate's worst group keeps within the limit: (N,)."""

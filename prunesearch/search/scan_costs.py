@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from prunesearch.study.importance import LayerSet
+from prunesearch.study.importance import LayerSet, pair_interactions
 
 Array = NDArray[np.float64]
 
@@ -24,7 +24,7 @@ def layer_costs(scan: Mapping[LayerSet, float], layers: Sequence[int]) -> tuple[
     """
     alone = np.array([scan.get((i,), 0.0) for i in layers])
     beyond = np.zeros((len(layers),) * 2)
+    interactions = pair_interactions(scan)
     for (a, i), (b, j) in combinations(enumerate(layers), 2):
-        if (pair := scan.get((i, j))) is not None:
-            beyond[a, b] = pair - alone[a] - alone[b]
+        beyond[a, b] = interactions.get((i, j), 0.0)
     return alone, beyond

@@ -1,7 +1,7 @@
 """How important layers are before any training: the layer sets that a scan measures, in which order, and its outcome."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -89,14 +89,18 @@ class Scan(_Frozen):
 
     def interactions(self, criterion: str = "delta_loss") -> dict[LayerSet, float]:
         """Each pair's value less the sum of its two layers' values. Negative: removing both is less harmful than their sum."""
-        values = self.score(criterion)
-        return {s: v - values[s[:1]] - values[s[1:]] for s, v in values.items() if len(s) == 2}
+        return pair_interactions(self.score(criterion))
 
     def correlations(self) -> dict[tuple[str, str], float]:
         """Spearman's rank correlation of each two criteria, over single layers."""
         table = self.table()
         return {(a, b): spearman([table[a][i] for i in self.removable], [table[b][i] for i in self.removable])
                 for a, b in combinations(table, 2)}  # fmt: skip
+
+
+def pair_interactions(values: Mapping[LayerSet, float]) -> dict[LayerSet, float]:
+    """Each measured pair's value less the sum of its two layers' values; a layer that was not measured counts as 0."""
+    return {s: v - values.get(s[:1], 0.0) - values.get(s[1:], 0.0) for s, v in values.items() if len(s) == 2}
 
 
 def family(removable: Sequence[int], most: int) -> list[LayerSet]:

@@ -1,5 +1,6 @@
 """The interface through which long work reports its progress: to a display, a log, or nothing."""
 
+import sys
 from typing import Protocol
 
 from prunesearch.study.record import RunRecord
@@ -29,3 +30,8 @@ class NullListener:
 
     def note(self, text: str) -> None:
         pass
+
+
+def print_note(text: str) -> None:
+    """A note where no listener is at hand: to stderr, since stdout may hold JSON."""
+    print(text, file=sys.stderr)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import socket
-import sys
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -91,7 +90,7 @@ def open_existing_study(config: StudyConfig, url: str | None = None) -> StoredSt
     file = _storage_file(config, url)
     if file is not None and not file.exists():
         raise StudyError([f"{config.name} has not been launched yet: `prunesearch launch {config.source}`"])
-    return load_stored_study(config, open_storage(url, config.run_folder, note=_note_to_stderr))
+    return load_stored_study(config, open_storage(url, config.run_folder))
 
 
 def _storage_file(config: StudyConfig, url: str | None) -> Path | None:
@@ -103,10 +102,6 @@ def _storage_file(config: StudyConfig, url: str | None) -> Path | None:
         return Path(filled.removeprefix("journal://"))
     path = filled.partition(":///")[2].partition("?")[0]
     return Path(path) if filled.startswith("sqlite") and path else None
-
-
-def _note_to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _created(name: str, storage: BaseStorage, sampler: CandidateSampler) -> StoredStudy:

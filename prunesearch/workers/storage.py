@@ -19,6 +19,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import NoSuchModuleError
 
 from prunesearch.study.errors import StudyError
+from prunesearch.study.progress import print_note
 from prunesearch.workers.optuna_internals import StoredStudy, cached
 from prunesearch.workers.retry import RetryingStorage, bounded
 from prunesearch.workers.urls import filled_in, first_line, shown
@@ -62,7 +63,7 @@ class _RepairingLock(JournalFileOpenLock):
 def open_storage(
     url: str | None,
     run_folder: Path,
-    note: Callable[[str], None] = print,
+    note: Callable[[str], None] = print_note,
     leaving: Callable[[], bool] = lambda: False,
 ) -> RetryingStorage:
     """The storage at the URL; without one, `journal.log` in the run folder.
