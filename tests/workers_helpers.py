@@ -1,15 +1,21 @@
 """Workers for tests: loops whose evaluation is a formula, in this process or in processes of their own."""
 
 import contextlib
+import io
 import multiprocessing
 import random
+import re
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from optuna.trial import TrialState
 
+from prunesearch.cli.app import main
 from prunesearch.search.samplers import CandidateSampler
-from prunesearch.search.study_progress import StudyProgress
+from prunesearch.search.study_progress import StudyProgress, candidate_key
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.progress import NullListener
 from prunesearch.study.record import RunRecord
@@ -43,7 +49,8 @@ def finished(stored: StoredStudy) -> int:
 
 
 def complete(stored: StoredStudy) -> list[str]:
-    return [t.user_attrs["candidate"] for t in stored.trials(TrialState.COMPLETE)]
+    """The keys of the candidates that are complete, one for each trial."""
+    return [key for t in stored.trials(TrialState.COMPLETE) if (key := candidate_key(t))]
 
 
 def labour(source: Path, url: str | None, trials: int, seconds: float, locked: bool = True) -> None:
@@ -68,3 +75,36 @@ def started(config: StudyConfig, url: str | None, count: int, *arguments: object
     for process in processes:
         process.start()
     return list(processes)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command wrote, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines of a user's mistakes: what stderr holds besides the progress, which begins with the time."""
+        assert self.code == 2, self
+        return [line for line in self.err.splitlines() if not re.match(r" *\d+:\d\d ", line)]
+
+    @property
+    def error(self) -> str:
+        """The line, if there is only one."""
+        (line,) = self.errors
+        return line
+
+
+def command(*arguments: object) -> Done:
+    """A command line, run in this process: that is quicker than a process of its own."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["prunesearch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    code = ended.value.code
+    assert isinstance(code, int)
+    return Done(code, out.getvalue(), err.getvalue())

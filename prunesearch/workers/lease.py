@@ -21,6 +21,7 @@ import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from prunesearch.search.study_progress import is_foreign
 from prunesearch.study.interrupt import LeaseLost
 from prunesearch.workers.optuna_internals import AnyTrial, StoredStudy
 
@@ -136,7 +137,7 @@ def release_stale(stored: StoredStudy, monitor: LeaseMonitor, trials: Sequence[F
     `trials`: all trials of the study, if the caller has just read them.
     """
     trials = stored.trials() if trials is None else trials
-    running = [t for t in trials if t.state == TrialState.RUNNING]
+    running = [t for t in trials if t.state == TrialState.RUNNING and not is_foreign(t)]
     return [t.user_attrs.get("candidate", "") for t in monitor.stale(running) if release(stored, t, "lost")]
 
 
