@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from prunesearch.search.samplers import CandidateSampler, optuna_sampler
 from prunesearch.search.study_progress import candidate_key
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import RunRecord, read_records
+from prunesearch.study.record import RunRecord, read_records, write_record
 from prunesearch.training.context import TrainingContext
 from prunesearch.workers.loop import run_loop
 from prunesearch.workers.optuna_internals import StoredStudy
@@ -272,3 +273,48 @@ def test_a_trial_whose_candidate_is_no_key_is_named_and_nothing_is_written(
         p.relative_to(study.parent / "run").parts[0] for p, content in files_of(tmp_path).items() if before.get(p) != content
     }
     assert changed <= {"journal.log", "corpus"}, "the study's own budget, and nothing of a candidate"
+
+
+# Damaged records
+
+
+def with_schema(version: int) -> Callable[[bytes], bytes]:
+    return lambda content: content.replace(b'"schema_version": 1', f'"schema_version": {version}'.encode())
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "of a later version": (with_schema(99), "schema_version must be 1, got 99: update prunesearch to read it"),
+    "cut off": (lambda content: content[: len(content) // 2], "the record is cut off, or is not JSON"),
+    "empty": (lambda content: b"", "the record is empty"),
+    "of another candidate": (lambda content: content.replace(b'"lora_rank": 0', b'"lora_rank": 2'), "the folder must be named"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_record_that_cannot_be_read_is_named_before_anything_is_trained(damage: str, study: Path) -> None:
+    file, (change, rule) = study.parent / "run" / "records" / "full" / "record.json", DAMAGES[damage]
+    before = file.read_bytes()
+    file.write_bytes(change(before))
+    assert file.read_bytes() != before
+    for words in (["report", study], ["launch", study, "--trials", "5"], ["export", study, "--out", study.parent / "out"]):
+        assert command(*words).error.startswith(f"{file}: {rule}")
+    assert len(stored(study).trials()) == 4
+    assert command("status", study).code == 0, "it reads the storage only"
+    file.write_bytes(before)
+    assert command("launch", study, "--trials", "5").code == 0
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_decoded_utterances_that_are_cut_off_are_named(split: str, study: Path) -> None:
+    records = study.parent / "run" / "records"
+    if split == "dev":  # as before test was decoded
+        for record in read_records(records):
+            write_record(records, record.model_copy(update={"test": None}))
+            (records / record.candidate.key / "test.jsonl").unlink()
+    file = records / "full" / f"{split}.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[:-20])
+    lines = content.count(b"\n")
+    assert command("report", study).error.startswith(f"{file}: the file is cut off in line {lines}: restore the file")
+    file.write_bytes(content)
+    assert command("report", study).code == 0
