@@ -16,6 +16,7 @@ from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.files import write_atomically
 from prunesearch.study.front import complete_records, pareto_front, pooled_by_system
 from prunesearch.study.progress import ProgressListener
+from prunesearch.workers.artifacts import open_artifacts
 from prunesearch.workers.final_test import fetch_records
 
 STEPS_FACTOR = 5  # the default number of steps, in steps of the search
@@ -100,8 +101,15 @@ def _without_none(value: Any) -> Any:
 
 def _copy_anchor(config: StudyConfig, confirmation: StudyConfig) -> None:
     """Give the search's anchor to the confirmation, which would otherwise train the same weights again."""
-    name = "anchor/projector.safetensors"
-    ours, theirs = config.run_folder / name, confirmation.run_folder / name
-    if confirmation.training.init == "anchor" and ours.exists() and not theirs.exists():
-        write_atomically(theirs.with_name("anchor.json"), ours.with_name("anchor.json").read_bytes())
-        write_atomically(theirs, ours.read_bytes())
+    if confirmation.training.init != "anchor":
+        return
+    names = "anchor/anchor.json", "anchor/projector.safetensors"  # the weights last: if they are there, all is
+    source, target = open_artifacts(config), open_artifacts(confirmation)
+    for name in names:
+        if source:
+            source.fetch(name)
+        ours, theirs = config.run_folder / name, confirmation.run_folder / name
+        if ours.exists() and not theirs.exists():
+            write_atomically(theirs, ours.read_bytes())
+        if target:
+            target.put(name)

@@ -97,7 +97,9 @@ def _record_of(config: StudyConfig, key: str, complete: list[RunRecord]) -> RunR
 
 def key_of_trial(config: StudyConfig, number: int, storage: str | None = None) -> str:
     """The key of the candidate that a trial of the study evaluated. Raises StudyError where there is no such trial."""
-    keys = {t.number: key for t in open_existing_study(config, storage).trials() if (key := candidate_key(t))}
+    keys = {t.number: candidate_key(t) for t in open_existing_study(config, storage).trials()}
     if number not in keys:
         raise StudyError([f"--trial: {config.name} has trials 0 to {max(keys, default=-1)}, got {number}"])
-    return keys[number]
+    if (key := keys[number]) is None:
+        raise StudyError([f"--trial: must be a trial that has a candidate, got {number}: `prunesearch status` lists the front"])
+    return key

@@ -6,6 +6,7 @@ from prunesearch.commands.local import run_workers
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.interrupt import Interrupt
 from prunesearch.study.progress import NullListener, ProgressListener
+from prunesearch.study.record import read_records
 from prunesearch.workers.final_test import decode_final_test
 from prunesearch.workers.worker import Worker, WorkerOptions
 
@@ -27,6 +28,7 @@ def launch(
     """
     config, options = load_study(source), WorkerOptions(storage, allow_changes, trials=trials)
     listener, interrupt = listener or NullListener(), Interrupt()
+    read_records(config.run_folder / "records")  # a damaged one is reported now, and not after a training
     with interrupt.on_signals(listener.note):
         if workers > 1:
             run_workers(config, workers, options, listener, interrupt)

@@ -85,7 +85,8 @@ class LayerSetSampler(CandidateSampler):
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
     ) -> Candidate | None:
-        trials = [t for t in study.get_trials(deepcopy=False) if trial is None or t.number != trial.number]
+        others = (t for t in study.get_trials(deepcopy=False) if trial is None or t.number != trial.number)
+        trials = [t for t in others if candidate_key(t)]  # a study may hold trials of other programs
         if (number := begun - len(self._space.named)) < self._startup_trials:
             return self._scan_proposer.propose(max(0, number), seen, rng, FIRST_TEMPERATURE)
         known = self._results(trials)

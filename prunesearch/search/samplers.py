@@ -1,13 +1,14 @@
 """Optuna samplers that never propose a candidate twice, and never one outside the space."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.search.scan_proposer import ScanProposer
 from prunesearch.search.space import SearchSpace
@@ -118,6 +119,10 @@ class OptunaSampler(CandidateSampler):
             return self._scan_proposer.propose(max(0, number), seen, rng, self.first_temperature)
         assert trial is not None
         inner = self._inner(rng.randrange(2**31))
+        if isinstance(inner, GPSampler):
+            study, trial = _with_whole_trials(study, trial, self._space.distributions.keys())
+            if not any(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)):
+                return None
         for _ in range(ATTEMPTS):
             proposed = inner.sample_relative(study, trial, self._space.distributions)
             if not proposed:
@@ -128,6 +133,22 @@ class OptunaSampler(CandidateSampler):
             if candidate.key not in seen:
                 return candidate
         return None
+
+
+def _with_whole_trials(study: Study, trial: FrozenTrial, names: Set[str]) -> tuple[Study, FrozenTrial]:
+    """The study and the trial, without complete trials that lack a parameter: on these, Optuna's Gaussian process fails.
+
+    They are trials of other programs, and those from before a fixed candidate added a parameter. If there are any, the study is
+    a copy in memory.
+    """
+    trials = study.get_trials(deepcopy=False)
+    whole = [t for t in trials if t.state != TrialState.COMPLETE or names <= t.params.keys()]
+    if len(whole) == len(trials):
+        return study, trial
+    copy = optuna.create_study(directions=study.directions)
+    copy.add_trials(t for t in whole if t.number != trial.number)
+    number = copy.ask().number
+    return copy, copy.get_trials(deepcopy=False)[number]
 
 
 def optuna_sampler(

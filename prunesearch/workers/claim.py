@@ -16,7 +16,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.search.samplers import CandidateSampler, SpaceExhausted
-from prunesearch.search.study_progress import StudyProgress, is_finished
+from prunesearch.search.study_progress import StudyProgress, is_finished, is_foreign
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.interrupt import Interrupt
 from prunesearch.workers.lease import Lease, LeasedTrial, LeaseMonitor, release_stale
@@ -118,7 +118,7 @@ def _is_ours(made: WorkerTrial, found: Sequence[FrozenTrial], budget: int, monit
         retry = any(t.number == number and t.user_attrs.get("retry") for t in trials)
         # a running trial of a higher number will withdraw; it must not hide an outcome that the candidate has already
         others = StudyProgress.of(t for t in trials if t.number < number or (t.number > number and is_finished(t)))
-        before = [t for t in trials if t.state == TrialState.RUNNING and t.number < number]
+        before = [t for t in trials if t.state == TrialState.RUNNING and t.number < number and not is_foreign(t)]
         has_outcome = key in others.latest and is_finished(others.latest[key])
         if has_outcome and not retry:
             return False

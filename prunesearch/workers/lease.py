@@ -21,8 +21,10 @@ import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from prunesearch.search.study_progress import is_foreign
 from prunesearch.study.interrupt import LeaseLost
 from prunesearch.workers.optuna_internals import AnyTrial, StoredStudy
+from prunesearch.workers.urls import redacted
 
 HEARTBEAT_SECONDS = 10.0  # between two heartbeats
 LEASE_SECONDS = 60.0  # a heartbeat that has not changed for so long belongs to a dead worker
@@ -136,7 +138,7 @@ def release_stale(stored: StoredStudy, monitor: LeaseMonitor, trials: Sequence[F
     `trials`: all trials of the study, if the caller has just read them.
     """
     trials = stored.trials() if trials is None else trials
-    running = [t for t in trials if t.state == TrialState.RUNNING]
+    running = [t for t in trials if t.state == TrialState.RUNNING and not is_foreign(t)]
     return [t.user_attrs.get("candidate", "") for t in monitor.stale(running) if release(stored, t, "lost")]
 
 
@@ -158,7 +160,7 @@ def release(stored: StoredStudy, trial: AnyTrial, why: str, reason: str | None =
     try:
         stored.set_trial_attr(trial, "ended", why)
         if reason:
-            stored.set_trial_attr(trial, "reason", reason)
+            stored.set_trial_attr(trial, "reason", redacted(reason))  # a driver's message may repeat a URL
         stored.end_trial(trial, TrialState.FAIL)
     except UpdateFinishedTrialError:
         return False
@@ -233,6 +235,6 @@ class LeasedTrial:
             except UpdateFinishedTrialError:  # the trial was taken away: the next heartbeat will notice
                 pass
             except Exception as error:
-                note(f"beside a trial: {type(error).__name__}: {error}")
+                note(redacted(f"beside a trial: {type(error).__name__}: {error}"))
             if over.wait(HEARTBEAT_SECONDS):
                 return

@@ -16,6 +16,7 @@ from prunesearch.workers.claim import claim, sleep
 from prunesearch.workers.lease import LeaseMonitor, release_stale
 from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.trial import StudyRules, WorkerTrial
+from prunesearch.workers.urls import redacted
 
 FULL_DISK_SECONDS = 30.0
 
@@ -64,7 +65,8 @@ def run_loop(
                 raise
             trial.hand_back(str(error))
             what = "the disk is full" if _is_full(error) else "files cannot be read or written"
-            listener.note(f"{what} ({error.filename or error.strerror}); trying again in {FULL_DISK_SECONDS:.0f} s")
+            told = redacted(str(error.filename or error.strerror))
+            listener.note(f"{what} ({told}); trying again in {FULL_DISK_SECONDS:.0f} s")
             sleep(FULL_DISK_SECONDS, interrupt)
         except Exception:
             trial.crash(traceback.format_exc(limit=-1).strip().splitlines()[-1])

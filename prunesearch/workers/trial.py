@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from prunesearch.search.rungs import Finished, chance_of_domination
 from prunesearch.search.samplers import WORST_GROUP_WER
 from prunesearch.search.space import SearchSpace
+from prunesearch.search.study_progress import candidate_key
 from prunesearch.study.candidate import BASELINE_NAMES, Candidate
 from prunesearch.study.record import RunRecord, WordErrors
 from prunesearch.workers.lease import Lease, LeasedTrial
@@ -145,8 +146,9 @@ class WorkerTrial(LeasedTrial):
 
 
 def finished_at(stored: StoredStudy, step: int) -> list[Finished]:
-    """The study's finished trials, with their dev WER at a rung where it was measured."""
+    """The study's complete trials, with their dev WER at a rung where it was measured."""
     return [
         Finished(params=t.values[1], wer=t.values[0], wer_at_rung=t.user_attrs.get(f"rung_{step}", {}).get("wer"))
         for t in stored.trials(TrialState.COMPLETE)
+        if candidate_key(t)
     ]
