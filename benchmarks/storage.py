@@ -74,7 +74,7 @@ def labour(url: str | None, folder: Path, number: int, kind: str, ready: Barrier
     study.trials()
     joins, asks, tells = [time.perf_counter() - begin], [], []
     monitor, interrupt = LeaseMonitor(), Interrupt()
-    rules = StudyRules(SPACE, params_of, "speech_params", 10**6, 0.95, folder)
+    rules = StudyRules(SPACE, params_of, "speech_params", 10**6, 0.95)
     ready.wait()
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -66,7 +66,7 @@ def config(toy: Path, tmp_path: Path) -> StudyConfig:
 
 
 def rules(config: StudyConfig, trials: int, where: SearchSpace | None = None, confidence: float = 0.95) -> StudyRules:
-    return StudyRules(where or space(), params_of, "speech_params", trials, confidence, config.run_folder)
+    return StudyRules(where or space(), params_of, "speech_params", trials, confidence)
 
 
 def count_finished(stored: StoredStudy) -> int:

@@ -34,7 +34,7 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
 from prunesearch.study.config import DecodingConfig, LlmConfig, ProjectorConfig, TextConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import write_atomically
+from prunesearch.study.files import write_atomically
 from prunesearch.training.batches import by_length
 from prunesearch.training.decode import Decoder, Hypothesis, token_limit
 from prunesearch.training.device import arithmetic

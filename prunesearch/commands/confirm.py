@@ -11,10 +11,10 @@ import tomli_w
 
 from prunesearch.commands.launch import launch
 from prunesearch.report.confirmation import confirmation_file
-from prunesearch.study.candidate import Candidate, baselines
+from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.files import write_atomically
-from prunesearch.study.front import complete_records, pareto_front, pooled_by_system
+from prunesearch.study.front import baseline_and_front_systems, complete_records
 from prunesearch.study.progress import ProgressListener
 from prunesearch.workers.final_test import fetch_records
 
@@ -53,9 +53,7 @@ def write_confirmation(config: StudyConfig, seeds: int, steps: int | None, init:
     Raises StudyError if the study has no complete candidate yet.
     """
     complete = complete_records(config)
-    front = pareto_front(pooled_by_system(complete), config.search.params_objective, config.search.max_worst_group_wer)
-    named = baselines(complete[0].encoder_layers, config.search.baseline_lora_rank)
-    systems = list(dict.fromkeys([*named.values(), *(r.candidate.system for r in front)]))
+    systems = baseline_and_front_systems(config, complete)
     again = [Candidate(c.removed_layers, c.lora_rank, repeat) for repeat in range(seeds) for c in systems]
     table = _standalone(config)
     table["name"] = f"{config.name}-confirm"

@@ -9,8 +9,9 @@ from prunesearch.search.study_progress import candidate_key
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
-from prunesearch.study.front import complete_records, knee, pareto_front, pooled_by_system
-from prunesearch.study.record import RunRecord, read_record, write_atomically
+from prunesearch.study.files import write_atomically
+from prunesearch.study.front import complete_records, knee, study_front
+from prunesearch.study.record import RunRecord, read_record
 from prunesearch.workers.final_test import fetch_records
 from prunesearch.workers.optuna_study import open_existing_study
 
@@ -69,7 +70,7 @@ def choose_record(
     if candidate is not None:
         return _record_of(config, candidate, complete)
     objective = config.search.params_objective
-    front = pareto_front(pooled_by_system(complete), objective, config.search.max_worst_group_wer)
+    front = study_front(config, complete)
     if best_under_params is None:
         chosen = knee(front, objective)
     else:
@@ -90,7 +91,7 @@ def _record_of(config: StudyConfig, key: str, complete: list[RunRecord]) -> RunR
     except ValueError as error:
         raise StudyError([f"--candidate: {error}"]) from None
     if record is None or record.state != "complete":
-        front = ", ".join(r.candidate.key for r in pareto_front(complete, config.search.params_objective))
+        front = ", ".join(r.candidate.key for r in study_front(config, complete))
         raise StudyError([f"--candidate: {key} is not complete; the front is {front}"])
     return record
 

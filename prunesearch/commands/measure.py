@@ -22,13 +22,14 @@ from prunesearch.commands.export import choose_record
 from prunesearch.model.llm import lora, lora_parameters
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
 from prunesearch.speech.corpus import checked_corpus
-from prunesearch.study.candidate import Candidate, baselines
+from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
-from prunesearch.study.front import complete_records, pareto_front, pooled_by_system
+from prunesearch.study.files import write_atomically
+from prunesearch.study.front import baseline_and_front_systems, complete_records
 from prunesearch.study.measurement import MeasuredSystem, Measurement, Ratios, SystemMetrics
 from prunesearch.study.progress import NullListener, ProgressListener
-from prunesearch.study.record import RunRecord, write_atomically
+from prunesearch.study.record import RunRecord
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import device_name, forget_peak_memory, peak_memory_bytes
 from prunesearch.workers.final_test import fetch_records
@@ -116,11 +117,8 @@ def _records_to_measure(
 
 def _front_and_baselines(config: StudyConfig, complete: Sequence[RunRecord]) -> list[RunRecord]:
     """The first complete training of each."""
-    front = pareto_front(pooled_by_system(complete), config.search.params_objective, config.search.max_worst_group_wer)
-    named = baselines(complete[0].encoder_layers, config.search.baseline_lora_rank)
-    systems = dict.fromkeys([*named.values(), *(r.candidate.system for r in front)])
     first = {r.candidate.system: r for r in sorted(complete, key=lambda r: -r.repeat)}
-    return [first[system] for system in systems if system in first]
+    return [first[system] for system in baseline_and_front_systems(config, complete) if system in first]
 
 
 def _read_recordings(config: StudyConfig, most: int, listener: ProgressListener) -> _Recordings:

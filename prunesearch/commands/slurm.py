@@ -60,7 +60,7 @@ def submit(
         fix = "write ${VARIABLE} instead, or use PGPASSWORD or ~/.pgpass"
         raise StudyError([f"storage.url: the files of a job would hold the password: {fix}"])
     check_corpora(config)
-    create_study(config, open_storage(url, config.run_folder), trials or config.search.trials)
+    create_study(config, open_storage(url, config.run_folder), trials)
     try:
         executor = submitit.AutoExecutor(folder=config.run_folder / "slurm", cluster=cluster)
     except RuntimeError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from prunesearch.search.space import candidate_params
 from prunesearch.search.study_progress import StudyProgress, candidate_key, is_finished
 from prunesearch.speech.corpus import SPLITS
 from prunesearch.study.candidate import Candidate
@@ -120,14 +121,6 @@ def retry(source: str | Path, storage: str | None = None) -> list[str]:
         names = trial.params or next((t.params for t in trials if t.params), {})  # its worker may not have written any
         stored.study.enqueue_trial(candidate_params(candidate, names), user_attrs={"candidate": key, "retry": True})
     return list(failed)
-
-
-def candidate_params(candidate: Candidate, names: dict[str, Any]) -> dict[str, Any]:
-    """The candidate as values of the parameters of these names."""
-    from prunesearch.search.space import REMOVE
-
-    bits = {n: int(n.removeprefix(REMOVE)) in candidate.removed_layers for n in names if n.startswith(REMOVE)}
-    return bits | {"lora_rank": candidate.lora_rank} | ({"repeat": candidate.repeat} if "repeat" in names else {})
 
 
 def abort(source: str | Path, storage: str | None = None) -> int:

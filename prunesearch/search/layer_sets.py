@@ -9,7 +9,7 @@ the front.
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,14 +21,12 @@ from threadpoolctl import threadpool_limits
 from prunesearch.search.samplers import WORST_GROUP_WER, CandidateSampler
 from prunesearch.search.scan_costs import Array, log_wer
 from prunesearch.search.scan_proposer import ScanProposer
-from prunesearch.search.space import SearchSpace
+from prunesearch.search.space import ParamsOf, SearchSpace
 from prunesearch.search.study_progress import candidate_key
 from prunesearch.search.surrogate import Posterior, Surrogate
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.front import non_dominated
 from prunesearch.study.importance import LayerSet
-
-ParamsOf = Callable[[Candidate], float]
 
 # The best of 0.05, 0.1 and 0.3 after 10 to 40 trials (benchmarks/search). At lower temperatures, the first sets are too similar
 # to learn from.

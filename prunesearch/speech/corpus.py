@@ -15,7 +15,7 @@ from prunesearch.speech.sources import Row, read_source
 from prunesearch.speech.text import normalizer_for
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import write_atomically
+from prunesearch.study.files import write_atomically
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")

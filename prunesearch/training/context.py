@@ -22,7 +22,8 @@ from prunesearch.speech.corpus import SPLITS, Split, Utterance, checked_corpus
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import UtteranceResult, write_atomically
+from prunesearch.study.files import write_atomically
+from prunesearch.study.record import UtteranceResult
 from prunesearch.training.batches import plan_batches
 from prunesearch.training.decode import Decoder, scored
 from prunesearch.training.device import pick_dtype

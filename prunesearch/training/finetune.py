@@ -16,8 +16,8 @@ from torch import Tensor
 from prunesearch.model.llm import lora_parameters, recompute_activations, recomputes_activations
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.config import TrainingConfig
+from prunesearch.study.files import write_atomically
 from prunesearch.study.interrupt import Interrupted
-from prunesearch.study.record import write_atomically
 from prunesearch.training.device import arithmetic, attention_for_training, peak_memory_bytes, seed_everything
 from prunesearch.training.process_group import ProcessGroup
 from prunesearch.training.states import Fetched, Prefetched, StateStore

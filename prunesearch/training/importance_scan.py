@@ -22,6 +22,7 @@ from prunesearch.model.encoder import run_layers
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import version_of
 from prunesearch.study.candidate import Candidate
+from prunesearch.study.files import write_atomically
 from prunesearch.study.importance import (
     Evaluations,
     LayerScore,
@@ -35,7 +36,7 @@ from prunesearch.study.importance import (
     write_scan,
 )
 from prunesearch.study.interrupt import locked
-from prunesearch.study.record import SplitResult, write_atomically
+from prunesearch.study.record import SplitResult
 from prunesearch.training.anchor import anchor_weights, train_anchor
 from prunesearch.training.batches import by_length
 from prunesearch.training.context import TrainingContext

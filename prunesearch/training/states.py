@@ -26,8 +26,8 @@ from prunesearch.model.llm import sent_to
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, version_of
 from prunesearch.speech.corpus import Utterance
 from prunesearch.study.errors import StudyError
+from prunesearch.study.files import write_atomically
 from prunesearch.study.interrupt import locked
-from prunesearch.study.record import write_atomically
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import arithmetic
 from prunesearch.training.process_group import ProcessGroup

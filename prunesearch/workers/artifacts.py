@@ -19,7 +19,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import write_atomically
+from prunesearch.study.files import write_atomically
 from prunesearch.workers.retry import bounded
 
 R = TypeVar("R")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from prunesearch.search.study_progress import StudyProgress, is_finished
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
-from prunesearch.study.front import pareto_front, pooled_by_system
+from prunesearch.study.front import pooled_by_system, study_front
 from prunesearch.study.interrupt import Interrupt, locked
 from prunesearch.study.progress import ProgressListener
 from prunesearch.study.record import RunRecord, read_records
@@ -30,9 +30,8 @@ def fetch_records(config: StudyConfig, storage: str | None = None) -> None:
 def untested(config: StudyConfig) -> list[RunRecord]:
     """All complete trainings of the baselines' and the front's systems that were not decoded on test yet."""
     complete = [r for r in read_records(config.run_folder / "records") if r.state == "complete"]
-    systems = pooled_by_system(complete)
-    front = pareto_front(systems, config.search.params_objective, config.search.max_worst_group_wer)
-    wanted = {r.candidate for r in (*front, *(s for s in systems if s.name))}
+    named = (s for s in pooled_by_system(complete) if s.name)
+    wanted = {r.candidate for r in (*study_front(config, complete), *named)}
     return [r for r in complete if r.candidate.system in wanted and r.test is None]
 
 

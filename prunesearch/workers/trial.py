@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -12,13 +11,11 @@ from optuna.trial import TrialState
 
 from prunesearch.search.rungs import Finished, chance_of_domination
 from prunesearch.search.samplers import WORST_GROUP_WER
-from prunesearch.search.space import SearchSpace
+from prunesearch.search.space import ParamsOf, SearchSpace
 from prunesearch.study.candidate import BASELINE_NAMES, Candidate
 from prunesearch.study.record import RunRecord, WordErrors
 from prunesearch.workers.lease import Lease, LeasedTrial
 from prunesearch.workers.optuna_internals import StoredStudy
-
-ParamsOf = Callable[[Candidate], float]
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,6 @@ class StudyRules:
 
     `params_of`: a candidate's value of `objective`, known before it is trained. `trials`: candidates to evaluate, where the
     stored study has no number of its own. `rung_confidence`: how likely a trial must be to end dominated for a rung to end it.
-    `run_folder`: the folder that the study's workers share.
     """
 
     space: SearchSpace
@@ -35,7 +31,6 @@ class StudyRules:
     objective: str
     trials: int
     rung_confidence: float
-    run_folder: Path
     max_worst_group_wer: float | None = None
 
     def name_of(self, candidate: Candidate) -> str | None:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,11 +164,10 @@ class Worker:
         objective = config.search.params_objective
         return StudyRules(
             space=self.space,
-            params_of=lambda candidate: count(candidate).of(objective),
+            params_of=partial(count.of, objective),
             objective=objective,
             trials=self.stored.attrs.get("trials", config.search.trials),
             rung_confidence=config.training.rung_confidence,
-            run_folder=config.run_folder,
             max_worst_group_wer=config.search.max_worst_group_wer,
         )
 
