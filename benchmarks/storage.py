@@ -83,7 +83,7 @@ def labour(url: str | None, folder: Path, number: int, kind: str, ready: Barrier
         asked = time.perf_counter()
         if claimed is None:
             break
-        with claimed.held(lambda: None, print):
+        with claimed.keep_lease(lambda: None, print):
             time.sleep(1.0)
         woken = time.perf_counter()
         values = [wer_of(claimed.candidate), params_of(claimed.candidate)]

@@ -99,7 +99,7 @@ def test_a_clicked_point_is_pinned_and_a_second_one_compared(browser: Browser) -
 
     click_point(browser, TOP2)
     two = panel(browser, 2)
-    assert two[""] == ["1: minus-1-2+lora4", "2: top2", "2 less 1"]
+    assert two[""] == ["1: minus-1-2+lora4", "2: top2", "2 minus 1"]
     assert two["layers"] == ["■□□■■■", "■■■■□□", ""]
     assert two["layers removed"] == ["2", "2", "0"]
     assert two["LoRA rank"] == ["4", "0", "−4"]
@@ -125,7 +125,7 @@ def test_a_third_replaces_the_older_and_the_axes_stay(browser: Browser) -> None:
     for candidate in (FOUND, TOP2, Candidate((0,), 4)):
         click_point(browser, candidate)
     browser.until("document.querySelector('#pins thead').textContent.includes('minus-0+lora4')")
-    assert panel(browser, 2)[""] == ["1: top2", "2: minus-0+lora4", "2 less 1"]
+    assert panel(browser, 2)[""] == ["1: top2", "2: minus-0+lora4", "2 minus 1"]
     assert panel(browser, 2)["test WER, %"] == ["53.33", "–", "–"]
     assert browser.evaluate(RINGS) == 2
     assert browser.evaluate(LABELS) == ["1", "2"]
@@ -150,7 +150,7 @@ def test_pins_need_no_mouse(browser: Browser) -> None:
     for _ in range(2):
         browser.press("Tab")
     browser.press(" ")
-    assert panel(browser, 2)[""] == ["1: top2", "2: top2+lora", "2 less 1"]
+    assert panel(browser, 2)[""] == ["1: top2", "2: top2+lora", "2 minus 1"]
     assert browser.evaluate(PRESSED) == ["pin top2", "pin top2+lora"]
     browser.press(" ")
     assert panel(browser, 1)[""] == ["1: top2"]

@@ -1,6 +1,7 @@
 """The command line: each command parses its arguments, makes one call into the package, and prints the result.
 
-A command imports what it needs when it runs: `prunesearch --help` must not wait for torch.
+A command imports what it needs when it runs: `prunesearch --help` must not wait for torch. A command has one parameter per
+option, so some of them have more than seven.
 """
 
 import time

@@ -18,7 +18,7 @@ from prunesearch.study.front import baseline_and_front_systems, complete_records
 from prunesearch.study.progress import ProgressListener
 from prunesearch.workers.final_test import fetch_records
 
-STEPS_FACTOR = 5  # the default number of steps, in steps of the search
+STEPS_FACTOR = 5  # steps of a long run, by default, for each step of a short run
 
 Init = Literal["anchor", "scratch"]
 
@@ -34,9 +34,9 @@ def confirm(
 ) -> StudyConfig:
     """Train the front and the baselines again, `seeds` times each, and return the confirmation's own study.
 
-    `steps`: of each training, by default five times the search's. `init`: where projectors start, by default as in the search.
-    Can be resumed and distributed like any study. A confirmation that exists already keeps its file: its seeds, steps and
-    systems do not change. Raises StudyError for mistakes of the user.
+    `steps`: of each training; default: five times the search's. `init`: the projectors' start; default: as in the search. The
+    study can be resumed and distributed like any other. A confirmation that exists already keeps its file: its seeds, steps and
+    systems do not change. Raises StudyError for errors in the user's input.
     """
     config = load_study(source)
     fetch_records(config, storage)

@@ -28,10 +28,11 @@ def export(
 ) -> RunRecord:
     """Write a candidate of the study to the folder `out`, for `SlamAsr.from_pretrained`; returns its record.
 
-    The candidate is chosen as `choose_record` does. `merge` adds the LoRA to the LLM's weights, which are then written; this
+    Eight parameters, since a notebook calls this with keywords. `candidate`, `trial`, `best_under_params`: see `choose_record`.
+    `merge` adds the LoRA to the LLM's weights, which are then written; this
     may change the last bits of the arithmetic, and so a transcript. `with_llm`: whether to write the LLM; by default it is
-    written where the study has it from a folder, and only named where it is on the hub. No file holds a path of this machine.
-    Raises StudyError for the user's mistakes.
+    written if the study loads it from a folder, and only named if it is on the hub. No file holds a path of this machine.
+    Raises StudyError for errors in the user's input.
     """
     config = load_study(source, data_must_exist=False)
     out = Path(out)

@@ -1,4 +1,4 @@
-"""Look at a study and steer it, from any machine that reaches its storage: status, retry, abort."""
+"""status, retry and abort: show and control a study from any machine that can reach its storage."""
 
 import json
 import time
@@ -27,7 +27,7 @@ def left_out(config: StudyConfig) -> dict[str, int]:
 
 
 def status(source: str | Path, storage: str | None = None, price: float | None = None) -> dict[str, Any]:
-    """A study's progress: trials by state, workers and what they do, the best candidates so far, and what is left. Reads only.
+    """A study's progress: trials by state, workers and their activity, the front so far, and the remaining work. Only reads.
 
     `price`: cost of a worker per hour. Whether a worker on another machine is alive is judged by the time of its last
     heartbeat, on that machine's clock. Raises StudyError for a study that was not launched.

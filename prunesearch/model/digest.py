@@ -33,7 +33,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def model_digest(config: StudyConfig, part: EncoderConfig | LlmConfig) -> str:
-    """The digest of the study's encoder or LLM. A model that the hub has and its cache has not is downloaded.
+    """The digest of the study's encoder or LLM. A hub model that is not in the local cache is downloaded.
 
     Raises StudyError when there is no such model.
     """

@@ -7,7 +7,7 @@ from typing import Any
 from prunesearch.study.config import LEAST_ENCODER_LAYERS, EncoderConfig, LlmConfig, StudyConfig
 from prunesearch.study.errors import StudyError
 
-# Dimensions of models that studies often name, so that planning needs no network.
+# Dimensions of models that studies often use, so that planning needs no network.
 _WHISPER = {  # layers, width, heads, mel bins, decoder layers
     "openai/whisper-tiny": (4, 384, 6, 80, 4),
     "openai/whisper-base": (6, 512, 8, 80, 6),
@@ -87,7 +87,7 @@ def is_local(source: str) -> bool:
 
 
 def name_without_path(source: str) -> str:
-    """A hub name as it is; of a local file or folder its base name only, which says nothing about the machine."""
+    """A hub name, unchanged; for a local file or folder, its base name, which reveals nothing about the machine."""
     return Path(os.path.abspath(source)).name if is_local(source) else source
 
 

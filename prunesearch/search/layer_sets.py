@@ -3,7 +3,7 @@
 It models log WER with a Gaussian process over candidates (`surrogate`), and proposes the candidate with the largest expected
 gain in hypervolume. It chooses among neighbours of the front, sets that the scan finds cheap, and random sets. The hypervolume
 is that of log WER, so that halving the errors counts the same at 4 % and at 40 %; otherwise, all trials would go to systems
-that understand hardly anything. Since the parameters are known, the gain is a sum of expected improvements over the steps of
+with a very high WER. Since the parameters are known, the gain is a sum of expected improvements over the steps of
 the front.
 """
 
@@ -100,7 +100,7 @@ class LayerSetSampler(CandidateSampler):
         known = self._informative(known)
         posterior = surrogate.given(known.candidates, known.values, known.extra)
         running = [Candidate.from_key(key) for t in trials if t.state == TrialState.RUNNING and (key := candidate_key(t))]
-        if running:  # taken to end as predicted, so that the next proposal is a different one
+        if running:  # assume that they end as predicted, so that the next proposal is a different one
             means, _ = posterior.predict(running)
             everyone = known.candidates + running
             extra = np.append(known.extra, np.zeros(len(running)))
@@ -260,7 +260,7 @@ class LayerSetSampler(CandidateSampler):
         keeps an order among candidates without an expected gain: those that may be better than predicted come first.
         """
         means, deviations = posterior.predict(pool)
-        deviations = deviations**2 / np.hypot(deviations, posterior.noise)  # the part of it that one training would resolve
+        deviations = deviations**2 / np.hypot(deviations, posterior.noise)  # the part that one training would remove
         params = np.array([self._params_of(c) for c in pool])
         widest = self._params_of(Candidate((), max(self._space.ranks))) * (1 + 1e-9)
         begins = np.array([p for p, _, _ in front])

@@ -59,7 +59,7 @@ class SearchSpace:
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's parameters. They cover every named candidate as well; the sampler keeps to the space."""
+        """Optuna's parameters. They also cover the named candidates outside the space; the sampler keeps to the space."""
         layers = sorted({*self.removable, *(i for c in self.named.values() for i in c.removed_layers)})
         ranks = sorted({*self.ranks, *(c.lora_rank for c in self.named.values())})
         bits: dict[str, BaseDistribution] = {f"{REMOVE}{i}": CategoricalDistribution([False, True]) for i in layers}

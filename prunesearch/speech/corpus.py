@@ -1,4 +1,4 @@
-"""A split's utterances from its sources: within the study's limits, drawn by its seed, all recordings known to be readable."""
+"""A split's utterances from its sources: within the study's limits, drawn by its seed, with readable recordings only."""
 
 import hashlib
 import json

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def fetch_records(config: StudyConfig, storage: str | None = None) -> None:
-    """Fetch the records of other workers, if workers share no run folder. Raises StudyError."""
+    """Fetch the records of other workers, if the study has an artifact store. Raises StudyError."""
     if (artifacts := open_artifacts(config)) is None:
         return
     stored = load_stored_study(config, open_storage(storage or config.storage.url, config.run_folder))
@@ -42,7 +42,10 @@ def decode_final_test(
     context: "TrainingContext | None" = None,
     storage: str | None = None,
 ) -> None:
-    """Decode test for what is `untested`; one worker does. `context`: models that are loaded already."""
+    """Decode test for the `untested` records, while other workers wait. `context`: models that are loaded already.
+
+    Raises Interrupted.
+    """
     from prunesearch.training.recipe import decode_test
 
     fetch_records(config, storage)

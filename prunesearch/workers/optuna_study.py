@@ -158,7 +158,7 @@ def lock_provenance(stored: StoredStudy, what: str, value: Mapping[str, Any], al
 
 
 def code_identity() -> dict[str, str]:
-    """What trains and scores: this package's version and sources, and the libraries that compute."""
+    """The code that trains and scores: versions of this package and of the libraries it computes with, and a source digest."""
     digest = hashlib.sha256()
     package = Path(prunesearch.__file__).parent
     for file in sorted(p for room in ("speech", "model", "training") for p in (package / room).glob("*.py")):

@@ -39,7 +39,7 @@ class StudyRules:
 
 
 class WorkerTrial(LeasedTrial):
-    """A candidate that is this worker's to evaluate, and the Optuna trial that stands for it.
+    """The candidate that this worker evaluates, the Optuna trial that stands for it, and the lease on that trial.
 
     `unwritten`: whether the storage has not been told the trial's parameters yet.
     """
@@ -78,8 +78,11 @@ class WorkerTrial(LeasedTrial):
                 del self._pending[name]
 
     @contextmanager
-    def held(self, duty: Callable[[], object], note: Callable[[str], None]) -> Iterator[None]:
-        """Keep the lease while the candidate is evaluated; parameters are written meanwhile. `duty`: see `keep_alive`."""
+    def keep_lease(self, duty: Callable[[], object], note: Callable[[str], None]) -> Iterator[None]:
+        """Keep the lease while the candidate is evaluated; parameters are written meanwhile, in the background.
+
+        `duty`: see `keep_alive`.
+        """
 
         def first_params_then_duty() -> None:
             if self._pending:
@@ -106,8 +109,8 @@ class WorkerTrial(LeasedTrial):
     def tell(self, record: RunRecord) -> None:
         """Store the outcome. Raises UpdateFinishedTrialError if another process has ended the trial: the first outcome counts.
 
-        Rungs are stored once more: a record that was there already has passed them without this trial. A pruned trial has no
-        values in a study of two objectives, and a failed one must never be complete.
+        Rungs are stored again: the record may come from an earlier trial of the same candidate. A pruned trial has no values in
+        a study of two objectives.
         """
         for rung in record.rungs:
             told = {"wer": rung.errors.wer, "params": record.parameters.of(self.rules.objective)}
@@ -126,11 +129,11 @@ class WorkerTrial(LeasedTrial):
         self.stored.end_trial(self.trial, TrialState.PRUNED if record.state == "pruned" else TrialState.FAIL)
 
     def hand_back(self, reason: str | None = None) -> None:
-        """Give the candidate to another worker: this one leaves."""
+        """Release the candidate for another worker, because this one stops."""
         self._release_with_params("handed back", reason)
 
     def crash(self, reason: str) -> None:
-        """Give the candidate to another worker: its evaluation ended in an exception here."""
+        """Release the candidate for another worker, because its evaluation raised an exception here."""
         self._release_with_params("crashed", reason)
 
     def _release_with_params(self, why: str, reason: str | None) -> None:
