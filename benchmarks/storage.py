@@ -74,7 +74,7 @@ def labour(url: str | None, folder: Path, number: int, kind: str, ready: Barrier
     study.trials()
     joins, asks, tells = [time.perf_counter() - begin], [], []
     monitor, interrupt = LeaseMonitor(), Interrupt()
-    rules = StudyRules(SPACE, params_of, "speech_params", 10**6, 0.95, folder)
+    rules = StudyRules(SPACE, params_of, "speech_params", 10**6, 0.95)
     ready.wait()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -83,7 +83,7 @@ def labour(url: str | None, folder: Path, number: int, kind: str, ready: Barrier
         asked = time.perf_counter()
         if claimed is None:
             break
-        with claimed.held(lambda: None, print):
+        with claimed.keep_lease(lambda: None, print):
             time.sleep(1.0)
         woken = time.perf_counter()
         values = [wer_of(claimed.candidate), params_of(claimed.candidate)]

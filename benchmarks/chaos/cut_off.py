@@ -79,7 +79,7 @@ def labour(url: str, folder: Path, name: str) -> None:
     listener = Listener()
     storage = open_storage(url + options, folder, listener.note)
     study = optuna.load_study(study_name="s", storage=storage, sampler=CandidateSampler(SPACE, 0))
-    rules = StudyRules(SPACE, params_of, "speech_params", TRIALS, 0.95, folder)
+    rules = StudyRules(SPACE, params_of, "speech_params", TRIALS, 0.95)
     run_loop(StoredStudy(study, storage), rules, evaluate, listener=listener)
     print(f"{name} is done", flush=True)
 

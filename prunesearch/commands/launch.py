@@ -19,12 +19,13 @@ def launch(
     listener: ProgressListener | None = None,
     allow_changes: bool = False,
 ) -> StudyConfig:
-    """Run the study of a study file, or continue it, until `trials` candidates have an outcome, whichever worker evaluated
-    them.
+    """Run the study of a study file, or continue it, until `trials` candidates have an outcome, no matter which worker
+    evaluated them.
 
     One worker is this process. Several workers are processes of their own, which share the processor's threads or take one GPU
     each. At the end, test is decoded for the front and the baselines. `allow_changes`: continue even though code, data, models
-    or anchor differ from when the study started. Raises StudyError for a user's mistakes, and Interrupted after a signal.
+    or anchor differ from when the study started. Raises StudyError for errors in the user's input, and Interrupted after a
+    signal.
     """
     config, options = load_study(source), WorkerOptions(storage, allow_changes, trials=trials)
     listener, interrupt = listener or NullListener(), Interrupt()

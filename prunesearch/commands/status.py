@@ -1,4 +1,4 @@
-"""Look at a study and steer it, from any machine that reaches its storage: status, retry, abort."""
+"""status, retry and abort: show and control a study from any machine that can reach its storage."""
 
 import json
 import time
@@ -8,6 +8,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.search.samplers import WORST_GROUP_WER
+from prunesearch.search.space import candidate_params
 from prunesearch.search.study_progress import StudyProgress, candidate_key, is_finished, is_foreign
 from prunesearch.speech.corpus import SPLITS
 from prunesearch.study.candidate import Candidate
@@ -28,7 +29,7 @@ def left_out(config: StudyConfig) -> dict[str, int]:
 
 
 def status(source: str | Path, storage: str | None = None, price: float | None = None) -> dict[str, Any]:
-    """A study's progress: trials by state, workers and what they do, the best candidates so far, and what is left. Reads only.
+    """A study's progress: trials by state, workers and their activity, the front so far, and the remaining work. Only reads.
 
     `price`: cost of a worker per hour. Whether a worker on another machine is alive is judged by the time of its last
     heartbeat, on that machine's clock. Raises StudyError for a study that was not launched.
@@ -131,14 +132,6 @@ def retry(source: str | Path, storage: str | None = None) -> list[str]:
         names = trial.params or next((t.params for t in trials if t.params and not is_foreign(t)), {})  # none if killed early
         stored.study.enqueue_trial(candidate_params(candidate, names), user_attrs={"candidate": key, "retry": True})
     return list(failed)
-
-
-def candidate_params(candidate: Candidate, names: dict[str, Any]) -> dict[str, Any]:
-    """The candidate as values of the parameters of these names."""
-    from prunesearch.search.space import REMOVE
-
-    bits = {n: int(n.removeprefix(REMOVE)) in candidate.removed_layers for n in names if n.startswith(REMOVE)}
-    return bits | {"lora_rank": candidate.lora_rank} | ({"repeat": candidate.repeat} if "repeat" in names else {})
 
 
 def abort(source: str | Path, storage: str | None = None) -> int:

@@ -25,8 +25,8 @@ class SpaceExhausted(Exception):
 
 
 class CandidateSampler(BaseSampler):
-    """Proposes pending candidates first (`StudyProgress.pending`), then asks `propose`; draws at random if that has no
-    proposal.
+    """Proposes pending candidates first (`StudyProgress.pending`), then what `propose` returns, or a random candidate if it
+    returns None.
 
     Random numbers depend on the seed and on the numbers of finished and running trials only: a study that was killed and
     resumed makes the proposals that it would have made.
@@ -41,8 +41,9 @@ class CandidateSampler(BaseSampler):
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
     ) -> Candidate | None:
-        """A candidate whose key is not in `seen`; None to have one drawn at random. `begun`: number of finished and running
-        trials.
+        """A candidate whose key is not in `seen`; None: the caller draws one at random.
+
+        `trial`: the trial that the proposal is for, if there is one already. `begun`: number of finished and running trials.
         """
         return None
 
@@ -54,7 +55,7 @@ class CandidateSampler(BaseSampler):
         return self._space.params(self.choose(study, trial, others))
 
     def choose(self, study: Study, trial: FrozenTrial | None, others: StudyProgress) -> Candidate:
-        """The next candidate; `others` summarises all trials except the one that it is for. Raises SpaceExhausted."""
+        """The next candidate; `others` summarises all trials except `trial`. Raises SpaceExhausted."""
         if pending := others.pending(self._space):
             return pending
         rng = random.Random(f"{self._seed} {others.finished} {others.running}")

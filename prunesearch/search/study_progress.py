@@ -83,13 +83,13 @@ class StudyProgress:
 
     @cached_property
     def taken(self) -> set[str]:
-        """Keys of the candidates that are finished, running or enqueued: nobody else needs to evaluate them."""
+        """Keys of the candidates that are finished, running or enqueued: no other worker needs to evaluate them."""
         there = (TrialState.RUNNING, TrialState.WAITING)
         return {key for key, trial in self.latest.items() if trial.state in there or is_finished(trial)}
 
     @cached_property
     def released(self) -> list[str]:
-        """Keys of the candidates that a worker handed back, or whose worker died."""
+        """Keys of the candidates that a worker released without an outcome, or whose worker died."""
         return [key for key, t in self.latest.items() if t.state == TrialState.FAIL and t.user_attrs.get("ended") in RELEASED]
 
     def pending(self, space: SearchSpace) -> Candidate | None:

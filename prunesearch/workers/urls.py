@@ -60,8 +60,8 @@ def shown(url: str) -> str:
 def redacted(text: str) -> str:
     """The text without secrets: what a database driver says may repeat the URL that it was given.
 
-    Removes the passwords of the URLs that this process has opened, the one in PGPASSWORD, and whatever stands where a URL or a
-    connection string has its password.
+    Removes the passwords of the URLs that this process has opened, the one in PGPASSWORD, and any text in the place where a URL
+    or a connection string has its password.
     """
     for secret in sorted({*_known_secrets, os.environ.get("PGPASSWORD", "")} - {""}, key=len, reverse=True):
         text = text.replace(secret, "***")
