@@ -1,12 +1,19 @@
 """Storages: how a URL is opened and shown, what happens while a storage is away, and who may not read a password."""
 
+import contextlib
 import errno
-import os
+import json
+import random
+import signal
 import sqlite3
+import string
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import optuna
 import pytest
@@ -14,19 +21,24 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
 
-from prunesearch.study.config import StudyConfig
+from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import read_records
-from prunesearch.workers import retry
+from prunesearch.study.record import RunRecord, read_records
+from prunesearch.workers import lease as leases
+from prunesearch.workers import loop, retry, urls
+from prunesearch.workers.loop import run_loop
 from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.optuna_study import check_writable, load_stored_study
+from prunesearch.workers.registration import create_study
 from prunesearch.workers.retry import RetryingStorage, is_away
 from prunesearch.workers.storage import open_storage
-from prunesearch.workers.urls import filled_in, holds_secret, shown
+from prunesearch.workers.trial import WorkerTrial
+from prunesearch.workers.urls import filled_in, holds_secret, redacted, shown
 from tests.conftest import started_postgres, write_study
-from tests.servers import GrpcProxy, Postgres, until
-from tests.test_launch import cli
-from tests.workers_helpers import complete, finished, labour, opened, started
+from tests.servers import GrpcProxy, Postgres, free_port, until
+from tests.test_launch import ROOT, cli
+from tests.test_search import landscape, rules
+from tests.workers_helpers import Notes, command, complete, finished, labour, opened, started
 
 
 def test_several_workers_create_a_study_at_once(config: StudyConfig, postgres: Postgres) -> None:
@@ -128,19 +140,19 @@ def test_locks_that_killed_workers_left_block_no_other_worker(config: StudyConfi
     labour(config.source, None, 4, 0.0)
 
 
-def test_a_password_is_neither_printed_nor_written(toy: Path, tmp_path: Path, postgres: Postgres) -> None:
-    file = write_study(tmp_path / "s", toy)
-    env = {**os.environ, "STUDY_URL": postgres.url}
-    done = cli("launch", file, "--storage", "${STUDY_URL}", "--trials", "2", "--workers", "2", env=env)
+def test_a_password_is_neither_printed_nor_written(
+    toy: Path, tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_study(tmp_path / "s", toy, training={"steps": 1, "init": "scratch"}, search={"sampler": "random"})
+    monkeypatch.setenv("STUDY_URL", postgres.url)
+    done = cli("launch", file, "--storage", "${STUDY_URL}", "--trials", "2", "--workers", "2")
     assert done.returncode == 0, done.stderr
     told = done.stdout + done.stderr
-    for command in ("status", "report", "validate"):
-        arguments = ["--storage", "${STUDY_URL}"] if command == "status" else []
-        told += "".join(cli(command, file, *arguments, env=env).__dict__[out] for out in ("stdout", "stderr"))
-    wrong = postgres.url.replace(Postgres.PASSWORD, Postgres.PASSWORD + "x")
-    refused = cli("status", file, "--storage", wrong)
-    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
-    told += refused.stderr
+    for words in (["status", file, "--storage", "${STUDY_URL}"], ["report", file], ["validate", file]):
+        shown_to_user = command(*words)
+        assert shown_to_user.code == 0
+        told += shown_to_user.out + shown_to_user.err
+    told += command("status", file, "--storage", postgres.url.replace(Postgres.PASSWORD, Postgres.PASSWORD + "x")).error
     written = b"".join(p.read_bytes() for p in file.parent.rglob("*") if p.is_file())
     assert Postgres.PASSWORD not in told
     assert Postgres.PASSWORD.encode() not in written
@@ -227,3 +239,119 @@ def test_a_proxy_serves_only_databases(toy: Path, tmp_path: Path) -> None:
     done = cli("storage", "proxy", write_study(tmp_path / "s", toy))
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "a proxy serves a database" in done.stderr
+
+
+def test_a_proxy_serves_the_study_until_it_is_interrupted(toy: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "s", toy, training={"steps": 1, "init": "scratch"}, search={"sampler": "random"})
+    database, port = f"sqlite:///{tmp_path}/study.db", free_port()
+    create_study(load_study(file), open_storage(database, tmp_path))
+    arguments = ["storage", "proxy", str(file), "--storage", database, "--port", str(port)]
+    proxy = subprocess.Popen([sys.executable, "cli.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert proxy.stderr is not None
+        url = proxy.stderr.readline().removeprefix("workers can use --storage ").strip()
+        assert url == f"grpc://localhost:{port}"
+        done = command("launch", file, "--storage", url, "--trials", 2)
+        assert done.code == 0, done.err
+        found = json.loads(command("status", file, "--storage", url, "--json").out)
+        assert (found["settled"], found["trials"]) == (2, 2)
+        assert found == json.loads(command("status", file, "--storage", database, "--json").out), "the database has it"
+        proxy.send_signal(signal.SIGINT)
+        assert proxy.wait(30) == 128 + signal.SIGINT
+    finally:
+        proxy.kill()
+        proxy.communicate()
+
+
+# Secrets in what drivers say
+
+PASSWORD = "p@ss:w/o r#d'\\\"%&;="
+SPECIAL = "@:/?#%&=+;,'\"\\$!*()[]{}|~^`<> äß"
+
+
+def test_what_a_crash_says_is_stored_and_told_without_the_password(
+    config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither that of a URL that was opened nor that of any other URL."""
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(loop, "FULL_DISK_SECONDS", 0.01)
+    filled_in(f"postgresql+psycopg://me:{quote(PASSWORD, safe='')}@host/db")
+    saying = f"connection to postgresql://you:other-secret@host/db failed; before that, with {PASSWORD}"
+    study, heard = opened(config, None), Notes()
+    errors: list[Exception] = [RuntimeError(saying), OSError(errno.EPERM, saying), OSError(errno.ENOSPC, saying)]
+
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        if errors:
+            raise errors.pop()
+        until(lambda: any("beside a trial" in note for note in heard.notes), "a failed duty")
+        return landscape(trial.candidate)
+
+    def upload() -> None:
+        raise ConnectionError(saying)
+
+    for error in (PermissionError, RuntimeError, None):
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            run_loop(study, rules(config, 2), evaluate, listener=heard, duty=upload)
+    reasons = [t.user_attrs["reason"] for t in study.trials() if "reason" in t.user_attrs]
+    assert len(reasons) == 3
+    notes = [note for note in heard.notes if "***" in note]
+    assert any("disk is full" in note for note in notes)
+    assert any("beside a trial" in note for note in notes)
+    for text in (*reasons, *notes):
+        assert "postgresql://you:***@host/db" in text
+    for text in (*reasons, *heard.notes, (config.run_folder / "journal.log").read_text()):
+        assert PASSWORD not in text
+        assert json.dumps(PASSWORD)[1:-1] not in text
+        assert "other-secret" not in text
+
+
+def messages_with(password: str) -> list[str]:
+    """How drivers and libraries repeat a password that they were given."""
+    in_quotes = password.replace("\\", "\\\\").replace("'", "\\'")  # as libpq's connection strings have it
+    return [
+        f"cannot connect to postgresql+psycopg://me:{quote(password, safe='')}@host:1/db?x=1 (refused)",
+        f"cannot connect to mysql://me@host/db?user=me&password={quote_plus(password)}&x=1",
+        f"connection string: host=h password='{in_quotes}' user=me",
+        f"connection string: host=h user=me PASSWORD='{in_quotes}'",
+    ]
+
+
+def messages_with_a_known(password: str) -> list[str]:
+    """The same, where only the password itself tells that it is one."""
+    return [
+        f"wrong password {password} for me",
+        f"('host', 'me', {password!r})",
+        f"connected with {quote(password, safe='')}",
+        f"connected with {quote_plus(password)}",
+        json.dumps({"secret": password}),
+        make_url("mysql://me@host/db").set(password=password).render_as_string(hide_password=False),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_password_survives_redaction(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "_known_secrets", set())
+    rng = random.Random(seed)
+    alphabet = string.ascii_letters + string.digits + 3 * SPECIAL
+    password = "Q9" + "".join(rng.choice(alphabet) for _ in range(rng.randint(4, 16))) + "Z7"
+
+    def survives(text: str) -> bool:
+        forms = (password, repr(password)[1:-1], json.dumps(password)[1:-1], quote(password, safe=""), quote_plus(password))
+        return any(form in text for form in forms) or "Z7" in text or "Q9" in text
+
+    for message in messages_with(password):
+        assert survives(message)
+        assert not survives(redacted(message)), (password, redacted(message))
+    assert survives(redacted(messages_with_a_known(password)[0])), "no one could know"
+    filled_in(f"postgresql+psycopg://me:{quote(password, safe='')}@host/db")
+    for message in (*messages_with(password), *messages_with_a_known(password)):
+        assert not survives(redacted(message)), (password, redacted(message))
+    harmless = "no secret: a@b.c, http://host/x, key=value, passed=3"
+    assert redacted(harmless) == harmless
+
+
+def test_a_password_from_the_environment_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    assert redacted(f"wrong password {PASSWORD} for me") == "wrong password *** for me"
+    monkeypatch.setenv("PGPASSWORD", "")
+    assert redacted("nothing") == "nothing"
