@@ -81,8 +81,8 @@ def simulated_record(candidate: Candidate) -> RunRecord:
     )  # fmt: skip
 
 
-def rules(folder: Path, trials: int) -> StudyRules:
-    return StudyRules(SPACE, params_of, "speech_params", trials, rung_confidence=0.95, run_folder=folder)
+def rules(trials: int) -> StudyRules:
+    return StudyRules(SPACE, params_of, "speech_params", trials, rung_confidence=0.95)
 
 
 def sampler_of(name: str, seed: int) -> CandidateSampler:
@@ -176,11 +176,11 @@ def run_worker(url: str | None, folder: Path, number: int, load: Load, all_ready
     end = time.monotonic() + load.seconds
     while time.monotonic() < end:
         begin = time.perf_counter()
-        trial = claim(stored, rules(folder, ENDLESS), monitor, interrupt)
+        trial = claim(stored, rules(ENDLESS), monitor, interrupt)
         if trial is None:
             break
         asks.append(time.perf_counter() - begin)
-        with trial.held(lambda: None, print):
+        with trial.keep_lease(lambda: None, print):
             time.sleep(TRIAL_SECONDS)
             begin = time.perf_counter()  # a tell waits for parameters that are not written yet
         trial.tell(simulated_record(trial.candidate))

@@ -95,7 +95,7 @@ def run_worker(url: str, folder: Path, name: str) -> None:
     machine = Machine(name)
     storage = open_storage(url + KEEPALIVE, folder, machine.note)
     study = optuna.load_study(study_name=STUDY, storage=storage, sampler=sampler_of("random", 0))
-    run_loop(StoredStudy(study, storage), rules(folder, TRIALS), machine.evaluate, listener=machine)
+    run_loop(StoredStudy(study, storage), rules(TRIALS), machine.evaluate, listener=machine)
     print(f"{name} is done", flush=True)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from prunesearch.model.skeleton import encoder_layers, params_of_candidates, skeleton
 from prunesearch.search.space import SearchSpace
 from prunesearch.study.candidate import Candidate
-from prunesearch.study.config import StudyConfig
+from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.record import Parameters
 
 TEXT_TOKENS_PER_SECOND = 4.0  # read speech has 2 to 3 words a second; LLMs' tokenizers make 1.3 (English) to 2 tokens of one
@@ -60,8 +60,12 @@ class Plan:
         return {**{k: v for k, v in vars(self).items() if k != "named"}, "named": named}
 
 
-def plan(config: StudyConfig) -> Plan:
-    """Count parameters, candidates and steps. Raises StudyError when a model's configuration cannot be read."""
+def plan(study: StudyConfig | str | Path) -> Plan:
+    """Count parameters, candidates and steps of a study, given as its file, its folder or its configuration.
+
+    Raises StudyError when the study file or a model's configuration cannot be read.
+    """
+    config = study if isinstance(study, StudyConfig) else load_study(study, data_must_exist=False)
     count = params_of_candidates(config)
     depth = encoder_layers(config)
     space = SearchSpace.of(config, depth)

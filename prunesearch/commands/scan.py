@@ -32,5 +32,6 @@ def scan(
     with interrupt.on_signals(listener.note):
         worker = Worker.open(config, WorkerOptions(storage, scan_only=True), listener, interrupt)
         found = importance_scan(worker.context, settings)
+        worker.close()
     write_scan_report(config.run_folder / "scan", found)
     return found
