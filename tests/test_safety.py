@@ -24,11 +24,12 @@ from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.record import RunRecord, read_records, write_record
 from prunesearch.training.context import TrainingContext
+from prunesearch.workers.lease import LEASE_SECONDS, LeaseMonitor, release_stale
 from prunesearch.workers.loop import run_loop
 from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.optuna_study import code_identity, lock_provenance, open_existing_study, open_study
 from prunesearch.workers.storage import open_storage
-from prunesearch.workers.trial import WorkerTrial
+from prunesearch.workers.trial import WorkerTrial, finished_at
 from tests.conftest import write_study
 from tests.test_search import landscape, params_of, rules, space
 from tests.workers_helpers import command, complete, finished, opened
@@ -206,6 +207,19 @@ def test_trials_of_other_programs_are_left_alone(config: StudyConfig, sampler: s
     again = True
     run_loop(ours, rules(config, 12), evaluate)
     assert len(complete(ours)) == len(set(complete(ours))) == finished(ours) == 12
+    assert len(finished_at(ours, 1)) == 12, "no rung compares with the others"
+
+    key = next(c.key for c in space().everything() if c.key not in complete(ours))
+    ours.study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"candidate": key, "ended": "failed"}))
+    assert retry(config.source, url) == [key], "its parameters are known, although it has none and others have"
+    run_loop(ours, rules(config, 13), evaluate)
+    assert key in complete(ours)
+
+    now = [0.0]
+    monitor = LeaseMonitor(lambda: now[0])
+    for _ in range(4):
+        assert release_stale(ours, monitor) == []
+        now[0] += LEASE_SECONDS / 3
     found = status(config.source, url)
     assert len(found["front"]) > 1
     assert {row["candidate"] for row in found["front"]} <= set(complete(ours))
