@@ -128,10 +128,6 @@ def sigterm_to_torchrun(group: Group) -> None:
     group.torchrun.terminate()
 
 
-def sigusr1_to_the_main_process(group: Group) -> None:
-    os.kill(group.pid(0), signal.SIGUSR1)
-
-
 def sigusr1_to_the_other_process(group: Group) -> None:
     os.kill(group.pid(1), signal.SIGUSR1)
 
@@ -144,7 +140,6 @@ def abort_from_elsewhere(group: Group) -> None:
     ("interrupt", "code"),
     [
         (sigterm_to_torchrun, 128 + signal.SIGTERM),
-        (sigusr1_to_the_main_process, 128 + signal.SIGUSR1),
         (sigusr1_to_the_other_process, 128 + signal.SIGUSR1),
         (abort_from_elsewhere, 130),
     ],
