@@ -246,7 +246,10 @@ def test_a_proxy_serves_the_study_until_it_is_interrupted(toy: Path, tmp_path: P
     database, port = f"sqlite:///{tmp_path}/study.db", free_port()
     create_study(load_study(file), open_storage(database, tmp_path))
     arguments = ["storage", "proxy", str(file), "--storage", database, "--port", str(port)]
-    proxy = subprocess.Popen([sys.executable, "cli.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    proxy = subprocess.Popen(
+        [sys.executable, "cli.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
+    )  # fmt: skip
     try:
         assert proxy.stderr is not None
         url = proxy.stderr.readline().removeprefix("workers can use --storage ").strip()
@@ -283,7 +286,7 @@ def test_what_a_crash_says_is_stored_and_told_without_the_password(
     def evaluate(trial: WorkerTrial) -> RunRecord:
         if errors:
             raise errors.pop()
-        until(lambda: any("beside a trial" in note for note in heard.notes), "a failed duty")
+        until(lambda: any("background task of the trial" in note for note in heard.notes), "a failed duty")
         return landscape(trial.candidate)
 
     def upload() -> None:
@@ -296,7 +299,7 @@ def test_what_a_crash_says_is_stored_and_told_without_the_password(
     assert len(reasons) == 3
     notes = [note for note in heard.notes if "***" in note]
     assert any("disk is full" in note for note in notes)
-    assert any("beside a trial" in note for note in notes)
+    assert any("background task of the trial" in note for note in notes)
     for text in (*reasons, *notes):
         assert "postgresql://you:***@host/db" in text
     for text in (*reasons, *heard.notes, (config.run_folder / "journal.log").read_text()):
