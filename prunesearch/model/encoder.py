@@ -59,7 +59,7 @@ def positions_of(frames: Tensor) -> Tensor:
     return (frames + 1) // 2
 
 
-def _padding_mask(lengths: Tensor, width: int) -> Tensor | None:
+def padding_mask(lengths: Tensor, width: int) -> Tensor | None:
     """(B,) -> boolean (B, 1, T, T), True where a position may be attended to; None when nothing is padded."""
     if bool((lengths == width).all()):
         return None
@@ -87,7 +87,7 @@ def embed(encoder: WhisperEncoder, features: Tensor, frames: Tensor) -> tuple[Te
 
 def run_layers(encoder: WhisperEncoder, hidden: Tensor, lengths: Tensor, first: int = 0, last: int | None = None) -> Tensor:
     """Layers `first` to `last` (exclusive; default: all that follow): (B, T, D), lengths (B,) -> (B, T, D)."""
-    mask = _padding_mask(lengths, hidden.shape[1])
+    mask = padding_mask(lengths, hidden.shape[1])
     for layer in encoder.layers[first:last]:
         hidden = layer(hidden, mask)
     return hidden
