@@ -4,7 +4,7 @@ Shapes: B batch, M mel bins, F mel frames, T encoder positions (F / 2, rounded u
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -52,6 +52,20 @@ def remove_layers(encoder: WhisperEncoder, removed_layers: Iterable[int]) -> Whi
         setattr(pruned, name, module)
     pruned.layers = nn.ModuleList(layer for i, layer in enumerate(encoder.layers) if i not in removed)
     return pruned.train(encoder.training)
+
+
+def with_repaired_maps(encoder: WhisperEncoder, maps: Mapping[str, Tensor]) -> WhisperEncoder:
+    """A pruned encoder with some of its tensors replaced, by name; the layers that hold them are copied first.
+
+    Raises ValueError for a tensor that the encoder does not have, or of another shape.
+    """
+    state = encoder.state_dict()
+    if wrong := [name for name, tensor in maps.items() if name not in state or state[name].shape != tensor.shape]:
+        raise ValueError(f"these maps belong to another encoder: {wrong[0]}")
+    for place in sorted({int(name.split(".")[1]) for name in maps if name.startswith("layers.")}):
+        encoder.layers[place] = copy.deepcopy(encoder.layers[place])
+    encoder.load_state_dict(dict(maps), strict=False)
+    return encoder
 
 
 def positions_of(frames: Tensor) -> Tensor:

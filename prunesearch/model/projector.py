@@ -41,7 +41,7 @@ class Projector(nn.Module):
         return self.norm(self.down(hidden)), audio_lengths
 
     def stacked(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions concatenated: (B, A, stack * D_encoder), lengths (B,). States beyond an utterance's length count as zero."""
+        """Concatenated positions (B, A, stack * D_encoder), lengths (B,). States beyond an utterance's length count as 0."""
         inside = torch.arange(states.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
         states = states * inside[..., None]
         states = nn.functional.pad(states, (0, 0, 0, -states.shape[1] % self.stack))

@@ -1,43 +1,46 @@
 """Closed-form repair: what removed layers cost is computed by least squares, without training and without transcripts.
 
 In every encoder layer, two linear maps write into the stream: the attention's `out_proj` and the feed-forward's `fc2`. From the
-lowest cut upwards, both are refitted in each kept layer, so that the stream of the pruned encoder becomes again what the unpruned
-encoder has at that depth. With X_i the unpruned stream before layer i, M_i the unpruned stream behind layer i's attention, h the
-pruned stream so far, and j the next kept layer after i (or the end of the encoder):
+lowest cut upwards, both are refitted in each kept layer, so that the stream of the pruned encoder becomes again what the
+unpruned encoder has at that depth. With X_i the unpruned stream before layer i, M_i the unpruned stream behind layer i's
+attention, h the pruned stream so far, and j the next kept layer after i (or the end of the encoder):
 
     out_proj  <-  ridge regression from the concatenated heads to     M_i - h     (in layers above the lowest cut)
     m = h + attention(h)
     fc2       <-  ridge regression from GELU(fc1(LayerNorm(m))) to    X_j - m
     h = m + fc2(...)
 
-At the end, the projector's first linear map is refitted in the same way to what it computed from the unpruned encoder. No parameter
-is added; the result is a plain Whisper encoder. It follows from the layer set, the recordings and the ridge: it can be made again at
-any time. Sources: ReplaceMe (arXiv 2505.02819) puts one linear map in place of a run of LLM blocks, by least squares.
+At the end, the projector's first linear map is refitted in the same way to what it computed from the unpruned encoder. No
+parameter is added; the result is a plain Whisper encoder. It follows from the layer set, the recordings and the ridge: it can
+be made again at any time. Sources: ReplaceMe (arXiv 2505.02819) puts one linear map in place of a run of LLM blocks, by least
+squares.
 
 Shapes: B batch, T positions, D width, N valid positions of a batch.
 """
 
 import copy
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.encoder import padding_mask, remove_layers
+from prunesearch.model.encoder import padding_mask, remove_layers, with_repaired_maps
 from prunesearch.model.projector import Projector
 from prunesearch.study.candidate import Candidate
+from prunesearch.study.record import ENCODER_FILE, RepairSummary, record_folder
+from prunesearch.training.anchor import starting_projector
 from prunesearch.training.batches import by_length
-from prunesearch.training.context import TrainingContext
+from prunesearch.training.context import TrainingContext, write_tensors
 from prunesearch.training.device import arithmetic
 from prunesearch.training.ridge import NormalEquations, Solution, solve
 from prunesearch.training.states import StateStore, nameless_store
 
 BATCH = 32
-HELD_OUT = 8  # every so many utterances are held out, to choose the ridge on
+HELD_OUT = 8  # one in so many utterances is held out, to choose the ridge on
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,9 @@ class FitSet:
     held_out: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, context: TrainingContext, utterances: int) -> "FitSet":
-        """Drawn by the study's seed; one in `HELD_OUT` of them is held out."""
-        seconds = [u.seconds for u in context.corpora["train"]]
-        drawn = random.Random(f"{context.config.seed} repair").sample(range(len(seconds)), min(utterances, len(seconds)))
+    def of(cls, context: TrainingContext) -> "FitSet":
+        """The utterances that the study draws for repairs; one in `HELD_OUT` of them is held out."""
+        seconds, drawn = [u.seconds for u in context.corpora["train"]], context.repair_utterances
 
         def batches(indices: list[int]) -> tuple[tuple[int, ...], ...]:
             return tuple(tuple(indices[i] for i in b) for b in by_length([seconds[i] for i in indices], BATCH))
@@ -59,110 +61,102 @@ class FitSet:
         return cls(batches([i for n, i in enumerate(drawn) if n % HELD_OUT]), batches(drawn[::HELD_OUT]))
 
     @property
+    def batches(self) -> tuple[tuple[int, ...], ...]:
+        return self.fit + self.held_out
+
+    @property
     def indices(self) -> list[int]:
-        return sorted(i for batches in (self.fit, self.held_out) for batch in batches for i in batch)
+        return sorted(i for batch in self.batches for i in batch)
+
+
+Rows = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Pruned states, unpruned states (B, T, D), lengths (B,) -> inputs of a map (N, I), wanted outputs (N, O)."""
 
 
 @dataclass
-class Stream:
-    """The states of all utterances of the fit set at one depth of an encoder."""
-
-    store: StateStore
-    device: torch.device
-    dtype: torch.dtype
-
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.store.batch(indices, self.device)
-
-
 class Repair:
-    """Repairs pruned encoders of one study; `attention`: whether `out_proj` is refitted as well as `fc2`."""
+    """Repairs one candidate's encoder and projector. `solutions`: what was found, by the name of the map.
 
-    def __init__(self, context: TrainingContext, utterances: int = 400, attention: bool = True, every_layer: bool = True):
-        self.context, self.attention, self.every_layer = context, attention, every_layer
-        self.set = FitSet.of(context, utterances)
-        self.solutions: dict[str, Solution] = {}
+    `attention`: whether `out_proj` is refitted as well as `fc2`; `above`: whether layers that do not border on a cut are, too.
+    """
+
+    context: TrainingContext
+    attention: bool = True
+    above: bool = True
+    solutions: dict[str, Solution] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._set = FitSet.of(self.context)
 
     @torch.no_grad()
-    def encoder(self, candidate: Candidate) -> WhisperEncoder:
-        """The candidate's encoder, repaired. Without removed layers, it is the unpruned encoder itself."""
-        context, removed = self.context, set(candidate.removed_layers)
+    def encoder(self, removed_layers: Sequence[int]) -> WhisperEncoder:
+        """The encoder without these layers, repaired from the lowest cut upwards. Layers that are not refitted are shared with
+        the unpruned encoder.
+        """
+        context, removed = self.context, set(removed_layers)
         pruned = remove_layers(context.encoder, removed)
         if not removed:
             return pruned
-        depth, lowest_cut = context.depth, min(removed)
-        kept = [i for i in range(depth) if i not in removed]
-        start = max(lowest_cut - 1, 0)
-        full, at = context.prefix("train", self.set.indices), context.shared_depth
-        full, at = self._advanced(full, at, start), start
+        kept = [i for i in range(context.depth) if i not in removed]
+        lowest = min(removed)
+        start = max(lowest - 1, 0)
+        at, full = start, self._advanced(context.prefix("train"), context.shared_depth, start)
         stream = full
         for place, i in enumerate(kept):
             if i < start:
                 continue
-            behind = kept[place + 1] if place + 1 < len(kept) else depth
-            full, at = self._advanced(full, at, i), i
+            behind = kept[place + 1] if place + 1 < len(kept) else context.depth
+            full = self._advanced(full, at, i)
             target = self._advanced(full, i, behind)
-            refit = self.every_layer or behind > i + 1 or i < lowest_cut
-            layer = copy.deepcopy(pruned.layers[place]) if refit else pruned.layers[place]
-            pruned.layers[place] = layer
-            if refit and self.attention and i > lowest_cut:
-                original = context.encoder.layers[i]
-                self._fit(f"{i}.out_proj", layer.self_attn.out_proj, stream, full, _attention_rows(layer, original))
-            if refit:
-                self._fit(f"{i}.fc2", layer.fc2, stream, target, _feed_forward_rows(layer))
-            stream = self._applied(stream, [layer])
-            full, at = target, behind
+            if self.above or behind > i + 1:
+                pruned.layers[place] = layer = copy.deepcopy(pruned.layers[place])
+                if self.attention and i > lowest:
+                    rows = _attention_rows(layer, context.encoder.layers[i])
+                    self._refit(f"{i}.out_proj", layer.self_attn.out_proj, rows, stream, full)
+                self._refit(f"{i}.fc2", layer.fc2, _feed_forward_rows(layer), stream, target)
+            stream = self._through([pruned.layers[place]], stream)
+            at, full = behind, target
         return pruned
 
+    @torch.no_grad()
     def projector(self, projector: Projector, encoder: WhisperEncoder) -> None:
-        """Refit the projector's first linear map in place, for the states of a pruned (and repaired) encoder."""
-        context = self.context
-        prefix = context.prefix("train", self.set.indices)
-        full = context.states.finish(prefix, context.encoder, self.set.indices)
-        pruned = context.states.finish(prefix, encoder, self.set.indices)
-        up = copy.deepcopy(projector.up)
+        """Refit the projector's first linear map in place: on the states of `encoder`, it shall compute what it computed on
+        those of the unpruned encoder.
+        """
+        states, prefix = self.context.states, self.context.prefix("train")
+        full = states.finish(prefix, self.context.encoder, self._set.indices)
+        pruned = states.finish(prefix, encoder, self._set.indices)
+        self._refit("projector.up", projector.up, _projector_rows(projector, copy.deepcopy(projector.up)), pruned, full)
 
-        def rows(h: Tensor, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-            stacked, audio_lengths = projector.stacked(h, lengths)
-            wanted, _ = projector.stacked(x, lengths)
-            inside = torch.arange(stacked.shape[1], device=stacked.device) < audio_lengths[:, None]
-            return stacked[inside].float(), up(wanted[inside].float())
-
-        self._fit("projector.up", projector.up, pruned, full, rows)
-
-    def _fit(self, name: str, linear: nn.Linear, stream: StateStore, full: StateStore, rows: Callable[..., Any]) -> None:
-        """Refit a linear map in place, from the rows that a batch of the pruned and of the unpruned stream gives."""
-        context = self.context
-        sums = []
-        for batches in (self.set.fit, self.set.held_out):
-            equations = NormalEquations(linear)
-            for h, x, lengths in self._batches(batches, stream, full):
-                with arithmetic(context.device, context.dtype):
-                    inputs, outputs = rows(h, x, lengths)
-                equations.add(inputs, outputs)
-                context.progress("repairing", 0, 1)
-            sums.append(equations)
-        solution = solve(*sums)
+    def _refit(self, name: str, linear: nn.Linear, rows: Rows, stream: StateStore, full: StateStore) -> None:
+        """Refit a linear map in place."""
+        fit, held_out = (self._sums(linear, rows, batches, stream, full) for batches in (self._set.fit, self._set.held_out))
+        solution = self.solutions[name] = solve(fit, held_out)
         linear.weight.data = solution.weight.to(linear.weight.dtype)
         linear.bias.data = solution.bias.to(linear.bias.dtype)
-        self.solutions[name] = solution
 
-    def _batches(
-        self, batches: Sequence[Sequence[int]], stream: StateStore, full: StateStore
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _sums(
+        self, linear: nn.Linear, rows: Rows, batches: Sequence[Sequence[int]], stream: StateStore, full: StateStore
+    ) -> NormalEquations:
+        context, sums = self.context, NormalEquations(linear)
         for batch in batches:
-            h, lengths = stream.batch(batch, self.context.device)
-            x, _ = full.batch(batch, self.context.device)
-            yield h, x, lengths
+            h, lengths = stream.batch(batch, context.device)
+            x, _ = full.batch(batch, context.device)
+            with arithmetic(context.device, context.dtype):
+                inputs, outputs = rows(h, x, lengths)
+            sums.add(inputs, outputs)
+            context.progress("repairing", len(self.solutions), 2 * context.depth)
+        return sums
 
     def _advanced(self, store: StateStore, first: int, last: int) -> StateStore:
         """The unpruned stream before layer `last`, from that before layer `first`."""
-        return store if first == last else self._applied(store, list(self.context.encoder.layers[first:last]))
+        return store if first == last else self._through(list(self.context.encoder.layers[first:last]), store)
 
-    def _applied(self, store: StateStore, layers: Sequence[nn.Module]) -> StateStore:
+    def _through(self, layers: Sequence[nn.Module], store: StateStore) -> StateStore:
+        """The states behind some layers."""
         context = self.context
-        out = nameless_store(context.states.scratch, {i: store.length(i) for i in self.set.indices}, store)
-        for batch in (*self.set.fit, *self.set.held_out):
+        out = nameless_store(context.states.scratch, {i: store.length(i) for i in self._set.indices}, store)
+        for batch in self._set.batches:
             hidden, lengths = store.batch(batch, context.device)
             mask = padding_mask(lengths, hidden.shape[1])
             with arithmetic(context.device, context.dtype):
@@ -172,8 +166,8 @@ class Repair:
         return out
 
 
-def _attention_rows(layer: Any, original: Any) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Inputs of the layer's `out_proj` on the pruned stream; what it should add: the unpruned stream behind the attention - h."""
+def _attention_rows(layer: Any, original: Any) -> Rows:
+    """Inputs of the layer's `out_proj` on the pruned stream; it should add the unpruned stream behind the attention less h."""
 
     def rows(h: Tensor, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         inside = _inside(h, lengths)
@@ -183,13 +177,24 @@ def _attention_rows(layer: Any, original: Any) -> Callable[[Tensor, Tensor, Tens
     return rows
 
 
-def _feed_forward_rows(layer: Any) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _feed_forward_rows(layer: Any) -> Rows:
     """Inputs of the layer's `fc2` on the pruned stream; what it should add to reach the target x."""
 
     def rows(h: Tensor, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         inside = _inside(h, lengths)
         m = h + _attention(layer, h, lengths)[0]
         return layer.activation_fn(layer.fc1(layer.final_layer_norm(m)))[inside], (x - m)[inside]
+
+    return rows
+
+
+def _projector_rows(projector: Projector, before: nn.Linear) -> Rows:
+    """Stacked states of the pruned encoder; what the first map (`before`) computes from those of the unpruned one."""
+
+    def rows(h: Tensor, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        stacked, audio_lengths = projector.stacked(h, lengths)
+        inside = _inside(stacked, audio_lengths)
+        return stacked[inside].float(), before(projector.stacked(x, lengths)[0][inside].float())
 
     return rows
 
@@ -209,3 +214,40 @@ def _attention(layer: Any, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Ten
 def _inside(states: Tensor, lengths: Tensor) -> Tensor:
     """(B, T): whether a position belongs to its utterance."""
     return torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+
+
+def start_of(context: TrainingContext, candidate: Candidate) -> tuple[WhisperEncoder, Projector, RepairSummary | None]:
+    """What a candidate's training starts from: its pruned encoder and its projector, repaired as the study says."""
+    method, removed = context.config.training.repair, candidate.removed_layers
+    projector = starting_projector(context, candidate.repeat)
+    if method == "none" or not removed:
+        return context.pruned_encoder(candidate), projector, None
+    repair = Repair(context)
+    encoder = repair.encoder(removed) if method == "layers" else context.pruned_encoder(candidate)
+    repair.projector(projector, encoder)
+    found = repair.solutions.items()
+    summary = RepairSummary(
+        method=method,
+        utterances=len(context.repair_utterances),
+        ridge={name: s.ridge for name, s in found},
+        unexplained={name: round(s.unexplained, 6) for name, s in found},
+    )
+    return encoder, projector, summary
+
+
+def repaired_encoder(context: TrainingContext, candidate: Candidate) -> WhisperEncoder:
+    """The candidate's encoder, with its repair from the record's folder if it was kept there, else made again."""
+    if context.config.training.repair != "layers" or not candidate.removed_layers:
+        return context.pruned_encoder(candidate)
+    file = record_folder(context.records, candidate) / ENCODER_FILE
+    if file.exists():
+        return with_repaired_maps(context.pruned_encoder(candidate), load_file(file))
+    return Repair(context).encoder(candidate.removed_layers)
+
+
+def keep_repaired_maps(context: TrainingContext, candidate: Candidate, encoder: WhisperEncoder) -> None:
+    """Write the maps of a repaired encoder that differ from the unpruned encoder's, beside the candidate's record."""
+    plain = context.pruned_encoder(candidate).state_dict()
+    maps = {name: t for name, t in encoder.state_dict().items() if t.data_ptr() != plain[name].data_ptr()}
+    if maps:
+        write_tensors(record_folder(context.records, candidate) / ENCODER_FILE, maps)

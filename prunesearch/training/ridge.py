@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# relative ridge strengths that are tried; infinity keeps the map as it is
-LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, float("inf"))
+# relative ridge strengths that are tried; the last one keeps the weights as they are
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 1e9)
 
 
 class NormalEquations:
-    """Sums over rows of inputs x and residuals r = y - (W x + b), in float64 and in a fixed order: no corpus is ever in memory."""
+    """Sums over rows of inputs x and residuals r = y - (W x + b), in float64 and in a fixed order. No corpus is in memory."""
 
     def __init__(self, linear: nn.Linear):
         device, inputs, outputs = linear.weight.device, linear.in_features, linear.out_features
-        self._linear = linear
+        self.linear = linear
         self._weight = linear.weight.detach().float()
         self._bias = linear.bias.detach().float()
         self.rows = 0
@@ -48,8 +48,9 @@ class NormalEquations:
 
 @dataclass(frozen=True)
 class Solution:
-    """A refitted linear map: weight (O, I), bias (O,). `ridge`: the relative strength that was chosen. `unexplained`: the squared
-    error on the held-out rows, as a fraction of the error of the map as it was."""
+    """A refitted linear map: weight (O, I), bias (O,). `ridge`: the relative strength that was chosen. `unexplained`: the
+    squared error on the held-out rows, as a fraction of the error before.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -57,11 +58,12 @@ class Solution:
     unexplained: float
 
 
+@torch.no_grad()
 def solve(fit: NormalEquations, held_out: NormalEquations, ladder: Sequence[float] = LADDER) -> Solution:
     """Minimise ||Y - X V - c||² + λ s ||V - W||²: least squares with a ridge towards the map's own weights W.
 
-    s is the mean of the inputs' sums of squares, so that λ does not depend on their scale. The λ of the ladder with the smallest
-    error on the held-out rows is taken. One eigendecomposition of the inputs' products serves all λ.
+    s is the mean of the inputs' sums of squares, so that λ does not depend on their scale. The λ of the ladder with the
+    smallest error on the held-out rows is taken. One eigendecomposition of the inputs' products serves all λ.
     """
     x_mean, r_mean = fit.x / fit.rows, fit.r / fit.rows
     xx, xr, _ = fit.centred(x_mean, r_mean)
@@ -81,8 +83,7 @@ def solve(fit: NormalEquations, held_out: NormalEquations, ladder: Sequence[floa
 
     best = min(ladder, key=error)
     delta = (vectors @ change(best)).T
-    linear = fit._linear
-    weight = linear.weight.detach().double() + delta
-    bias = linear.bias.detach().double() + r_mean - delta @ x_mean
-    as_it_was = float(held_out.rr)
-    return Solution(weight, bias, best, error(best) / as_it_was if as_it_was else 1.0)
+    weight = fit.linear.weight.detach().double() + delta
+    bias = fit.linear.bias.detach().double() + r_mean - delta @ x_mean
+    before = float(held_out.rr)
+    return Solution(weight, bias, best, error(best) / before if before else 1.0)
