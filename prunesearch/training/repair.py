@@ -19,7 +19,7 @@ Shapes: B batch, T positions, D width, N valid positions of a batch.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from prunesearch.model.encoder import padding_mask, remove_layers, with_repaired_maps
 from prunesearch.model.projector import Projector
 from prunesearch.study.candidate import Candidate
-from prunesearch.study.record import ENCODER_FILE, RepairSummary, record_folder
+from prunesearch.study.config import StudyConfig
+from prunesearch.study.record import ENCODER_FILE, RepairSummary, RunRecord, record_folder
 from prunesearch.training.anchor import starting_projector
 from prunesearch.training.batches import by_length
 from prunesearch.training.context import TrainingContext, write_tensors
@@ -251,3 +252,21 @@ def keep_repaired_maps(context: TrainingContext, candidate: Candidate, encoder: 
     maps = {name: t for name, t in encoder.state_dict().items() if t.data_ptr() != plain[name].data_ptr()}
     if maps:
         write_tensors(record_folder(context.records, candidate) / ENCODER_FILE, maps)
+
+
+def keep_maps_of(config: StudyConfig, records: Iterable[RunRecord]) -> None:
+    """See to it that the repaired maps of these records are kept beside them; missing ones are made again.
+
+    Only the baselines and the front keep theirs from the start. Raises StudyError where the study's recordings cannot be read.
+    """
+    missing = [
+        r.candidate
+        for r in records
+        if r.repair is not None
+        and r.repair.method == "layers"
+        and not (record_folder(config.run_folder / "records", r.candidate) / ENCODER_FILE).exists()
+    ]
+    if missing:
+        context = TrainingContext.open(config)
+        for candidate in missing:
+            keep_repaired_maps(context, candidate, repaired_encoder(context, candidate))
