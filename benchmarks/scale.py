@@ -59,8 +59,8 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 def main(study: Path, batch: int, seconds: float, words: int, rank: int, steps: int) -> None:
     config = load_study(study, data_must_exist=False)
-    team = ProcessGroup.assemble()
-    device, dtype = team.device, pick_dtype(config.training.precision, team.device)
+    device = ProcessGroup.join().device
+    dtype = pick_dtype(config.training.precision, device)
     shape = read_architecture(config, config.encoder)
     torch.manual_seed(0)
     with torch.device(device):
@@ -69,7 +69,7 @@ def main(study: Path, batch: int, seconds: float, words: int, rank: int, steps: 
     model.requires_grad_(False).eval()
     width, scale = model.get_input_embeddings().embedding_dim, embedding_scale(model)
     settings = config.projector
-    projector = Projector(shape.d_model, width, settings.stack, settings.hidden, settings.dropout, scale).to(device)
+    projector = Projector.for_models(settings, shape.d_model, width, scale).to(device)
 
     window = 2 * shape.max_source_positions  # mel frames
     frames = min(window, round(100 * seconds))  # Whisper's hop is 10 ms

@@ -31,6 +31,7 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import read_audio
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import load_study
+from prunesearch.training.anchor import starting_projector
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.device import arithmetic, attention_for_training, seed_everything
 from prunesearch.training.finetune import restore, trainable
@@ -46,24 +47,24 @@ class Side:
     optimizer: dict[str, Any] = field(default_factory=dict)
 
 
-def plain_loss(workshop: TrainingContext, slam: SpeechLlm, batch: list[int]) -> torch.Tensor:
+def plain_loss(context: TrainingContext, slam: SpeechLlm, batch: list[int]) -> torch.Tensor:
     """Cross-entropy the plain way: everything from the audio file on, at full length."""
-    recordings = [read_audio(workshop.corpora["train"][i].audio) for i in batch]
-    with torch.autocast(workshop.device.type, enabled=False):  # the extractor computes in torch, and hands out NumPy
-        extracted = workshop.extractor(recordings, sampling_rate=16_000, return_tensors="pt")
+    recordings = [read_audio(context.corpora["train"][i].audio) for i in batch]
+    with torch.autocast(context.device.type, enabled=False):  # the extractor computes in torch, and hands out NumPy
+        extracted = context.extractor(recordings, sampling_rate=16_000, return_tensors="pt")
     features = extracted["input_features"]  # (B, M, full window)
     with torch.no_grad():
-        states = workshop.encoder(features.to(workshop.device, workshop.dtype)).last_hidden_state
-    hop = 2 * workshop.extractor.hop_length  # samples per encoder position
-    lengths = torch.tensor([-(-len(recording) // hop) for recording in recordings], device=workshop.device)
-    texts = [workshop.targets[i] for i in batch]
-    tokens = pad_tokens(texts, 0, workshop.device)
+        states = context.encoder(features.to(context.device, context.dtype)).last_hidden_state
+    hop = 2 * context.extractor.hop_length  # samples per encoder position
+    lengths = torch.tensor([-(-len(recording) // hop) for recording in recordings], device=context.device)
+    texts = [context.targets[i] for i in batch]
+    tokens = pad_tokens(texts, 0, context.device)
     prefix, mask = slam.prefix(states, lengths)
     embedded = slam.llm.model.get_input_embeddings()(tokens).to(prefix.dtype)
     written = [[1] * len(text) + [0] * (tokens.shape[1] - len(text)) for text in texts]
-    mask = torch.cat([mask, torch.tensor(written, device=workshop.device)], 1)
+    mask = torch.cat([mask, torch.tensor(written, device=context.device)], 1)
     logits = slam.model(inputs_embeds=torch.cat([prefix, embedded], 1), attention_mask=mask, use_cache=False).logits
-    labels = torch.cat([torch.full(prefix.shape[:2], -100), pad_tokens(texts, -100, workshop.device)], 1)
+    labels = torch.cat([torch.full(prefix.shape[:2], -100), pad_tokens(texts, -100, context.device)], 1)
     return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
@@ -72,7 +73,7 @@ def run_steps(
     optimizer: torch.optim.Optimizer,
     steps: range,
     loss_of: Callable[[int], torch.Tensor],
-    workshop: TrainingContext,
+    context: TrainingContext,
     seed: int,
 ) -> tuple[list[float], list[float]]:
     """Seconds and loss of each step; dropout is drawn from the seed and the step."""
@@ -82,7 +83,7 @@ def run_steps(
     for step in steps:
         seed_everything(seed + step)
         begin = time.perf_counter()
-        with arithmetic(workshop.device, workshop.dtype):
+        with arithmetic(context.device, context.dtype):
             loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(trainable(slam).values(), 1.0)
@@ -96,28 +97,27 @@ def run_steps(
 def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
     logging.set_verbosity_error()
     config = load_study(study)
-    workshop = TrainingContext.open(config)
-    batches = workshop.budget().batches[:steps]
+    context = TrainingContext.open(config)
+    batches = context.budget().batches[:steps]
     steps = len(batches)
     training = config.training
     drawn = sorted({i for batch in batches for i in batch})
     begin = time.perf_counter()
-    _ = workshop.corpora, workshop.targets
-    workshop.prefix("train")
+    _ = context.corpora, context.targets
+    context.prefix("train")
     once_per_study = time.perf_counter() - begin
     begin = time.perf_counter()
-    states = workshop.encoded(workshop.pruned_encoder(Candidate()), "train", drawn)
-    encode_seconds = (time.perf_counter() - begin) / len(drawn) * len(workshop.drawn(workshop.budget()))
+    states = context.encoded(context.pruned_encoder(Candidate()), "train", drawn)
+    encode_seconds = (time.perf_counter() - begin) / len(drawn) * len(context.drawn(context.budget()))
 
     sides = {side: Side([], []) for side in ("plain", "ours", "again")}
     # each side trains weights of its own; LoRA sits on one LLM, so the sides swap it in and out by turns
     for turn in range(turns):
         span = range(turn * steps // turns, (turn + 1) * steps // turns)
         for name, side in sides.items():
-            with lora(workshop.llm, rank, config.llm, config.seed) as model:
-                slam = SpeechLlm(
-                    workshop.start(workshop.fresh_projector()) if warm else workshop.fresh_projector(), workshop.llm, model
-                )
+            with lora(context.llm, rank, config.llm, config.seed) as model:
+                projector = starting_projector(context) if warm else context.fresh_projector()
+                slam = SpeechLlm(projector, context.llm, model)
                 optimizer = torch.optim.AdamW(
                     trainable(slam).values(), lr=training.learning_rate, weight_decay=training.weight_decay
                 )
@@ -126,25 +126,25 @@ def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
                     optimizer.load_state_dict(side.optimizer)
 
                 def ours(step: int, slam: SpeechLlm = slam) -> torch.Tensor:
-                    hidden, lengths = states.batch(batches[step], workshop.device)
-                    with attention_for_training(workshop.device):
-                        return slam.loss(hidden, lengths, [workshop.targets[i] for i in batches[step]])
+                    hidden, lengths = states.batch(batches[step], context.device)
+                    with attention_for_training(context.device):
+                        return slam.loss(hidden, lengths, [context.targets[i] for i in batches[step]])
 
                 def plain(step: int, slam: SpeechLlm = slam) -> torch.Tensor:
-                    return plain_loss(workshop, slam, batches[step])
+                    return plain_loss(context, slam, batches[step])
 
                 loss_of, seed = plain if name == "plain" else ours, 1_000_000 if name == "again" else 0
-                seconds, losses = run_steps(slam, optimizer, span, loss_of, workshop, seed)
+                seconds, losses = run_steps(slam, optimizer, span, loss_of, context, seed)
                 side.seconds += seconds
                 side.losses += losses
                 side.weights = {n: p.detach().clone() for n, p in trainable(slam).items()}
                 side.optimizer = optimizer.state_dict()
 
-    budget = workshop.budget().steps
+    budget = context.budget().steps
     plain_step, our_step = (statistics.median(sides[side].seconds) for side in ("plain", "ours"))
     whole_plain, whole_ours = budget * plain_step, budget * our_step + encode_seconds
     table = Table(
-        title=f"{config.name}: {steps} steps of each, in {turns} turns; {torch.get_num_threads()} threads, {workshop.dtype}"
+        title=f"{config.name}: {steps} steps of each, in {turns} turns; {torch.get_num_threads()} threads, {context.dtype}"
     )
     for column in ("", "plain loop", "ours", "ratio", "ours, other dropout"):
         table.add_column(column, justify="right")

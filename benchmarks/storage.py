@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from datetime import datetime
-from functools import partial
 from itertools import combinations, pairwise
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
@@ -43,8 +42,10 @@ from prunesearch.study.config import load_study  # noqa: E402
 from prunesearch.study.interrupt import Interrupt  # noqa: E402
 from prunesearch.study.record import read_records  # noqa: E402
 from prunesearch.workers.claim import claim  # noqa: E402
-from prunesearch.workers.lease import LeaseMonitor, kept  # noqa: E402
+from prunesearch.workers.lease import LeaseMonitor  # noqa: E402
+from prunesearch.workers.optuna_internals import StoredStudy  # noqa: E402
 from prunesearch.workers.storage import open_storage  # noqa: E402
+from prunesearch.workers.trial import StudyRules  # noqa: E402
 from tests.servers import GrpcProxy, Postgres  # noqa: E402
 
 LAYERS = int(os.environ.get("LAYERS", "12"))
@@ -57,8 +58,8 @@ def params_of(candidate: Candidate) -> float:
 
 
 def wer_of(candidate: Candidate) -> float:
-    luck = random.Random(candidate.key).gauss(0, 0.05)
-    return min(1.0, 0.05 + 0.03 * sum(1 + i % 5 for i in candidate.removed_layers) * (1 + luck) / 3)
+    noise = random.Random(candidate.key).gauss(0, 0.05)
+    return min(1.0, 0.05 + 0.03 * sum(1 + i % 5 for i in candidate.removed_layers) * (1 + noise) / 3)
 
 
 def sampler(name: str, seed: int) -> CandidateSampler:
@@ -68,24 +69,25 @@ def sampler(name: str, seed: int) -> CandidateSampler:
 def labour(url: str | None, folder: Path, number: int, kind: str, ready: Barrier, seconds: float) -> None:
     """Join, and when all have: claim, sleep, tell, until the time is over. What it took goes to a file."""
     begin = time.perf_counter()
-    study = optuna.load_study(study_name="s", storage=open_storage(url, folder), sampler=sampler(kind, number))
-    study.get_trials(deepcopy=False)
+    storage = open_storage(url, folder)
+    study = StoredStudy(optuna.load_study(study_name="s", storage=storage, sampler=sampler(kind, number)), storage)
+    study.trials()
     joins, asks, tells = [time.perf_counter() - begin], [], []
-    watch, stop = LeaseMonitor(), Interrupt()
+    monitor, interrupt = LeaseMonitor(), Interrupt()
+    rules = StudyRules(SPACE, params_of, "speech_params", 10**6, 0.95, folder)
     ready.wait()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         start = time.perf_counter()
-        claimed = claim(study, SPACE, 10**6, watch, stop, folder)
+        claimed = claim(study, rules, monitor, interrupt)
         asked = time.perf_counter()
         if claimed is None:
             break
-        with kept(claimed.held, lambda: None, partial(claimed.write_params, study._storage)):
+        with claimed.held(lambda: None, print):
             time.sleep(1.0)
         woken = time.perf_counter()
         values = [wer_of(claimed.candidate), params_of(claimed.candidate)]
-        claimed.write_params(study._storage)
-        study._storage.set_trial_state_values(claimed.trial._trial_id, TrialState.COMPLETE, values)
+        study.end_trial(claimed.trial, TrialState.COMPLETE, values)
         tells.append(time.perf_counter() - woken)
         asks.append(asked - start)
     (folder / f"worker-{number}.json").write_text(json.dumps([joins, asks, tells]))
@@ -106,7 +108,8 @@ def filled(url: str | None, folder: Path, trials: int) -> None:
     if url is None:
         study.add_trials([finished(c) for c in new])
     else:
-        insert(storage.inner._backend, study._study_id, len(study.get_trials(deepcopy=False)), new)
+        database = RDBStorage(url)
+        insert(database, database.get_study_id_from_name("s"), len(study.get_trials(deepcopy=False)), new)
 
 
 def finished(candidate: Candidate) -> optuna.trial.FrozenTrial:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from optuna._hypervolume import compute_hypervolume
 
 from prunesearch.study.candidate import Candidate
+from prunesearch.study.front import hypervolume
 from prunesearch.study.importance import family
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "search"
@@ -46,8 +46,7 @@ def test_front_and_hypervolume_are_what_their_definitions_say(seed: int) -> None
     assert found == sorted(set(points) - dominated)
     for log in (False, True):
         seen = [(p, math.log(w) if log else w) for p, w in points]
-        reference = np.array([8.0, math.log(0.8) if log else 0.8])
-        expected = compute_hypervolume(np.minimum(np.array(seen), reference), reference)
+        expected = hypervolume(seen, (8.0, math.log(0.8) if log else 0.8))
         assert landscapes.hypervolume(found, (8.0, 0.8), log) == pytest.approx(expected)
 
 
@@ -83,12 +82,12 @@ def test_a_search_that_ends_trials_early_is_charged_for_the_steps_that_were_trai
     assert table is not None
     run = compare.run(table, compare.METHODS[name].make(table, 0), trainings=30, ends=ends)
     assert run.ended
-    assert len(run.settled) > 30 >= sum(run.costs[:-1])
+    assert len(run.order) > 30 >= sum(run.costs[:-1])
     assert sum(run.costs) >= 30
-    assert all((cost == 1) == (key not in run.ended) for key, cost in zip(run.settled, run.costs, strict=True))
+    assert all((cost == 1) == (key not in run.ended) for key, cost in zip(run.order, run.costs, strict=True))
     assert set(run.costs) <= {0.25, 0.5, 1.0}
-    early = [key for key in run.settled if key not in run.ended][:3]
-    spent = sum(run.costs[: run.settled.index(early[-1]) + 1])
+    early = [key for key in run.order if key not in run.ended][:3]
+    spent = sum(run.costs[: run.order.index(early[-1]) + 1])
     assert run.finished(spent) == early
     assert run.finished(spent - 0.25) == early[:2]
 
@@ -98,7 +97,7 @@ def test_offspring_that_keeps_up_with_its_parent_goes_on() -> None:
     assert table is not None
     run = compare.run(table, compare.METHODS["staged evolution"].make(table, 0), trainings=30, ends=compare.staged)
     best: dict[int, Candidate] = {}
-    for candidate in map(Candidate.from_key, run.settled):
+    for candidate in map(Candidate.from_key, run.order):
         parent = best.get(len(candidate.removed_layers))
         rungs = table.rungs[candidate.key]  # type: ignore[index]
         behind = parent is not None and any(wer > table.rungs[parent.key][step] for step, wer in rungs.items())  # type: ignore[index]

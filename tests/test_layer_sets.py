@@ -8,7 +8,6 @@ from collections.abc import Callable
 import numpy as np
 import optuna
 import pytest
-from optuna._hypervolume import compute_hypervolume
 from optuna.trial import TrialState
 
 from prunesearch.search.layer_sets import LayerSetSampler, expected_improvement
@@ -16,6 +15,7 @@ from prunesearch.search.samplers import CandidateSampler, optuna_sampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.surrogate import EXPECTED, Surrogate
 from prunesearch.study.candidate import Candidate
+from prunesearch.study.front import hypervolume
 
 DEPTH, RANKS = 10, (0, 4, 16)
 SPACE = SearchSpace(tuple(range(DEPTH)), 5, RANKS, {})
@@ -256,8 +256,8 @@ def test_a_limit_on_the_worst_group_keeps_the_search_where_it_holds() -> None:
         return study
 
     def volume(candidates: list[Candidate]) -> float:
-        points = np.array([(params_of(c), log_wer(c)) for c in candidates if worst(c) <= limit])
-        return compute_hypervolume(points, np.array([params_of(Candidate((), 16)) + 1, 0.0]))
+        points = [(params_of(c), log_wer(c)) for c in candidates if worst(c) <= limit]
+        return hypervolume(points, (params_of(Candidate((), 16)) + 1, 0.0))
 
     everything = volume(SPACE.everything())
     free, kept = ([SPACE.candidate(t.params) for t in proposed(most).get_trials()] for most in (None, limit))

@@ -36,7 +36,7 @@ def worker(source: Path, url: str, log: Path, skew: float, machine: str | None) 
     """One worker process, with a clock and a machine of its own."""
     import torch
 
-    from prunesearch.commands.launch import join
+    from prunesearch.commands.worker import join
     from prunesearch.study.interrupt import Interrupted
     from prunesearch.workers import lease as leases
 
@@ -44,10 +44,10 @@ def worker(source: Path, url: str, log: Path, skew: float, machine: str | None) 
     os.dup2(out.fileno(), 1)
     os.dup2(out.fileno(), 2)
     torch.set_num_threads(1)
-    leases.BEAT_SECONDS, leases.LEASE_SECONDS = 1.0, LEASE_SECONDS
+    leases.HEARTBEAT_SECONDS, leases.LEASE_SECONDS = 1.0, LEASE_SECONDS
     if machine is not None:
-        leases.place.cache_clear()
-        leases.place = lambda: machine  # type: ignore[assignment]
+        leases.pid_namespace.cache_clear()
+        leases.pid_namespace = lambda: machine  # type: ignore[assignment]
     right = time.time
     time.time = lambda: right() + skew  # type: ignore[assignment]
 
@@ -55,8 +55,8 @@ def worker(source: Path, url: str, log: Path, skew: float, machine: str | None) 
         def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
             pass
 
-        def finished(self, record: Any, settled: int, of: int) -> None:
-            print(f"{os.getpid()} {settled}/{of} {record.candidate.key}")
+        def finished(self, record: Any, finished: int, of: int) -> None:
+            print(f"{os.getpid()} {finished}/{of} {record.candidate.key}")
 
         def note(self, text: str) -> None:
             print(f"{os.getpid()} {text}")
@@ -199,7 +199,7 @@ def main(seed: int, workers: int, kills: int, restarts: int, pauses: int, interv
             time.sleep(FULL_SECONDS)
             disk.clear()
         print(
-            f"\r{kill + 1} kills, {StudyProgress.of(study.get_trials(deepcopy=False)).settled} candidates", end="", flush=True
+            f"\r{kill + 1} kills, {StudyProgress.of(study.get_trials(deepcopy=False)).finished} candidates", end="", flush=True
         )
     print()
     while held_up:
@@ -229,7 +229,7 @@ def main(seed: int, workers: int, kills: int, restarts: int, pauses: int, interv
         f"seed {seed}: {workers} workers, {kills} kills, {pauses} pauses, {restarts} restarts of the database, {stormy:.0f} s"
     )
     print(f"  workers: {dict(fates)}")
-    noticed = {word: text.count(word) for word in ("disk is full", "storage is away", "given to another")}
+    noticed = {word: text.count(word) for word in ("disk is full", "storage is unavailable", "given to another")}
     print(f"  the disk was full for {FULL_SECONDS if disk.mounted else 0} s; workers said: {noticed}")
     print(f"  trials: {len(trials)}, of these {sum(done.values())} complete; without an outcome: {dict(ended)}")
     print(f"  candidates: {len(done)}, evaluated twice: {sum(n > 1 for n in done.values())}, left running: {len(open_trials)}")

@@ -23,11 +23,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.storage import SPACE, params_of, wer_of  # noqa: E402
 from prunesearch.search.samplers import CandidateSampler  # noqa: E402
 from prunesearch.search.study_progress import StudyProgress  # noqa: E402
-from prunesearch.study.candidate import Candidate  # noqa: E402
+from prunesearch.study.progress import NullListener  # noqa: E402
 from prunesearch.study.record import Parameters, RunRecord, SplitResult, WordErrors  # noqa: E402
 from prunesearch.workers import lease as leases  # noqa: E402
-from prunesearch.workers.loop import TrialMonitor, work  # noqa: E402
+from prunesearch.workers.loop import run_loop  # noqa: E402
+from prunesearch.workers.optuna_internals import StoredStudy  # noqa: E402
 from prunesearch.workers.storage import open_storage  # noqa: E402
+from prunesearch.workers.trial import StudyRules, WorkerTrial  # noqa: E402
 from tests.servers import Postgres, until  # noqa: E402
 
 HOSTS = {"red": ("10.77.1.1", "10.77.1.2"), "blue": ("10.77.2.1", "10.77.2.2")}  # this end of the wire, and theirs
@@ -52,13 +54,14 @@ def wire(name: str) -> None:
 
 def labour(url: str, folder: Path, name: str) -> None:
     """A worker on the machine `name`."""
-    leases.BEAT_SECONDS, leases.LEASE_SECONDS = BEAT, LEASE
-    leases.place = lambda: name  # type: ignore[assignment]
+    leases.HEARTBEAT_SECONDS, leases.LEASE_SECONDS = BEAT, LEASE
+    leases.pid_namespace = lambda: name  # type: ignore[assignment]
 
-    def evaluate(candidate: Candidate, baseline: str | None, referee: TrialMonitor) -> RunRecord:
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        candidate = trial.candidate
         print(f"{name} begins {candidate.key}", flush=True)
         time.sleep(TRIAL_SECONDS)
-        referee.make_sure()
+        trial.confirm()
         words = WordErrors(substitutions=round(10_000 * wer_of(candidate)), reference_words=10_000)
         size = int(params_of(candidate))
         return RunRecord(
@@ -67,15 +70,17 @@ def labour(url: str, folder: Path, name: str) -> None:
             parameters=Parameters(encoder=size, projector=0, lora=0, llm=0),
         )  # fmt: skip
 
-    def note(text: str) -> None:
-        print(f"{name}: {text}", flush=True)
+    class Listener(NullListener):
+        def note(self, text: str) -> None:
+            print(f"{name}: {text}", flush=True)
 
     # a cut wire says nothing: the driver has to notice by itself
     options = "?keepalives_idle=2&keepalives_interval=1&keepalives_count=3&tcp_user_timeout=5000"
-    study = optuna.load_study(
-        study_name="s", storage=open_storage(url + options, folder, note), sampler=CandidateSampler(SPACE, 0)
-    )
-    work(study, SPACE, evaluate, params_of, "speech_params", TRIALS, folder, 0.95, note=note)
+    listener = Listener()
+    storage = open_storage(url + options, folder, listener.note)
+    study = optuna.load_study(study_name="s", storage=storage, sampler=CandidateSampler(SPACE, 0))
+    rules = StudyRules(SPACE, params_of, "speech_params", TRIALS, 0.95, folder)
+    run_loop(StoredStudy(study, storage), rules, evaluate, listener=listener)
     print(f"{name} is done", flush=True)
 
 
@@ -94,7 +99,7 @@ def main(seconds: float) -> None:
             workers.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=folder))
 
         def known() -> int:
-            return StudyProgress.of(study.get_trials(deepcopy=False)).settled
+            return StudyProgress.of(study.get_trials(deepcopy=False)).finished
 
         until(lambda: known() >= 4, "progress", 120)
         begin = time.monotonic()

@@ -30,12 +30,11 @@ from rich.table import Table
 from strategies import STRATEGIES, Evolution, Scores, block_influence_order, fittest
 
 from prunesearch.search.layer_sets import LayerSetSampler
-from prunesearch.search.rungs import chance_of_domination
+from prunesearch.search.rungs import Finished, chance_of_domination
 from prunesearch.search.samplers import CandidateSampler, SpaceExhausted, optuna_sampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.importance import spearman
-from prunesearch.workers.loop import finished_at
 
 TABLES, CURVES = (Path(__file__).parent / name for name in ("tables", "curves"))
 SLOW = "gp"  # seconds to tens of seconds an ask: only when named
@@ -49,7 +48,11 @@ def dominated(confidence: float) -> Ends:
     """The study's own rule."""
 
     def ends(study: optuna.Study, landscape: Landscape, candidate: Candidate, step: int, wer: float) -> bool:
-        return chance_of_domination(wer, landscape.params(candidate.system), finished_at(study, step)) >= confidence
+        others = [
+            Finished(t.values[1], t.values[0], t.user_attrs.get(f"rung_{step}", {}).get("wer"))
+            for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        ]
+        return chance_of_domination(wer, landscape.params(candidate.system), others) >= confidence
 
     return ends
 
@@ -101,16 +104,16 @@ METHODS: dict[str, Method] = {
 
 @dataclass
 class Run:
-    """Candidates in the order in which they were settled, what each cost in full trainings, and which a rung ended."""
+    """Candidates in the order of their outcomes, what each cost in full trainings, and which a rung ended."""
 
-    settled: list[str] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
     ended: set[str] = field(default_factory=set)
 
     def finished(self, within: float = math.inf) -> list[str]:
         """Those that were trained to the end, before more than so many trainings were spent."""
         spent = itertools.accumulate(self.costs)
-        return [key for key, cost in zip(self.settled, spent, strict=True) if cost <= within and key not in self.ended]
+        return [key for key, cost in zip(self.order, spent, strict=True) if cost <= within and key not in self.ended]
 
 
 def run(
@@ -128,21 +131,19 @@ def run(
     out = Run()
 
     def left() -> float:
-        return min(trials - len(out.settled), trainings - sum(out.costs)) - len(running)
+        return min(trials - len(out.order), trainings - sum(out.costs)) - len(running)
 
     while running or left() > 0:
         try:
             while len(running) < workers and left() > 0:
                 trial = study.ask()
-                params = {n: trial._suggest(n, d) for n, d in landscape.space.distributions.items()}
-                candidate = landscape.space.candidate(params)
-                running.append((trial, candidate))
+                running.append((trial, landscape.space.suggest(trial)))
         except SpaceExhausted:
             study.tell(trial, state=TrialState.FAIL)
             if not running:
                 break
         trial, candidate = running.pop(0)
-        out.settled.append(candidate.key)
+        out.order.append(candidate.key)
         stopped = _ended_at(study, trial, landscape, candidate, ends) if ends else None
         if stopped is None:
             study.tell(trial, [landscape.trained(candidate), landscape.params(candidate.system)])
@@ -191,7 +192,7 @@ def methods_tables(
             for landscape in landscapes
             for seed in range(max(1, seeds // len(landscapes)))
         ]
-        milliseconds = 1000 * (time.perf_counter() - begin) / sum(len(r.settled) for _, r in runs)
+        milliseconds = 1000 * (time.perf_counter() - begin) / sum(len(r.order) for _, r in runs)
         for shown, log in zip(tables, (False, True), strict=True):
             curves = [[landscape.share(r.finished(n), log) for n in range(1, trials + 1)] for landscape, r in runs]
             found = (_median_and_low([c[n - 1] for c in curves]) for n in at)
@@ -244,7 +245,7 @@ def conditions_table(title: str, landscapes: list[Landscape], seeds: int, trials
             for landscape in landscapes
             for seed in range(max(1, seeds // len(landscapes)))
         ]
-        twice = sum(len(r.settled) - len(set(r.settled)) for _, r in runs)
+        twice = sum(len(r.order) - len(set(r.order)) for _, r in runs)
         on_front = sum(landscape.on_true_front(Candidate.from_key(key)) for landscape, r in runs for key in r.ended)
         ended = sum(len(r.ended) for _, r in runs)
         steps = statistics.mean(sum(r.costs) / len(r.costs) for _, r in runs)
@@ -266,9 +267,9 @@ def noise_table(count: int, runs: int, trials: int) -> Table:
                 landscape = synthetic(HELD_OUT + seed, noise=noise)
                 landscape = replace(landscape, space=replace(landscape.space, repeats=repeats))
                 for n in range(max(1, runs // count)):
-                    settled = run(landscape, layer_sets(landscape, n), trials).settled
-                    shares.append(landscape.share(settled))
-                    again.append(sum("@" in key for key in settled))
+                    order = run(landscape, layer_sets(landscape, n), trials).order
+                    shares.append(landscape.share(order))
+                    again.append(sum("@" in key for key in order))
             shown.add_row(f"{noise:g}", str(repeats), _median_and_low(shares), f"{statistics.mean(again):.0f}")
     return shown
 

@@ -22,9 +22,10 @@ from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.importance import family
 from prunesearch.study.record import RunRecord, read_record, write_atomically
+from prunesearch.training.anchor import train_anchor
 from prunesearch.training.context import TrainingContext
-from prunesearch.training.importance_scan import scan
-from prunesearch.training.recipe import evaluate
+from prunesearch.training.importance_scan import ScanSettings, importance_scan
+from prunesearch.training.recipe import train_and_score
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -56,14 +57,14 @@ def open_context(source: Path, seed: int | None) -> TrainingContext:
 
 def train(source: Path, seed: int | None, most: int, ranks: list[int], share: float, number: int, workers: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    workshop = open_context(source, seed)
-    workshop.anchor()
-    due = candidates_of(workshop.config, workshop.depth, most, ranks, share)
-    for i, candidate in enumerate(due):
+    opened = open_context(source, seed)
+    train_anchor(opened)
+    wanted = candidates_of(opened.config, opened.depth, most, ranks, share)
+    for i, candidate in enumerate(wanted):
         if i % workers == number:
-            record = evaluate(workshop, candidate)
+            record = train_and_score(opened, candidate)
             if record.dev:
-                print(f"{i + 1}/{len(due)} {candidate.key} {100 * record.dev.errors.wer:.2f} %", flush=True)
+                print(f"{i + 1}/{len(wanted)} {candidate.key} {100 * record.dev.errors.wer:.2f} %", flush=True)
 
 
 def records_of(config: StudyConfig, depth: int, most: int, ranks: list[int]) -> dict[str, RunRecord]:
@@ -72,10 +73,10 @@ def records_of(config: StudyConfig, depth: int, most: int, ranks: list[int]) -> 
 
 
 def write_table(source: Path, most: int, ranks: list[int], seeds: list[int]) -> None:
-    workshop = open_context(source, None)
-    config = workshop.config
-    scores = scan(workshop, most=max(2, min(most, 3)), loss_sets=10_000)
-    records = records_of(config, workshop.depth, most, ranks)
+    opened = open_context(source, None)
+    config = opened.config
+    scores = importance_scan(opened, ScanSettings(most=max(2, min(most, 3)), loss_sets=10_000))
+    records = records_of(config, opened.depth, most, ranks)
     first = next(iter(records.values()))
     assert first.dev
 
@@ -87,7 +88,7 @@ def write_table(source: Path, most: int, ranks: list[int], seeds: list[int]) -> 
         "name": config.name,
         "made_by": f"python benchmarks/search/make_table.py {source.name} --most {most} --ranks {' '.join(map(str, ranks))}",
         "provenance": {k: first.provenance[k] for k in ("prunesearch", "commit", "versions", "dtype", "threads")},
-        "removable": list(config.removable(workshop.depth)),
+        "removable": list(config.removable(opened.depth)),
         "max_removed": most,
         "ranks": ranks,
         "steps": first.steps,
@@ -101,7 +102,7 @@ def write_table(source: Path, most: int, ranks: list[int], seeds: list[int]) -> 
             for key, record in records.items()
         },
         "again": {
-            str(seed): {k: errors(r) for k, r in records_of(seeded(source, seed), workshop.depth, most, ranks).items()}
+            str(seed): {k: errors(r) for k, r in records_of(seeded(source, seed), opened.depth, most, ranks).items()}
             for seed in seeds
         },
         "scan": {",".join(map(str, s.removed_layers)): round(s.delta_loss, 5) for s in scores.sets if s.delta_loss is not None},
@@ -128,7 +129,7 @@ if __name__ == "__main__":
     parser.add_argument("--only-write", action="store_true")
     a = parser.parse_args()
     if not a.only_write:
-        open_context(a.study, a.seed).anchor()  # with every core, before the workers share them
+        train_anchor(open_context(a.study, a.seed))  # with every core, before the workers share them
         context = multiprocessing.get_context("spawn")
         jobs = [
             context.Process(target=train, args=(a.study, a.seed, a.most, a.ranks, a.share, n, a.workers))

@@ -43,8 +43,8 @@ class TrainedGreedy(CandidateSampler):
                 return Candidate(gone, rank)
             while len(gone) < self._space.max_removed:
                 tries = [Candidate((*gone, i), rank) for i in self._space.removable if i not in gone]
-                if due := [c for c in tries if c.key not in seen]:
-                    return due[0]
+                if new := [c for c in tries if c.key not in seen]:
+                    return new[0]
                 gone = min(tries, key=lambda c: wer.get(c.key, math.inf)).removed_layers
         return None
 
