@@ -74,15 +74,15 @@ def test_the_ridge_with_the_smallest_held_out_error_is_taken_and_that_error_is_t
     best = solve(fit, held_out, ladder)
     assert best.ridge == min(each, key=each.__getitem__)
     before = error(linear.weight.detach().double(), linear.bias.detach().double())
-    assert best.unexplained == pytest.approx(each[best.ridge] / before, rel=1e-5)
+    assert best.unexplained == pytest.approx(each[best.ridge] / before, rel=1e-4)
 
 
 def test_batches_change_nothing_but_rounding() -> None:
     torch.manual_seed(0)
     linear, (x, y) = nn.Linear(6, 3), rows(50, 1)
     one, several = (solve(sums(linear, x, y, batch), sums(linear, x, y), (0.01,)) for batch in (50, 3))
-    torch.testing.assert_close(one.weight, several.weight, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(one.bias, several.bias, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.weight, several.weight, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one.bias, several.bias, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ Shapes: B batch, T positions, D width, N valid positions of a batch.
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ from prunesearch.training.context import TrainingContext, write_tensors
 from prunesearch.training.device import arithmetic
 from prunesearch.training.ridge import NormalEquations, Solution, solve
 from prunesearch.training.states import StateStore, nameless_store
+
+Batches = Sequence[Sequence[int]]
 
 BATCH = 32
 HELD_OUT = 8  # one in so many utterances is held out, to choose the ridge on
@@ -70,8 +73,8 @@ class FitSet:
         return sorted(i for batch in self.batches for i in batch)
 
 
-Rows = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Pruned states, unpruned states (B, T, D), lengths (B,) -> inputs of a map (N, I), wanted outputs (N, O)."""
+Rows = tuple[Tensor, Tensor, Tensor]
+"""Inputs of a map (B, T, I), what it should put out (B, T, O), and lengths (B,)."""
 
 
 @dataclass
@@ -91,130 +94,146 @@ class Repair:
 
     @torch.no_grad()
     def encoder(self, removed_layers: Sequence[int]) -> WhisperEncoder:
-        """The encoder without these layers, repaired from the lowest cut upwards. Layers that are not refitted are shared with
-        the unpruned encoder.
+        """The encoder without these layers, repaired from the lowest cut upwards.
+
+        Layers that are not refitted are shared with the unpruned encoder.
         """
         context, removed = self.context, set(removed_layers)
-        pruned = remove_layers(context.encoder, removed)
+        pruned, layers = remove_layers(context.encoder, removed), context.encoder.layers
         if not removed:
             return pruned
-        kept = [i for i in range(context.depth) if i not in removed]
-        lowest = min(removed)
-        start = max(lowest - 1, 0)
-        at, full = start, self._advanced(context.prefix("train"), context.shared_depth, start)
-        stream = full
-        for place, i in enumerate(kept):
-            if i < start:
+        lowest, kept = min(removed), [i for i in range(context.depth) if i not in removed]
+        at = max(lowest - 1, 0)
+        stream = full = self._behind(layers[context.shared_depth : at], context.prefix("train"))  # full: before layer `at`
+        for place, (i, following) in enumerate(zip(kept, [*kept[1:], context.depth], strict=True)):
+            if i < at:
                 continue
-            behind = kept[place + 1] if place + 1 < len(kept) else context.depth
-            full = self._advanced(full, at, i)
-            target = self._advanced(full, i, behind)
-            if self.above or behind > i + 1:
-                pruned.layers[place] = layer = copy.deepcopy(pruned.layers[place])
-                if self.attention and i > lowest:
-                    rows = _attention_rows(layer, context.encoder.layers[i])
-                    self._refit(f"{i}.out_proj", layer.self_attn.out_proj, rows, stream, full)
-                self._refit(f"{i}.fc2", layer.fc2, _feed_forward_rows(layer), stream, target)
-            stream = self._through([pruned.layers[place]], stream)
-            at, full = behind, target
+            full = self._behind(layers[at:i], full)
+            middle = self._map(partial(_behind_attention, layers[i]), full)  # M_i
+            full = self._behind(layers[i + 1 : following], self._map(partial(_behind_feed_forward, layers[i]), middle))  # X_j
+            at = following
+            if not (self.above or following > i + 1):
+                stream = self._behind([layers[i]], stream)
+                continue
+            pruned.layers[place] = layer = copy.deepcopy(layers[i])
+            heads = self._map(partial(_heads, layer), stream)
+            if self.attention and i > lowest:
+                self._refit(f"{i}.out_proj", layer.self_attn.out_proj, _attention_rows, heads, middle, stream)
+            m = self._map(partial(_add_attention, layer), stream, heads)
+            self._refit(f"{i}.fc2", layer.fc2, partial(_feed_forward_rows, layer), m, full)
+            stream = self._map(partial(_behind_feed_forward, layer), m)
         return pruned
 
     @torch.no_grad()
     def projector(self, projector: Projector, encoder: WhisperEncoder) -> None:
-        """Refit the projector's first linear map in place: on the states of `encoder`, it shall compute what it computed on
-        those of the unpruned encoder.
+        """Refit the projector's first linear map in place.
+
+        On the states of `encoder`, it shall compute what it computed on those of the unpruned encoder.
         """
         states, prefix = self.context.states, self.context.prefix("train")
         full = states.finish(prefix, self.context.encoder, self._set.indices)
         pruned = states.finish(prefix, encoder, self._set.indices)
-        self._refit("projector.up", projector.up, _projector_rows(projector, copy.deepcopy(projector.up)), pruned, full)
+        rows = partial(_projector_rows, projector, copy.deepcopy(projector.up))
+        self._refit("projector.up", projector.up, rows, pruned, full)
 
-    def _refit(self, name: str, linear: nn.Linear, rows: Rows, stream: StateStore, full: StateStore) -> None:
-        """Refit a linear map in place."""
-        fit, held_out = (self._sums(linear, rows, batches, stream, full) for batches in (self._set.fit, self._set.held_out))
+    def _refit(self, name: str, linear: nn.Linear, rows: Callable[..., Rows], *streams: StateStore) -> None:
+        """Refit a linear map in place. `rows`: of the streams' states of a batch, and their lengths."""
+        fit, held_out = (self._sums(linear, rows, batches, streams) for batches in (self._set.fit, self._set.held_out))
         solution = self.solutions[name] = solve(fit, held_out)
         linear.weight.data = solution.weight.to(linear.weight.dtype)
         linear.bias.data = solution.bias.to(linear.bias.dtype)
 
     def _sums(
-        self, linear: nn.Linear, rows: Rows, batches: Sequence[Sequence[int]], stream: StateStore, full: StateStore
+        self, linear: nn.Linear, rows: Callable[..., Rows], batches: Batches, streams: Sequence[StateStore]
     ) -> NormalEquations:
-        context, sums = self.context, NormalEquations(linear)
+        sums = NormalEquations(linear)
         for batch in batches:
-            h, lengths = stream.batch(batch, context.device)
-            x, _ = full.batch(batch, context.device)
-            with arithmetic(context.device, context.dtype):
-                inputs, outputs = rows(h, x, lengths)
-            sums.add(inputs, outputs)
-            context.progress("repairing", len(self.solutions), 2 * context.depth)
+            with arithmetic(self.context.device, self.context.dtype):
+                inputs, outputs, lengths = rows(*self._read(batch, streams))
+            inside = torch.arange(inputs.shape[1], device=lengths.device) < lengths[:, None]
+            sums.add(inputs[inside], outputs[inside])
+            self.context.progress("repairing", len(self.solutions), 2 * self.context.depth)
         return sums
 
-    def _advanced(self, store: StateStore, first: int, last: int) -> StateStore:
-        """The unpruned stream before layer `last`, from that before layer `first`."""
-        return store if first == last else self._through(list(self.context.encoder.layers[first:last]), store)
-
-    def _through(self, layers: Sequence[nn.Module], store: StateStore) -> StateStore:
-        """The states behind some layers."""
-        context = self.context
-        out = nameless_store(context.states.scratch, {i: store.length(i) for i in self._set.indices}, store)
+    def _map(self, function: Callable[..., Tensor], *streams: StateStore) -> StateStore:
+        """A new stream: the function of the streams' states of a batch, and their lengths."""
+        out = nameless_store(self.context.states.scratch, {i: streams[0].length(i) for i in self._set.indices}, streams[0])
         for batch in self._set.batches:
-            hidden, lengths = store.batch(batch, context.device)
-            mask = padding_mask(lengths, hidden.shape[1])
-            with arithmetic(context.device, context.dtype):
-                for layer in layers:
-                    hidden = layer(hidden, mask)
-            out.write(batch, hidden)
+            with arithmetic(self.context.device, self.context.dtype):
+                out.write(batch, function(*self._read(batch, streams)))
         return out
 
+    def _behind(self, layers: Sequence[nn.Module], stream: StateStore) -> StateStore:
+        """The stream behind some layers."""
+        return self._map(partial(_behind_layers, layers), stream) if len(layers) else stream
 
-def _attention_rows(layer: Any, original: Any) -> Rows:
-    """Inputs of the layer's `out_proj` on the pruned stream; it should add the unpruned stream behind the attention less h."""
-
-    def rows(h: Tensor, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        inside = _inside(h, lengths)
-        behind_attention = x + _attention(original, x, lengths)[0]
-        return _attention(layer, h, lengths)[1][inside], (behind_attention - h)[inside]
-
-    return rows
+    def _read(self, batch: Sequence[int], streams: Sequence[StateStore]) -> list[Tensor]:
+        """The streams' states (B, T, D), and the lengths (B,)."""
+        read = [stream.batch(batch, self.context.device) for stream in streams]
+        return [*(states for states, _ in read), read[0][1]]
 
 
-def _feed_forward_rows(layer: Any) -> Rows:
-    """Inputs of the layer's `fc2` on the pruned stream; what it should add to reach the target x."""
-
-    def rows(h: Tensor, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        inside = _inside(h, lengths)
-        m = h + _attention(layer, h, lengths)[0]
-        return layer.activation_fn(layer.fc1(layer.final_layer_norm(m)))[inside], (x - m)[inside]
-
-    return rows
+# The parts of a Whisper layer, as its own `forward` runs them. Dropout is off: encoders are frozen.
 
 
-def _projector_rows(projector: Projector, before: nn.Linear) -> Rows:
-    """Stacked states of the pruned encoder; what the first map (`before`) computes from those of the unpruned one."""
-
-    def rows(h: Tensor, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        stacked, audio_lengths = projector.stacked(h, lengths)
-        inside = _inside(stacked, audio_lengths)
-        return stacked[inside].float(), before(projector.stacked(x, lengths)[0][inside].float())
-
-    return rows
+def _behind_layers(layers: Sequence[nn.Module], hidden: Tensor, lengths: Tensor) -> Tensor:
+    mask = padding_mask(lengths, hidden.shape[1])
+    for layer in layers:
+        hidden = layer(hidden, mask)
+    return hidden
 
 
-def _attention(layer: Any, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """What the layer's attention adds to the stream, and the concatenated heads that `out_proj` reads: (B, T, D) each."""
+def _heads(layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The concatenated heads, which `out_proj` reads."""
     heads: list[Tensor] = []
     hook = layer.self_attn.out_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
     try:
-        mask = padding_mask(lengths, hidden.shape[1])
-        added, _ = layer.self_attn(hidden_states=layer.self_attn_layer_norm(hidden), attention_mask=mask)
+        normed = layer.self_attn_layer_norm(hidden)
+        layer.self_attn(hidden_states=normed, attention_mask=padding_mask(lengths, hidden.shape[1]))
     finally:
         hook.remove()
-    return added, heads[0]
+    return heads[0]
 
 
-def _inside(states: Tensor, lengths: Tensor) -> Tensor:
-    """(B, T): whether a position belongs to its utterance."""
-    return torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+def _add_attention(layer: Any, hidden: Tensor, heads: Tensor, lengths: Tensor) -> Tensor:
+    added: Tensor = layer.self_attn.out_proj(heads)
+    return hidden + added
+
+
+def _behind_attention(layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
+    return _add_attention(layer, hidden, _heads(layer, hidden, lengths), lengths)
+
+
+def _activations(layer: Any, middle: Tensor) -> Tensor:
+    """The inputs of `fc2`."""
+    activations: Tensor = layer.activation_fn(layer.fc1(layer.final_layer_norm(middle)))
+    return activations
+
+
+def _behind_feed_forward(layer: Any, middle: Tensor, lengths: Tensor) -> Tensor:
+    added: Tensor = layer.fc2(_activations(layer, middle))
+    return middle + added
+
+
+# The rows that maps are refitted on
+
+
+def _attention_rows(heads: Tensor, middle: Tensor, hidden: Tensor, lengths: Tensor) -> Rows:
+    """`out_proj` should add to the pruned stream what leads to the unpruned stream behind the attention."""
+    return heads, middle.float() - hidden.float(), lengths
+
+
+def _feed_forward_rows(layer: Any, middle: Tensor, target: Tensor, lengths: Tensor) -> Rows:
+    """`fc2` should add to the pruned stream what leads to the unpruned stream before the next kept layer."""
+    return _activations(layer, middle), target.float() - middle.float(), lengths
+
+
+def _projector_rows(projector: Projector, before: nn.Linear, pruned: Tensor, full: Tensor, lengths: Tensor) -> Rows:
+    """The first map should compute from the pruned encoder's states what it computed (`before`) from the unpruned one's."""
+    stacked, audio_lengths = projector.stacked(pruned, lengths)
+    with torch.autocast(stacked.device.type, enabled=False):
+        wanted = before(projector.stacked(full, lengths)[0].float())
+    return stacked, wanted, audio_lengths
 
 
 def start_of(context: TrainingContext, candidate: Candidate) -> tuple[WhisperEncoder, Projector, RepairSummary | None]:

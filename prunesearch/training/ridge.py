@@ -11,7 +11,9 @@ LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 1e9)
 
 
 class NormalEquations:
-    """Sums over rows of inputs x and residuals r = y - (W x + b), in float64 and in a fixed order. No corpus is in memory."""
+    """Sums over rows of inputs x and residuals r = y - (W x + b), batch by batch: no corpus is in memory.
+
+    A batch's products are computed in fp32 and added up in float64, in the order of the batches."""
 
     def __init__(self, linear: nn.Linear):
         device, inputs, outputs = linear.weight.device, linear.in_features, linear.out_features
@@ -27,14 +29,13 @@ class NormalEquations:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Inputs (N, I) and what the map should put out for them (N, O)."""
-        x, y = x.float(), y.float()
-        residual = (y - torch.addmm(self._bias, x, self._weight.T)).double()
-        wide = x.double()
+        x = x.float()
+        residual = y.float() - torch.addmm(self._bias, x, self._weight.T)
         self.rows += len(x)
-        self.x += wide.sum(0)
+        self.x += x.sum(0)
         self.r += residual.sum(0)
-        self.xx += wide.T @ wide
-        self.xr += wide.T @ residual
+        self.xx += x.T @ x
+        self.xr += x.T @ residual
         self.rr += residual.square().sum()
 
     def centred(self, x_mean: Tensor, r_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
