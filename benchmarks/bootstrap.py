@@ -1,16 +1,17 @@
-"""How long a paired bootstrap takes on a large corpus, against a plain one, and how far the two are apart.
+"""Time of the paired bootstrap on a large corpus, and its interval, compared with a plain implementation.
 
-    python benchmarks/bootstrap.py [--utterances 16391] [--resamples 10000] [--trainings 3] [--turns 3]
+    python benchmarks/bootstrap.py [--utterances 16391] [--resamples 10000] [--trainings 3] [--runs 3]
 
-The corpus is made up: 16,391 utterances is Common Voice 22's English test split, of nine words on average, a seventh of them
-wrong; the second system differs from the first in some. The plain way draws utterances one resample after the other. Both
-take turns in one process; printed are medians, and both intervals, for one training of each system and for several.
+The corpus is simulated. It has the size of the English test split of Common Voice 22: 16,391 utterances, nine words on average,
+one word in seven wrong. The second system differs from the first one in some of the utterances. The plain implementation draws
+one resample after the other. The two run alternately in one process. For one training of each system and for several, the
+benchmark prints the median time of each implementation and both intervals.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,52 +19,60 @@ from numpy.typing import NDArray
 from prunesearch.report.statistics import paired_bootstrap
 
 Counts = NDArray[np.int64]
+Interval = tuple[float, float]  # the 95 % interval of the difference in WER, fractions
 
 
-def corpus(utterances: int, trainings: int) -> tuple[Counts, Counts, Counts]:
-    """Errors of two systems, (trainings, utterances) each, and reference words."""
+@dataclass(frozen=True)
+class Corpus:
+    """Word errors of two systems, each (trainings, utterances), and the number of reference words, (utterances,)."""
+
+    first: Counts
+    second: Counts
+    words: Counts
+
+
+def simulated(utterances: int, trainings: int) -> Corpus:
     rng = np.random.default_rng(0)
     words = 1 + rng.poisson(8, utterances)
     first = rng.binomial(words, 0.15, (trainings, utterances))
     second = np.maximum(0, first + rng.choice([-1, 0, 1], (trainings, utterances), p=[0.06, 0.86, 0.08]))
-    return first, second, words
+    return Corpus(first, second, words)
 
 
-def plain(first: Counts, second: Counts, words: Counts, resamples: int) -> tuple[float, float]:
-    """The definition, one resample at a time."""
+def ours(corpus: Corpus, resamples: int) -> Interval:
+    found = paired_bootstrap(corpus.first, corpus.second, corpus.words, resamples)
+    return found.low, found.high
+
+
+def plain(corpus: Corpus, resamples: int) -> Interval:
+    """The definition: each resample draws utterances, and one training for each draw."""
     rng = np.random.default_rng(1)
-    drawn = []
+    first, second, words = corpus.first, corpus.second, corpus.words
+    differences = []
     for _ in range(resamples):
         rows = rng.integers(0, len(words), len(words))
         seeds = rng.integers(0, len(first), len(first))
-        ours, theirs = (errors[seeds][:, rows].sum() / len(first) for errors in (first, second))
-        drawn.append((ours - theirs) / words[rows].sum())
-    low, high = np.quantile(drawn, [0.025, 0.975])
+        one, other = (errors[seeds][:, rows].sum() / len(first) for errors in (first, second))
+        differences.append((one - other) / words[rows].sum())
+    low, high = np.quantile(differences, [0.025, 0.975])
     return float(low), float(high)
 
 
-def timed(work: Callable[[], tuple[float, float]]) -> tuple[float, tuple[float, float]]:
-    begin = time.perf_counter()
-    found = work()
-    return time.perf_counter() - begin, found
+IMPLEMENTATIONS = {"ours": ours, "plain": plain}
 
 
-def compared(utterances: int, resamples: int, trainings: int, turns: int) -> None:
-    first, second, words = corpus(utterances, trainings)
-
-    def ours() -> tuple[float, float]:
-        found = paired_bootstrap(first, second, words, resamples)
-        return found.low, found.high
-
-    sides = {"ours": ours, "plain": lambda: plain(first, second, words, resamples)}
-    runs = {name: [] for name in sides}
-    for _ in range(turns):
-        for name, work in sides.items():
-            runs[name].append(timed(work))
+def compare(corpus: Corpus, resamples: int, runs: int) -> None:
+    seconds: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+    intervals: dict[str, Interval] = {}
+    for _ in range(runs):
+        for name, implementation in IMPLEMENTATIONS.items():
+            begin = time.perf_counter()
+            intervals[name] = implementation(corpus, resamples)
+            seconds[name].append(time.perf_counter() - begin)
+    trainings, utterances = corpus.first.shape
     print(f"{utterances} utterances, {resamples} resamples, {trainings} training(s) of each system")
-    medians = {name: statistics.median(seconds for seconds, _ in of) for name, of in runs.items()}
-    for name, of in runs.items():
-        low, high = of[0][1]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, (low, high) in intervals.items():
         print(f"  {name:6} {medians[name]:7.2f} s   95 % interval {100 * low:+.3f} to {100 * high:+.3f} points")
     print(f"  ratio {medians['ours'] / medians['plain']:.4f}")
 
@@ -72,8 +81,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utterances", type=int, default=16_391)
     parser.add_argument("--resamples", type=int, default=10_000)
-    parser.add_argument("--trainings", type=int, default=3)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--trainings", type=int, default=3, help="trainings of each system, besides the case of one")
+    parser.add_argument("--runs", type=int, default=3, help="timed runs of each implementation")
     a = parser.parse_args()
     for trainings in sorted({1, a.trainings}):
-        compared(a.utterances, a.resamples, trainings, a.turns)
+        compare(simulated(a.utterances, trainings), a.resamples, a.runs)

@@ -1,21 +1,28 @@
-"""A training step at full size, with random weights: tokens a second, share of the card's bf16 peak, memory.
+"""A training step of models at full size, with random weights: seconds, tokens per second, share of the peak, memory.
 
     python benchmarks/scale.py studies/paper/large-v2-da.toml [--batch 8] [--seconds 8] [--words 40] [--rank 8]
 
-Architectures come from the study, weights from nowhere: speed does not ask for meaning, and nothing is downloaded. Ours
-is the step of a candidate (encoder states from the cache, logits at the text alone). The plain loop pads to Whisper's
-window, runs the encoder in every step, and has logits at every position. They take turns; medians are shown.
-Operations are counted by torch (matrix products and attention, as they are executed), so the share of the peak is of
-useful and useless work alike: compare the steps a second, and read the share as how busy the card was.
+The study file names the architectures. Weights are random, because they do not change the speed; nothing is downloaded. "Ours"
+is a candidate's training step: encoder states come from the cache, and logits are computed for the text only. The plain loop
+pads audio to Whisper's window, runs the encoder in every step, and computes logits at every position. The two loops run
+alternately; the table shows medians.
+
+torch counts the operations that a step executes (matrix products and attention). The share of the peak includes operations on
+padding: it says how busy the device was. To compare the two loops, use the seconds per step.
+
+Shapes: B batch, M mel bins, T encoder positions, D width.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from plain_loop import plain_loss
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -28,26 +35,144 @@ from prunesearch.model.hub import read_architecture
 from prunesearch.model.llm import Llm, embedding_scale, lora
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.study.config import load_study
-from prunesearch.training.device import arithmetic, attention_for_training, pick_dtype
+from prunesearch.study.config import StudyConfig, load_study
+from prunesearch.training.device import (
+    arithmetic,
+    attention_for_training,
+    forget_peak_memory,
+    peak_memory_bytes,
+    pick_dtype,
+)
 from prunesearch.training.finetune import trainable
 from prunesearch.training.process_group import ProcessGroup
 
-BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}  # dense, from the data sheets
+# Dense bf16 operations per second, from NVIDIA's data sheets
+BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+FRAMES_PER_SECOND = 100  # Whisper's mel frames
 
 
-def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Operations a second at most, and where the figure comes from: the data sheet, else a large product on this device."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if found := next((peak for card, peak in BF16_PEAK.items() if card in name), None):
-            return found, f"data sheet of {name}"
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    seconds = statistics.median(timed(lambda: a @ a, device) for _ in range(9))
-    return 2 * 2048**3 / seconds, "a product of 2,048 x 2,048 matrices"
+@dataclass(frozen=True)
+class Workload:
+    """What one training step processes: `batch` utterances of `seconds` of audio and `words` text tokens; LoRA's rank."""
+
+    batch: int
+    seconds: float
+    words: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Models:
+    """A study's models with random weights, and where they compute."""
+
+    encoder: WhisperEncoder
+    llm: Llm
+    projector: Projector
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def random(cls, config: StudyConfig, device: torch.device, dtype: torch.dtype) -> "Models":
+        torch.manual_seed(0)
+        architecture = read_architecture(config, config.encoder)
+        with torch.device(device):
+            encoder = WhisperEncoder(architecture).to(dtype).requires_grad_(False).eval()
+            model = AutoModelForCausalLM.from_config(read_architecture(config, config.llm), dtype=dtype)
+        model.requires_grad_(False).eval()
+        width = model.get_input_embeddings().embedding_dim
+        projector = Projector.for_models(config.projector, architecture.d_model, width, embedding_scale(model)).to(device)
+        prompt = tuple(range(20, 26))  # six tokens
+        return cls(encoder, Llm(model, None, (), prompt, 0, 0), projector, device, dtype)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch: features (B, M, window), cached encoder states (B, T, D) of these lengths (B,), and B texts as token ids."""
+
+    mels: Tensor
+    states: Tensor
+    lengths: Tensor
+    texts: list[list[int]]
+
+    @classmethod
+    def random(cls, models: Models, work: Workload) -> "Inputs":
+        window = 2 * models.encoder.config.max_source_positions  # mel frames
+        frames = min(window, round(FRAMES_PER_SECOND * work.seconds))
+        texts = [torch.randint(10, 500, (work.words,)).tolist() for _ in range(work.batch)]
+        mels = torch.randn(work.batch, models.encoder.config.num_mel_bins, window, device=models.device)
+        with torch.no_grad(), arithmetic(models.device, models.dtype):
+            lengths = torch.full((work.batch,), frames, device=models.device)
+            states, lengths = encode(models.encoder, mels[..., :frames], lengths)
+        return cls(mels, states, lengths, texts)
+
+
+def loss_at_full_window(models: Models, slam: SpeechLlm, inputs: Inputs) -> Tensor:
+    """The plain loop's loss."""
+    with torch.no_grad():
+        states = models.encoder(inputs.mels.to(models.dtype)).last_hidden_state
+    lengths = torch.full((len(inputs.texts),), states.shape[1], device=models.device)
+    return plain_loss(slam, states, lengths, inputs.texts)
+
+
+def loss_from_cache(models: Models, slam: SpeechLlm, inputs: Inputs) -> Tensor:
+    """Our loss."""
+    with attention_for_training(models.device):
+        return slam.loss(inputs.states, inputs.lengths, inputs.texts)
+
+
+LOOPS: dict[str, Callable[[Models, SpeechLlm, Inputs], Tensor]] = {"plain loop": loss_at_full_window, "ours": loss_from_cache}
+
+
+class Trainer:
+    """Training steps of one system on one batch."""
+
+    def __init__(self, models: Models, inputs: Inputs, adapted: Any):
+        self.models, self.inputs = models, inputs
+        self.slam = SpeechLlm(models.projector, models.llm, adapted)
+        self.slam.model.train()
+        self._weights = list(trainable(self.slam).values())
+        self._optimizer = torch.optim.AdamW(self._weights, lr=1e-4)
+
+    def step(self, loop: str) -> None:
+        with arithmetic(self.models.device, self.models.dtype):
+            loss = LOOPS[loop](self.models, self.slam, self.inputs)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._weights, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Median seconds of a step, the operations that it executes, and its peak memory on a GPU."""
+
+    seconds: float
+    operations: int
+    memory_bytes: int | None
+
+
+def measure(trainer: Trainer, steps: int) -> dict[str, Measured]:
+    """Each loop, by name: operations and memory of one step each, then `steps` timed steps of each, alternately."""
+    device = trainer.models.device
+    operations: dict[str, int] = {}
+    memory: dict[str, int] = {}
+    for loop in LOOPS:
+        with FlopCounterMode(display=False) as counter:
+            trainer.step(loop)
+        operations[loop] = counter.get_total_flops()
+        if device.type == "cuda":
+            forget_peak_memory(device)
+            trainer.step(loop)
+            memory[loop] = peak_memory_bytes(device)
+    seconds: dict[str, list[float]] = {loop: [] for loop in LOOPS}
+    for _ in range(steps):
+        for loop in LOOPS:
+            seconds[loop].append(timed(lambda loop=loop: trainer.step(loop), device))
+    return {loop: Measured(statistics.median(seconds[loop]), operations[loop], memory.get(loop)) for loop in LOOPS}
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `work`, including what it leaves to a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -57,97 +182,59 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def main(study: Path, batch: int, seconds: float, words: int, rank: int, steps: int) -> None:
+def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The device's peak in operations per second, and the source of the figure: a data sheet, or a large matrix product."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if found := next((peak for card, peak in BF16_PEAK.items() if card in name), None):
+            return found, f"data sheet of {name}"
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    seconds = statistics.median(timed(lambda: a @ a, device) for _ in range(9))
+    return 2 * 2048**3 / seconds, "measured: a product of 2,048 x 2,048 matrices"
+
+
+def show(title: str, measured: dict[str, Measured], tokens: dict[str, int], peak: float, console: Console) -> None:
+    """Print the table. `tokens`: tokens that the LLM reads in a step, by loop."""
+    table = Table(title=title)
+    for column in ("", *measured, "ratio"):
+        table.add_column(column, justify="right")
+    loops = list(measured.values())
+    table.add_row("step, s", *(f"{m.seconds:.4f}" for m in loops), f"{loops[0].seconds / loops[1].seconds:.1f}")
+    table.add_row("LLM tokens per step", *(f"{tokens[loop]:,}" for loop in measured))
+    table.add_row("LLM tokens per second", *(f"{tokens[loop] / m.seconds:,.0f}" for loop, m in measured.items()))
+    table.add_row("operations per step, 10^12", *(f"{m.operations / 1e12:.3f}" for m in loops))
+    table.add_row("share of the peak, %", *(f"{100 * m.operations / m.seconds / peak:.1f}" for m in loops))
+    if all(m.memory_bytes for m in loops):
+        table.add_row("peak memory, GiB", *(f"{(m.memory_bytes or 0) / 2**30:.1f}" for m in loops))
+    table.add_row("1,000 steps, min", *(f"{m.seconds * 1000 / 60:.1f}" for m in loops))
+    console.print(table)
+
+
+def main(study: Path, work: Workload, steps: int) -> None:
     config = load_study(study, data_must_exist=False)
     device = ProcessGroup.join().device
-    dtype = pick_dtype(config.training.precision, device)
-    shape = read_architecture(config, config.encoder)
-    torch.manual_seed(0)
-    with torch.device(device):
-        encoder = WhisperEncoder(shape).to(dtype).requires_grad_(False).eval()
-        model = AutoModelForCausalLM.from_config(read_architecture(config, config.llm), dtype=dtype)
-    model.requires_grad_(False).eval()
-    width, scale = model.get_input_embeddings().embedding_dim, embedding_scale(model)
-    settings = config.projector
-    projector = Projector.for_models(settings, shape.d_model, width, scale).to(device)
-
-    window = 2 * shape.max_source_positions  # mel frames
-    frames = min(window, round(100 * seconds))  # Whisper's hop is 10 ms
-    texts = [torch.randint(10, 500, (words,)).tolist() for _ in range(batch)]
-    llm = Llm(model, None, (), tuple(range(20, 26)), 0, 0)
-    mels = torch.randn(batch, shape.num_mel_bins, window, device=device)
-    with torch.no_grad(), arithmetic(device, dtype):
-        states, lengths = encode(encoder, mels[..., :frames], torch.full((batch,), frames, device=device))
-
-    with lora(llm, rank, config.llm, seed=0) as adapted:
-        slam = SpeechLlm(projector, llm, adapted)
-        slam.model.train()
-        optimizer = torch.optim.AdamW(trainable(slam).values(), lr=1e-4)
-
-        def ours() -> Tensor:
-            with attention_for_training(device):
-                return slam.loss(states, lengths, texts)
-
-        def plain() -> Tensor:
-            with torch.no_grad():
-                everything = encoder(mels.to(dtype)).last_hidden_state
-            prefix, mask = slam.prefix(everything, torch.full((batch,), everything.shape[1], device=device))
-            text = torch.tensor(texts, device=device)
-            embedded = model.get_input_embeddings()(text).to(prefix.dtype)
-            mask = torch.cat([mask, mask.new_ones(text.shape)], 1)
-            logits = adapted(inputs_embeds=torch.cat([prefix, embedded], 1), attention_mask=mask, use_cache=False).logits
-            labels = torch.cat([text.new_full(prefix.shape[:2], -100), text], 1)
-            return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
-
-        def step(loss: Callable[[], Tensor]) -> None:
-            with arithmetic(device, dtype):
-                value = loss()
-            value.backward()
-            nn.utils.clip_grad_norm_(trainable(slam).values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        sides = {"plain loop": plain, "ours": ours}
-        taken: dict[str, list[float]] = {side: [] for side in sides}
-        operations, memory = {}, {}
-        for side, loss in sides.items():
-            with FlopCounterMode(display=False) as counter:
-                step(loss)
-            operations[side] = counter.get_total_flops()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                step(loss)
-                memory[side] = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}"
-        for _ in range(steps):
-            for side, loss in sides.items():
-                taken[side].append(timed(lambda loss=loss: step(loss), device))
-
-    peak, source = peak_of(device, dtype)
-    positions = {"plain loop": shape.max_source_positions, "ours": states.shape[1]}
-    table = Table(title=f"{config.name}: batch {batch}, {seconds:g} s of audio, {words} tokens of text, rank {rank}, {dtype}")
-    for column in ("", *sides, "ratio"):
-        table.add_column(column, justify="right")
-    median = {side: statistics.median(taken[side]) for side in sides}
-    tokens = {side: batch * (-(-positions[side] // settings.stack) + len(llm.prompt) + words) for side in sides}
-    table.add_row("step, s", *(f"{median[s]:.4f}" for s in sides), f"{median['plain loop'] / median['ours']:.1f}")
-    table.add_row("LLM tokens a step", *(f"{tokens[s]:,}" for s in sides))
-    table.add_row("LLM tokens a second", *(f"{tokens[s] / median[s]:,.0f}" for s in sides))
-    table.add_row("operations a step, 10^12", *(f"{operations[s] / 1e12:.3f}" for s in sides))
-    table.add_row("share of the peak, %", *(f"{100 * operations[s] / median[s] / peak:.1f}" for s in sides))
-    if memory:
-        table.add_row("peak memory, GiB", *(memory[s] for s in sides))
-    table.add_row("1,000 steps, min", *(f"{median[s] * 1000 / 60:.1f}" for s in sides))
+    models = Models.random(config, device, pick_dtype(config.training.precision, device))
+    inputs = Inputs.random(models, work)
+    with lora(models.llm, work.rank, config.llm, seed=0) as adapted:
+        measured = measure(Trainer(models, inputs, adapted), steps)
+    positions = {"plain loop": models.encoder.config.max_source_positions, "ours": inputs.states.shape[1]}
+    prompt, stack = len(models.llm.prompt), config.projector.stack
+    tokens = {loop: work.batch * (-(-positions[loop] // stack) + prompt + work.words) for loop in LOOPS}
+    peak, source = peak_of(device, models.dtype)
     console = Console(width=110)
-    console.print(table)
-    console.print(f"peak: {peak / 1e12:.2f} x 10^12 operations a second ({source}); medians of {steps} steps of each, in turns")
+    what = f"batch {work.batch}, {work.seconds:g} s of audio, {work.words} tokens of text, rank {work.rank}, {models.dtype}"
+    show(f"{config.name}: {what}", measured, tokens, peak, console)
+    console.print(f"peak: {peak / 1e12:.2f} x 10^12 operations per second ({source})")
+    console.print(f"medians of {steps} steps of each loop, run alternately")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of audio in each utterance")
-    parser.add_argument("--words", type=int, default=40, help="tokens of text in each utterance")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10)
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--batch", type=int, default=8, help="utterances in a step")
+    parser.add_argument("--seconds", type=float, default=8.0, help="audio of each utterance")
+    parser.add_argument("--words", type=int, default=40, help="text tokens of each utterance")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the LoRA")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each loop")
+    a = parser.parse_args()
+    main(a.study, Workload(a.batch, a.seconds, a.words, a.rank), a.steps)

@@ -1,21 +1,23 @@
-"""What many workers get out of a storage: trials a second, and how long an ask and a tell take.
+"""Throughput of a storage with many workers: trials per second, and the time of an ask and a tell.
 
     python benchmarks/storage.py [--workers 64] [--trials 100 1000 10000] [--seconds 20] [--only journal,postgres,grpc]
-    python benchmarks/storage.py --workers 8 --sampler layer-sets      # how much of 8 trials a second do 8 workers complete?
+    python benchmarks/storage.py --workers 8 --sampler layer-sets      # how many of 8 trials per second do 8 workers complete?
     python benchmarks/storage.py --study studies/quickstart            # the share of a study's time that is not work on trials
 
-Trials are simulated: they sleep for a second. LAYERS=24 in the environment makes the encoder as deep. Everything runs on this
-machine, the server as well. Needs PostgreSQL's server.
+Trials are simulated: each one sleeps for a second. The environment variable LAYERS is the number of the encoder's layers (12).
+Workers and servers run on this machine. `postgres` and `grpc` need PostgreSQL's server.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import combinations, pairwise
 from multiprocessing import get_context
@@ -24,12 +26,10 @@ from pathlib import Path
 
 import optuna
 from optuna.distributions import distribution_to_json
-from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy import text
+from sqlalchemy import Engine, MetaData, create_engine, select
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,17 +40,27 @@ from prunesearch.search.space import SearchSpace  # noqa: E402
 from prunesearch.study.candidate import Candidate  # noqa: E402
 from prunesearch.study.config import load_study  # noqa: E402
 from prunesearch.study.interrupt import Interrupt  # noqa: E402
-from prunesearch.study.record import read_records  # noqa: E402
+from prunesearch.study.record import Parameters, RunRecord, SplitResult, WordErrors, read_records  # noqa: E402
 from prunesearch.workers.claim import claim  # noqa: E402
 from prunesearch.workers.lease import LeaseMonitor  # noqa: E402
 from prunesearch.workers.optuna_internals import StoredStudy  # noqa: E402
+from prunesearch.workers.optuna_study import open_existing_study  # noqa: E402
 from prunesearch.workers.storage import open_storage  # noqa: E402
 from prunesearch.workers.trial import StudyRules  # noqa: E402
 from tests.servers import GrpcProxy, Postgres  # noqa: E402
 
+STUDY = "s"
 LAYERS = int(os.environ.get("LAYERS", "12"))
 SPACE = SearchSpace(tuple(range(LAYERS)), LAYERS * 2 // 3, (0, 4, 8), {})
 SCAN = {s: 0.1 * sum(1 + i % 5 for i in s) for k in (1, 2) for s in combinations(range(LAYERS), k)}
+SAMPLERS = ("random", "layer-sets")
+STORAGES = ("journal", "postgres", "grpc")
+TRIAL_SECONDS = 1.0
+REFERENCE_WORDS = 10_000
+ENDLESS = 10**6  # trials: more than any run completes
+
+
+# Simulated trials
 
 
 def params_of(candidate: Candidate) -> float:
@@ -62,42 +72,32 @@ def wer_of(candidate: Candidate) -> float:
     return min(1.0, 0.05 + 0.03 * sum(1 + i % 5 for i in candidate.removed_layers) * (1 + noise) / 3)
 
 
-def sampler(name: str, seed: int) -> CandidateSampler:
+def simulated_record(candidate: Candidate) -> RunRecord:
+    errors = WordErrors(substitutions=round(REFERENCE_WORDS * wer_of(candidate)), reference_words=REFERENCE_WORDS)
+    return RunRecord(
+        study=STUDY, encoder_layers=LAYERS, removed_layers=candidate.removed_layers, lora_rank=candidate.lora_rank, seed=0,
+        state="complete", steps=1, dev=SplitResult(errors=errors, utterances=1),
+        parameters=Parameters(encoder=int(params_of(candidate)), projector=0, lora=0, llm=0),
+    )  # fmt: skip
+
+
+def rules(trials: int) -> StudyRules:
+    return StudyRules(SPACE, params_of, "speech_params", trials, rung_confidence=0.95)
+
+
+def sampler_of(name: str, seed: int) -> CandidateSampler:
     return CandidateSampler(SPACE, seed) if name == "random" else LayerSetSampler(SPACE, params_of, seed, scan=SCAN)
 
 
-def labour(url: str | None, folder: Path, number: int, kind: str, ready: Barrier, seconds: float) -> None:
-    """Join, and when all have: claim, sleep, tell, until the time is over. What it took goes to a file."""
-    begin = time.perf_counter()
-    storage = open_storage(url, folder)
-    study = StoredStudy(optuna.load_study(study_name="s", storage=storage, sampler=sampler(kind, number)), storage)
-    study.trials()
-    joins, asks, tells = [time.perf_counter() - begin], [], []
-    monitor, interrupt = LeaseMonitor(), Interrupt()
-    rules = StudyRules(SPACE, params_of, "speech_params", 10**6, 0.95, folder)
-    ready.wait()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        start = time.perf_counter()
-        claimed = claim(study, rules, monitor, interrupt)
-        asked = time.perf_counter()
-        if claimed is None:
-            break
-        with claimed.held(lambda: None, print):
-            time.sleep(1.0)
-        woken = time.perf_counter()
-        values = [wer_of(claimed.candidate), params_of(claimed.candidate)]
-        study.end_trial(claimed.trial, TrialState.COMPLETE, values)
-        tells.append(time.perf_counter() - woken)
-        asks.append(asked - start)
-    (folder / f"worker-{number}.json").write_text(json.dumps([joins, asks, tells]))
+# A study with finished trials
 
 
-def filled(url: str | None, folder: Path, trials: int) -> None:
-    """A study with so many finished trials; a database gets them in bulk, for Optuna takes some forty milliseconds for each."""
+def fill(url: str | None, folder: Path, trials: int) -> None:
+    """Bring the study to so many finished trials. Databases get them in bulk: Optuna takes forty milliseconds for each."""
     storage = open_storage(url, folder)
-    study = optuna.create_study(study_name="s", storage=storage, directions=["minimize"] * 2, load_if_exists=True)
-    seen = {t.user_attrs.get("candidate") for t in study.get_trials(deepcopy=False)}
+    study = optuna.create_study(study_name=STUDY, storage=storage, directions=["minimize"] * 2, load_if_exists=True)
+    before = study.get_trials(deepcopy=False)
+    seen = {t.user_attrs.get("candidate") for t in before}
     rng = random.Random(trials)
     new = []
     while len(seen) < trials:
@@ -106,120 +106,177 @@ def filled(url: str | None, folder: Path, trials: int) -> None:
             seen.add(candidate.key)
             new.append(candidate)
     if url is None:
-        study.add_trials([finished(c) for c in new])
-    else:
-        database = RDBStorage(url)
-        insert(database, database.get_study_id_from_name("s"), len(study.get_trials(deepcopy=False)), new)
+        study.add_trials([finished_trial(c) for c in new])
+    elif new:
+        insert(create_engine(url), storage.get_study_id_from_name(STUDY), len(before), new)
 
 
-def finished(candidate: Candidate) -> optuna.trial.FrozenTrial:
-    params, kinds = SPACE.params(candidate), SPACE.distributions
+def finished_trial(candidate: Candidate) -> optuna.trial.FrozenTrial:
+    params, distributions = SPACE.params(candidate), SPACE.distributions
     values = [wer_of(candidate), params_of(candidate)]
-    return create_trial(values=values, params=params, distributions=kinds, user_attrs={"candidate": candidate.key})
+    return create_trial(values=values, params=params, distributions=distributions, user_attrs={"candidate": candidate.key})
 
 
-def insert(database: RDBStorage, study: int, first: int, candidates: list[Candidate]) -> None:
-    if not candidates:
-        return
-    now, kinds = datetime.now(), SPACE.distributions
-    times = {"datetime_start": now, "datetime_complete": now}
-    trials = [{"number": first + i, "study_id": study, "state": TrialState.COMPLETE, **times} for i in range(len(candidates))]
-    query = text("SELECT number, trial_id FROM trials WHERE number >= :first AND study_id = :study")
-    with database.engine.begin() as connection:
-        connection.execute(models.TrialModel.__table__.insert(), trials)
-        ids = {number: trial for number, trial in connection.execute(query, {"first": first, "study": study})}  # noqa: C416
+def insert(engine: Engine, study_id: int, first: int, candidates: list[Candidate]) -> None:
+    """Write finished trials to Optuna's tables; `first` is the number of the first one."""
+    schema = MetaData()
+    schema.reflect(engine)
+    table, distributions, now = schema.tables, SPACE.distributions, datetime.now()
+    state = {"study_id": study_id, "state": "COMPLETE", "datetime_start": now, "datetime_complete": now}
+    columns = table["trials"].c
+    query = select(columns.number, columns.trial_id).where(columns.number >= first, columns.study_id == study_id)
+    with engine.begin() as connection:
+        connection.execute(table["trials"].insert(), [{"number": first + i, **state} for i in range(len(candidates))])
+        ids = {number: trial_id for number, trial_id in connection.execute(query)}  # noqa: C416 - rows are no pairs for dict()
         params, values, attrs = [], [], []
-        for i, candidate in enumerate(candidates):
-            trial = {"trial_id": ids[first + i]}
+        for number, candidate in enumerate(candidates, first):
+            trial = {"trial_id": ids[number]}
             for name, value in SPACE.params(candidate).items():
-                kind, internal = distribution_to_json(kinds[name]), kinds[name].to_internal_repr(value)
+                kind, internal = distribution_to_json(distributions[name]), distributions[name].to_internal_repr(value)
                 params.append(trial | {"param_name": name, "param_value": internal, "distribution_json": kind})
             for objective, value in enumerate((wer_of(candidate), params_of(candidate))):
-                finite = models.TrialValueModel.TrialValueType.FINITE
-                values.append(trial | {"objective": objective, "value": value, "value_type": finite})
+                values.append(trial | {"objective": objective, "value": value, "value_type": "FINITE"})
             attrs.append(trial | {"key": "candidate", "value_json": json.dumps(candidate.key)})
-        connection.execute(models.TrialParamModel.__table__.insert(), params)
-        connection.execute(models.TrialValueModel.__table__.insert(), values)
-        connection.execute(models.TrialUserAttributeModel.__table__.insert(), attrs)
+        connection.execute(table["trial_params"].insert(), params)
+        connection.execute(table["trial_values"].insert(), values)
+        connection.execute(table["trial_user_attributes"].insert(), attrs)
 
 
-def measured(url: str | None, folder: Path, workers: int, kind: str, seconds: float) -> tuple[float, list[list[float]]]:
-    """Trials a second, and the seconds that joining the study, asks and tells took."""
+# Workers
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many workers use a storage, for how many seconds, and which sampler proposes their candidates."""
+
+    workers: int
+    seconds: float
+    sampler: str
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that each opening of the study, each ask and each tell took."""
+
+    joins: list[float]
+    asks: list[float]
+    tells: list[float]
+
+
+def run_worker(url: str | None, folder: Path, number: int, load: Load, all_ready: Barrier) -> None:
+    """Open the study; once all workers have, claim, sleep and tell until the time is over. The times go to a file."""
+    begin = time.perf_counter()
+    storage = open_storage(url, folder)
+    study = optuna.load_study(study_name=STUDY, storage=storage, sampler=sampler_of(load.sampler, number))
+    stored = StoredStudy(study, storage)
+    stored.trials()
+    joins, asks, tells = [time.perf_counter() - begin], [], []
+    monitor, interrupt = LeaseMonitor(), Interrupt()
+    all_ready.wait()
+    end = time.monotonic() + load.seconds
+    while time.monotonic() < end:
+        begin = time.perf_counter()
+        trial = claim(stored, rules(ENDLESS), monitor, interrupt)
+        if trial is None:
+            break
+        asks.append(time.perf_counter() - begin)
+        with trial.keep_lease(lambda: None, print):
+            time.sleep(TRIAL_SECONDS)
+            begin = time.perf_counter()  # a tell waits for parameters that are not written yet
+        trial.tell(simulated_record(trial.candidate))
+        tells.append(time.perf_counter() - begin)
+    (folder / f"worker-{number}.json").write_text(json.dumps([joins, asks, tells]))
+
+
+def measure(url: str | None, folder: Path, load: Load) -> Times:
+    """The times of all workers."""
     for file in folder.glob("worker-*.json"):
         file.unlink()
     context = get_context("fork")
-    ready = context.Barrier(workers)
-    arguments = [(url, folder, n, kind, ready, seconds) for n in range(workers)]
-    processes = [context.Process(target=labour, args=a) for a in arguments]
+    all_ready = context.Barrier(load.workers)
+    arguments = [(url, folder, number, load, all_ready) for number in range(load.workers)]
+    processes = [context.Process(target=run_worker, args=a) for a in arguments]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     found = [json.loads(f.read_text()) for f in folder.glob("worker-*.json")]
-    joins, asks, tells = ([x for each in found for x in each[i]] for i in range(3))
-    return len(tells) / seconds, [joins, asks, tells]
+    return Times(*([seconds for worker in found for seconds in worker[i]] for i in range(3)))
 
 
-def at(values: list[float], share: float) -> str:
-    ordered = sorted(values)
+def milliseconds(seconds: list[float], share: float) -> str:
+    """The quantile that `share` of the values lie below."""
+    ordered = sorted(seconds)
     return f"{1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]:.0f}"
 
 
-def compare(workers: int, counts: list[int], seconds: float, only: list[str], kind: str) -> None:
+def compare(load: Load, counts: list[int], storages: list[str]) -> None:
+    """Print a table of the storages, each with `counts` trials in the study."""
     table = Table(
-        title=f"{workers} workers with trials of a second, sampler {kind}; ms: median, 99th percentile",
-        caption="join: all workers read the study at once",
+        title=f"{load.workers} workers with trials of one second, sampler {load.sampler}; ms: median, 99th percentile",
+        caption="joining: the time to open the study, when all workers do so at once",
     )
-    for column in ("storage", "trials in it", "trials a second", "of the ideal", "join", "ask", "99 %", "tell", "99 %"):
+    columns = "storage, trials in the study, trials per second, of the ideal, joining, ask, 99 %, tell, 99 %"
+    for column in columns.split(", "):
         table.add_column(column, justify="left" if column == "storage" else "right")
-    server = Postgres() if {"postgres", "grpc"} & set(only) else None
+    server = Postgres() if {"postgres", "grpc"} & set(storages) else None
     folder = Path(tempfile.mkdtemp(prefix="storage."))
     try:
         for count in counts:
-            for name in only:
+            for name in storages:
                 url = server.url if server and name != "journal" else None
-                filled(url, folder, count)
+                fill(url, folder, count)
                 proxy = GrpcProxy(url) if name == "grpc" and url else None
-                pace, [joins, asks, tells] = measured(proxy.url if proxy else url, folder, workers, kind, seconds)
+                found = measure(proxy.url if proxy else url, folder, load)
                 if proxy:
                     proxy.stop()
-                times = (at(joins, 0.5), at(asks, 0.5), at(asks, 0.99), at(tells, 0.5), at(tells, 0.99))
-                table.add_row(name, f"{count:,}", f"{pace:.1f}", f"{100 * pace / workers:.0f} %", *times)
-                print(name, count, f"{pace:.1f} trials a second", *times, file=sys.stderr, flush=True)
+                pace = len(found.tells) / load.seconds
+                both = [milliseconds(times, share) for times in (found.asks, found.tells) for share in (0.5, 0.99)]
+                row = [f"{pace:.1f}", f"{100 * pace / load.workers:.0f} %", milliseconds(found.joins, 0.5), *both]
+                table.add_row(name, f"{count:,}", *row)
+                print(name, count, *row, file=sys.stderr, flush=True)
     finally:
         if server:
             server.remove()
+        shutil.rmtree(folder)
     Console(width=120).print(table)
 
 
 def overhead(study: Path) -> None:
-    """From one worker's finished study: between two outcomes, how much is neither encoding, training nor decoding?"""
+    """Of a finished study with one worker: the share of the time between two results that is not work on a candidate."""
     config = load_study(study, data_must_exist=False)
     records = {r.candidate.key: r for r in read_records(config.run_folder / "records")}
-    stored = optuna.load_study(study_name=config.name, storage=open_storage(config.storage.url, config.run_folder))
-    done = sorted(stored.get_trials(deepcopy=False, states=[TrialState.COMPLETE]), key=lambda t: t.datetime_complete)
-    shares = []
+    done = sorted(open_existing_study(config).trials(TrialState.COMPLETE), key=lambda t: t.datetime_complete)
+    walls, works = [], []
     for before, trial in pairwise(done):
-        wall = (trial.datetime_complete - before.datetime_complete).total_seconds()
         cost = records[trial.user_attrs["candidate"]].cost
-        shares.append((wall, cost.train_seconds + cost.encode_seconds + cost.decode_seconds))
-    wall, work = sum(w for w, _ in shares), sum(w for _, w in shares)
-    rest = statistics.median(w - k for w, k in shares)
-    print(f"{len(shares)} candidates in {wall:.0f} s: {100 * (1 - work / wall):.2f} % is not encoding, training or decoding")
-    print(f"(median {1000 * rest:.0f} ms a candidate)")
+        walls.append((trial.datetime_complete - before.datetime_complete).total_seconds())
+        works.append(cost.train_seconds + cost.encode_seconds + cost.decode_seconds)
+    share = 1 - sum(works) / sum(walls)
+    rest = statistics.median(wall - work for wall, work in zip(walls, works, strict=True))
+    print(f"{len(walls)} candidates in {sum(walls):.0f} s: {100 * share:.2f} % is not encoding, training or decoding")
+    print(f"(median {1000 * rest:.0f} ms per candidate)")
+
+
+def storages(text: str) -> list[str]:
+    """The names in a list with commas. Raises argparse.ArgumentTypeError for a name that is no storage's."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in STORAGES]:
+        raise argparse.ArgumentTypeError(f"must be some of {','.join(STORAGES)}, got {unknown[0]!r}")
+    return names
 
 
 if __name__ == "__main__":
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=64)
-    parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000, 10000])
-    parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--only", default="journal,postgres,grpc")
-    parser.add_argument("--sampler", choices=["random", "layer-sets"], default="random")
-    parser.add_argument("--study", type=Path)
+    parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000, 10000], help="finished trials in the study")
+    parser.add_argument("--seconds", type=float, default=20, help="of each measurement")
+    parser.add_argument("--only", type=storages, default=list(STORAGES), help="storages, separated by commas")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="random")
+    parser.add_argument("--study", type=Path, help="measure this finished study instead")
     a = parser.parse_args()
     if a.study:
         overhead(a.study)
     else:
-        compare(a.workers, a.trials, a.seconds, a.only.split(","), a.sampler)
+        compare(Load(a.workers, a.seconds, a.sampler), a.trials, a.only)

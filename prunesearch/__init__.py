@@ -1,4 +1,4 @@
-"""prunesearch: find the smallest speech encoder a speech-LLM can live with.
+"""prunesearch: find the encoder layers that can be removed from a speech-LLM.
 
     study.toml -> StudyConfig -> study -> Candidate -> system -> short fine-tune -> RunRecord -> front -> report
 
@@ -72,7 +72,7 @@ if TYPE_CHECKING:  # for editors and type checkers
 
 
 def __getattr__(name: str) -> object:
-    """The public name, loaded from its module."""
+    """Load a public name from its module. Raises AttributeError for any other name."""
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import soundfile
+
+from prunesearch.study.config import StudyConfig, load_study
+from tests.servers import Postgres
 
 WORDS = {"low": 220.0, "mid": 440.0, "high": 880.0}
 LAYERS = 4
@@ -99,3 +103,23 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, count in (("train", 24), ("dev", 8), ("test", 6)):
         write_split(folder, split, count)
     return folder
+
+
+def started_postgres() -> Postgres:
+    """A laptop without PostgreSQL skips what needs it."""
+    try:
+        return Postgres()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    server = started_postgres()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def config(toy: Path, tmp_path: Path) -> StudyConfig:
+    return load_study(write_study(tmp_path / f"study-{random.getrandbits(40):x}", toy))

@@ -1,4 +1,4 @@
-"""Records of studies that nobody trained, for tests of what reads records."""
+"""Made-up records of studies, for tests of code that reads records."""
 
 import json
 from collections.abc import Sequence

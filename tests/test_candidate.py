@@ -25,7 +25,7 @@ def test_key_is_canonical_and_reversible() -> None:
         "../../x", "minus-3/../../x", "/full", "minus-3\x00",
     ],
 )  # fmt: skip
-def test_other_texts_are_no_keys(wrong: str) -> None:
+def test_malformed_keys_are_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="key"):
         Candidate.from_key(wrong)
 
@@ -43,7 +43,7 @@ def test_another_spelling_of_a_key_is_refused_and_the_key_is_named(wrong: str, r
     assert str(caught.value).endswith(f"write {right!r}")
 
 
-def test_what_is_accepted_as_a_key_is_the_candidates_key() -> None:
+def test_every_accepted_key_equals_its_candidates_key() -> None:
     rng = random.Random(1)
     accepted = 0
     for _ in range(3000):

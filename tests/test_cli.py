@@ -166,7 +166,7 @@ def test_json_of_plan_and_report_has_the_documented_keys(run: Run, launched: Pat
     assert all(record.keys() >= wanted for record in [*reported["front"], *reported["baselines"].values()])
 
 
-def test_what_json_does_not_have_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_and_infinity_are_printed_as_null(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"a": float("nan"), "b": [1.5, float("-inf")], "c": (None, "x")})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": [None, "x"]}
 
@@ -181,7 +181,7 @@ def test_validate_prints_five_errors_on_five_lines_and_exits_with_2(run: Run, to
 
 
 @pytest.mark.parametrize("command", ["status", "report", "retry", "abort"])
-def test_a_study_that_was_not_launched_has_nothing_to_show(run: Run, toy: Path, tmp_path: Path, command: str) -> None:
+def test_status_of_an_unlaunched_study_is_one_error_line(run: Run, toy: Path, tmp_path: Path, command: str) -> None:
     done = run(command, write_study(tmp_path, toy))
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert "`prunesearch launch" in done.err
@@ -207,7 +207,7 @@ def test_a_broken_record_is_one_line_on_stderr(run: Run, launched: Path) -> None
     assert "cut off" in done.err
 
 
-def test_init_validate_resolved(run: Run, toy: Path, tmp_path: Path) -> None:
+def test_init_writes_a_file_that_validate_resolves(run: Run, toy: Path, tmp_path: Path) -> None:
     assert run("init", "mine", "--in", tmp_path).code == 0
     again = run("init", "mine", "--in", tmp_path)
     assert (again.code, "exists already" in again.err) == (2, True)
@@ -235,7 +235,7 @@ def test_an_error_sets_the_exit_code(
     assert (done.code, done.out, done.err.lstrip("\n")) == (code, "", message)
 
 
-def test_an_error_of_ours_is_not_hidden(launched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(launched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*arguments: Any) -> None:
         raise RuntimeError("a bug")
 

@@ -17,7 +17,7 @@ def records(tmp_path: Path) -> Path:
     return tmp_path / "records"
 
 
-def test_records_are_sorted_by_their_part(records: Path) -> None:
+def test_records_are_sorted_into_front_others_pruned_and_failed(records: Path) -> None:
     found = compare(records, "speech_params", "s")
     assert tuple(found.baselines) == BASELINE_NAMES
     assert [r.candidate.key for r in found.front] == ["minus-4-5", "minus-1-2+lora4", "full+lora8"]
@@ -29,7 +29,7 @@ def test_records_are_sorted_by_their_part(records: Path) -> None:
     assert (best.record.candidate, best.tried) == (FOUND, 4)  # three complete, one ended at a rung
 
 
-def test_the_winner_is_what_beats_top2_lora_on_dev(records: Path) -> None:
+def test_the_winner_has_the_lowest_dev_wer_of_those_that_beat_top2_lora(records: Path) -> None:
     found = compare(records, "speech_params", "s")
     (contrast,) = found.dominating
     assert found.winner == contrast
@@ -43,7 +43,7 @@ def test_the_winner_is_what_beats_top2_lora_on_dev(records: Path) -> None:
     assert winner.system.candidate == Candidate((2, 3), 4), "test has no say"
 
 
-def test_where_nothing_wins_the_knee_is_chosen(tmp_path: Path) -> None:
+def test_without_a_winner_the_knee_is_chosen(tmp_path: Path) -> None:
     add_baselines(tmp_path)
     found = compare(tmp_path, "speech_params", "s")
     assert found.winner is None
@@ -69,7 +69,7 @@ def test_reductions_have_three_denominators(records: Path) -> None:
     assert added.speech < 0 == added.encoder
 
 
-def test_trainings_of_one_system_count_as_their_mean(records: Path) -> None:
+def test_trainings_of_one_system_are_averaged(records: Path) -> None:
     before = compare(records, "speech_params", "s")
     add(records, Candidate((1, 2), 4, repeat=1), 3, test=2)  # 2 on dev and 1 on test the first time
     add(records, Candidate((0,), 4, repeat=1), 9, state="failed")
@@ -93,13 +93,13 @@ def test_a_repeat_that_was_not_decoded_on_test_moves_the_difference_to_dev(recor
     assert contrast.split == "dev"
 
 
-def test_records_on_other_utterances_are_refused(records: Path) -> None:
+def test_records_of_different_utterances_are_refused(records: Path) -> None:
     write_utterances(records, FOUND, "test", utterances(1)[1:])
     with pytest.raises(StudyError, match="not decoded on the same test utterances"):
         compare(records, "speech_params", "s")
 
 
-def test_utterances_are_joined_by_id_not_by_line(records: Path) -> None:
+def test_utterances_are_paired_by_id_not_by_line(records: Path) -> None:
     before = compare(records, "speech_params", "s")
     write_utterances(records, FOUND, "test", reversed(utterances(1)))
     assert compare(records, "speech_params", "s") == before
@@ -140,14 +140,14 @@ def test_a_candidate_whose_worst_group_is_above_the_limit_is_not_chosen(records:
 # --- the verdict ---
 
 
-def test_without_test_results_the_difference_is_on_dev_and_says_so(tmp_path: Path) -> None:
+def test_without_test_results_the_difference_is_on_dev_and_the_verdict_says_so(tmp_path: Path) -> None:
     add_study(tmp_path, found_on_test=None)
     found = compare(tmp_path, "speech_params", "s")
     assert found.dominating[0].split == "dev"
     assert "also chosen on dev" in " ".join(verdict(found))
 
 
-def test_a_winner_that_test_does_not_confirm_is_not_called_better(tmp_path: Path) -> None:
+def test_a_winner_whose_test_interval_contains_zero_is_not_called_better(tmp_path: Path) -> None:
     add_study(tmp_path, found_on_test=3)
     said = " ".join(verdict(compare(tmp_path, "speech_params", "s")))
     assert "On test, no difference can be seen between minus-1-2+lora4 and top2+lora" in said
@@ -163,14 +163,14 @@ def test_a_verdict_counts_candidates_and_names_the_winner_and_the_control(record
     assert [d.endswith("This is the fair control: LoRA on both sides.") for d in differences] == [False, False, False, True]
 
 
-def test_nothing_found_is_said(tmp_path: Path) -> None:
+def test_a_verdict_says_that_no_candidate_beats_top2_lora(tmp_path: Path) -> None:
     add_baselines(tmp_path, on_test=False)
     add(tmp_path, FOUND, 4)
     said = " ".join(verdict(compare(tmp_path, "speech_params", "s")))
     assert f"no candidate has at most 11.08 M speech parameters and a dev WER below {100 * wer(3):.2f} %" in said
 
 
-def test_without_top2_lora_nothing_can_be_said_of_it(tmp_path: Path) -> None:
+def test_without_top2_lora_the_verdict_says_that_it_is_missing(tmp_path: Path) -> None:
     empty = compare(tmp_path / "nowhere", "speech_params", "s")
     assert (empty.front, empty.baselines, empty.winner, empty.chosen) == ((), {}, None, None)
     assert "it is not evaluated" in " ".join(verdict(empty))

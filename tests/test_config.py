@@ -21,7 +21,7 @@ def errors_in(path: Path) -> list[str]:
     return caught.value.lines
 
 
-def test_a_valid_study_survives_its_own_json(toy: Path, tmp_path: Path) -> None:
+def test_a_study_round_trips_through_json(toy: Path, tmp_path: Path) -> None:
     config = load_study(write_study(tmp_path / "s", toy))
     again = StudyConfig.model_validate_json(config.model_dump_json(), context={"folder": config.folder})
     assert again.model_dump() == config.model_dump()
@@ -74,7 +74,7 @@ def test_every_error_is_reported_at_once_each_on_one_line(toy: Path, tmp_path: P
         ({"encoder": {}, "preset": {}}, "preset"),
     ],
 )
-def test_impossible_combinations(sections: dict, part: str, toy: Path, tmp_path: Path) -> None:
+def test_impossible_combinations_of_keys_are_refused(sections: dict, part: str, toy: Path, tmp_path: Path) -> None:
     if "preset" in sections:
         file = write_study(tmp_path, toy)
         file.write_text('preset = "papr"\n' + file.read_text())
@@ -88,7 +88,7 @@ def test_two_splits_of_one_manifest_are_refused(toy: Path, tmp_path: Path) -> No
     assert "dev and test must not share a source" in errors_in(write_study(tmp_path, toy, data={"dev": both, "test": both}))[0]
 
 
-def test_sources_of_every_kind_and_their_errors_in(toy: Path, tmp_path: Path) -> None:
+def test_every_kind_of_source_is_parsed_and_its_errors_are_named(toy: Path, tmp_path: Path) -> None:
     fleurs = {"fleurs": "da", "split": "train"}
     file = write_study(tmp_path, toy, data={"train": [fleurs, {"dataset": "x/y", "split": "train"}]})
     train = load_study(file).data.train
@@ -110,7 +110,7 @@ def test_sources_of_every_kind_and_their_errors_in(toy: Path, tmp_path: Path) ->
         assert part in line
 
 
-def test_no_file_and_no_toml_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_and_invalid_toml_are_named(tmp_path: Path) -> None:
     assert "there is no study file" in errors_in(tmp_path / "x.toml")[0]
     (tmp_path / "study.toml").write_text("name = ")
     assert "not valid TOML" in errors_in(tmp_path)[0]
@@ -161,7 +161,7 @@ def test_the_template_is_a_valid_study_once_there_is_data(tmp_path: Path) -> Non
         write_study_file(tmp_path, "mine")
 
 
-def test_a_section_that_is_no_table_is_named(tmp_path: Path) -> None:
+def test_a_section_that_is_not_a_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="encoder"):
         parse_study({"encoder": 3, "llm": {"model": "x"}, "data": 1}, tmp_path / "study.toml")
 
@@ -187,7 +187,7 @@ def test_other_names_are_refused_by_validate_and_init_alike(toy: Path, tmp_path:
     assert caught.value.lines[0].removeprefix("NAME: ") == line.removeprefix("name: ")
 
 
-def test_a_name_from_the_folder_or_file_is_said_to_be_and_the_proposed_one_works(toy: Path, tmp_path: Path) -> None:
+def test_an_invalid_folder_or_file_name_is_refused_and_the_proposed_name_is_valid(toy: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path / "my study!", toy)
     (line,) = errors_in(file)
     assert "got 'my study!', the folder's name: add name = \"my-study\" to the study file" in line
@@ -197,7 +197,7 @@ def test_a_name_from_the_folder_or_file_is_said_to_be_and_the_proposed_one_works
     assert load_study(renamed(other, "größe-2")).name == "größe-2"
 
 
-def test_a_study_that_was_started_under_another_name_is_still_read(toy: Path, tmp_path: Path) -> None:
+def test_a_started_study_with_an_invalid_name_is_still_read(toy: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path / "my study", toy)
     assert load_study(file, data_must_exist=False).name == "my study"
     (tmp_path / "my study" / "run").mkdir()
@@ -231,7 +231,7 @@ def test_a_grid_that_is_too_large_to_list_is_refused(toy: Path, tmp_path: Path) 
     assert load_study(write_study(tmp_path, toy, encoder=hub, search=search(max_removed=9)))
 
 
-def test_validation_counts_the_candidates_that_the_search_has(toy: Path, tmp_path: Path) -> None:
+def test_validation_and_search_count_the_same_number_of_candidates(toy: Path, tmp_path: Path) -> None:
     for most, ranks in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4])):
         config = load_study(write_study(tmp_path, toy, search={"max_removed": most, "lora_ranks": ranks}))
         assert SearchSpace.of(config, 4).size == count_candidates(4, config.max_removed(4), len(ranks))

@@ -20,7 +20,7 @@ from prunesearch.study.importance import kendall, spearman
 from tests.report_records import add, study, wer
 
 
-def test_a_rank_correlation_has_an_interval_and_is_unknown_where_nothing_differs() -> None:
+def test_a_rank_correlation_has_an_interval_and_is_nan_for_constant_values() -> None:
     alike = [(0.1 * i, 0.2 * (i ^ 1)) for i in range(12)]  # neighbours have changed places
     for measure in (spearman, kendall):
         found = rank_correlation(measure, alike)
@@ -40,7 +40,7 @@ def test_kendall_agrees_with_its_definition() -> None:
     assert kendall(a, b) == pytest.approx(sum(signs) / len(pairs))
 
 
-def test_regret_is_what_choosing_by_the_short_runs_loses_at_most() -> None:
+def test_regret_equals_its_definition() -> None:
     systems = [(10, 0.30, 0.25), (20, 0.20, 0.22), (30, 0.21, 0.15), (40, 0.10, 0.16)]
     # up to 30 parameters the short runs choose 0.22 instead of 0.15; with all, 0.16 instead of 0.15
     assert regret(systems) == pytest.approx(0.07)
@@ -71,7 +71,7 @@ def test_a_study_is_compared_with_its_confirmation_system_by_system(tmp_path: Pa
 
 
 @pytest.mark.parametrize("option", ["--init", "--from"])
-def test_where_projectors_start_is_an_option_with_an_older_name(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_and_its_older_name_from_set_the_projectors_start(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("prunesearch.commands.confirm.confirm", lambda *given: asked.append(given))
     monkeypatch.setattr("prunesearch.study.config.load_study", lambda *given, **named: None)
@@ -81,7 +81,7 @@ def test_where_projectors_start_is_an_option_with_an_older_name(option: str, mon
     assert asked[0][3] == "scratch"
 
 
-def test_the_older_name_is_not_in_the_help() -> None:
+def test_help_of_confirm_hides_from() -> None:
     shown = CliRunner().invoke(app, ["confirm", "--help"], env={"COLUMNS": "120", "NO_COLOR": "1"}).output
     assert "--init" in shown
     assert "--from" not in shown

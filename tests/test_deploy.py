@@ -55,7 +55,7 @@ def test_the_image_starts_the_installed_program() -> None:
             check_whole(json.loads(value))
 
 
-def test_the_image_copies_and_installs_what_there_is() -> None:
+def test_the_image_copies_and_installs_existing_files() -> None:
     for what, value in instructions():
         if what == "COPY":
             *sources, _ = value.split()

@@ -24,14 +24,14 @@ def cached_on_hub(folder: Path, cache: Path, name: str, commit: str) -> None:
     (repository / "refs" / "main").write_text(commit)
 
 
-def test_sharding_does_not_change_the_digest(toy: Path, tmp_path: Path) -> None:
+def test_shards_and_a_single_file_have_the_same_digest(toy: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(toy / "llm")
     model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert len(weight_files(tmp_path / "shards")) > 2
     assert digest_of_source(tmp_path / "shards") == digest_of_source(toy / "llm")
 
 
-def test_a_model_of_the_hub_has_its_folders_digest_and_a_commit(
+def test_a_hub_model_has_the_digest_of_its_folder_and_a_commit(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -69,7 +69,7 @@ def test_every_change_of_the_weights_changes_the_digest(toy: Path, tmp_path: Pat
     assert digest_of_source(tmp_path) != digest_of_source(toy / "llm")
 
 
-def test_of_a_whole_whisper_only_the_encoder_counts(toy: Path, tmp_path: Path) -> None:
+def test_the_digest_of_a_full_whisper_checkpoint_covers_the_encoder_only(toy: Path, tmp_path: Path) -> None:
     encoder = load_encoder(toy / "encoder")
     whole = WhisperForConditionalGeneration(encoder.config)
     whole.model.encoder.load_state_dict(encoder.state_dict())

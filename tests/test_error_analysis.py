@@ -20,7 +20,7 @@ from prunesearch.study.record import SplitResult, WordErrors
 from tests.report_records import add, add_study, heard
 
 
-def test_every_word_error_is_a_confusion_and_nothing_else_is() -> None:
+def test_confusions_are_exactly_the_counted_word_errors() -> None:
     rng = random.Random(4)
     results = [heard(str(i), *(" ".join(rng.choices("abcd", k=rng.randint(0, 6))) for _ in range(2))) for i in range(200)]
     pairs = list(confused_words(results))
@@ -41,7 +41,7 @@ def test_two_systems_are_compared_word_by_word(tmp_path: Path) -> None:
     assert [(c.id, c.errors) for c in found.better] == [("b", -1)]
 
 
-def test_changes_are_of_rates_by_kind_and_language(tmp_path: Path) -> None:
+def test_error_changes_compare_rates_by_kind_and_language(tmp_path: Path) -> None:
     add_study(tmp_path)
     comparison = compare(tmp_path, "speech_params", "s")
     plain, with_lora = comparison.baselines["top2"], comparison.baselines["top2+lora"]
@@ -53,7 +53,7 @@ def test_changes_are_of_rates_by_kind_and_language(tmp_path: Path) -> None:
     assert [c for c in comparison.lora_changes if c.system == with_lora] == found
 
 
-def test_counterparts_differ_in_layers_or_in_lora_only(tmp_path: Path) -> None:
+def test_counterparts_differ_only_in_layers_or_only_in_lora(tmp_path: Path) -> None:
     add_study(tmp_path)
     comparison = compare(tmp_path, "speech_params", "s")
     plain, with_lora = comparison.baselines["top2"], comparison.baselines["top2+lora"]
@@ -66,7 +66,7 @@ def test_counterparts_differ_in_layers_or_in_lora_only(tmp_path: Path) -> None:
     assert pairs == {("top2", "unpruned"), ("top2+lora", "unpruned+lora"), (None, "unpruned+lora")}
 
 
-def test_the_worst_group_and_the_gap_between_groups_are_told() -> None:
+def test_the_worst_group_and_the_gap_between_groups_are_reported() -> None:
     results = [heard("a", "one two", "one two", "x"), heard("b", "one two", "one", "y"), heard("c", "one", "two", None)]
     split = SplitResult.of(results)
     assert (split.worst_group, split.worst_group_wer, split.group_gap) == ("y", 0.5, 0.5)

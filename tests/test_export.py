@@ -61,14 +61,14 @@ Decoded = Callable[[str], tuple[list[Path], list[str]]]
 
 
 @pytest.mark.parametrize("key", [LORA, BARE])
-def test_an_exported_system_says_what_the_trial_said(study: Path, decoded: Decoded, tmp_path: Path, key: str) -> None:
+def test_an_exported_system_transcribes_as_its_trial_did(study: Path, decoded: Decoded, tmp_path: Path, key: str) -> None:
     export(study, tmp_path / "out", key)
     files, said = decoded(key)
     transcripts = SlamAsr.from_pretrained(tmp_path / "out").transcribe(files)
     assert [normalizer_for("paper")(t) for t in transcripts] == list(said)
 
 
-def test_in_the_processors_own_precision_too_every_word_is_the_trials(toy: Path, tmp_path: Path) -> None:
+def test_in_auto_precision_an_exported_system_transcribes_as_its_trial_did(toy: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path / "s", toy, training={"steps": 40, "precision": "auto"}, decoding={"batch_size": 3})
     config = launch(file, trials=4)
     said = [r.hypothesis for r in read_utterances(config.run_folder / "records", Candidate.from_key(LORA), "test") or []]
@@ -108,7 +108,7 @@ def test_a_merged_llm_predicts_what_the_llm_with_its_adapter_predicts(study: Pat
         assert (adapted.slam.logits(*inputs) - logits).abs().max() > 0.01, "the LoRA matters"
 
 
-def test_what_is_exported_is_chosen_by_key_by_size_or_at_the_knee(study: Path) -> None:
+def test_export_chooses_by_key_by_size_or_the_knee(study: Path) -> None:
     config = load_study(study)
     records = read_records(config.run_folder / "records")
     assert choose_record(config, LORA).candidate.key == LORA
@@ -124,14 +124,16 @@ def test_what_is_exported_is_chosen_by_key_by_size_or_at_the_knee(study: Path) -
         assert len(caught.value.lines) == 1
 
 
-def test_a_card_says_what_was_removed_and_what_it_costs(exported: Path) -> None:
+def test_a_model_card_lists_removed_layers_and_wer(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert "of which removed: 2, 3" in card
     assert "| dev | all |" in card
     assert "license: #" in card
 
 
-def test_nothing_is_overwritten_and_no_other_folder_is_taken_for_a_system(exported: Path, study: Path, tmp_path: Path) -> None:
+def test_a_non_empty_folder_is_not_overwritten_and_a_foreign_folder_is_not_loaded(
+    exported: Path, study: Path, tmp_path: Path
+) -> None:
     with pytest.raises(StudyError, match="not empty"):
         export(study, exported, LORA)
     with pytest.raises(StudyError, match=r"slam\.json"):
@@ -212,7 +214,7 @@ def test_an_export_of_the_first_format_is_loaded_from_the_path_in_it(
                 SlamAsr.from_pretrained(tmp_path / "out")
 
 
-def test_a_pickled_adapter_is_refused_and_an_incomplete_export_is_told(exported: Path, tmp_path: Path) -> None:
+def test_a_pickled_adapter_and_an_incomplete_export_are_refused(exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "out")
     weights = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
@@ -247,7 +249,7 @@ def test_long_recordings_are_cut_where_they_are_quietest() -> None:
     assert all(end - start <= 30 * 16_000 for start, end in windows(silent, 30 * 16_000))
 
 
-def test_a_part_longer_than_a_window_is_refused_where_nothing_cuts_it(exported: Path) -> None:
+def test_decode_refuses_a_part_longer_than_a_window(exported: Path) -> None:
     asr = SlamAsr.from_pretrained(exported)
     longest = np.ones(int(asr.window_seconds * 16_000), np.float32)
     assert len(asr.decode([longest])) == 1
@@ -265,7 +267,7 @@ def test_transcripts_are_formatted_as_text_json_and_subrip() -> None:
     assert format_transcript(transcript, "srt").splitlines()[8:11] == ["3", "00:00:03,000 --> 01:02:03,005", "two"]
 
 
-def test_arguments_that_name_no_recording_are_told_together(toy: Path, tmp_path: Path) -> None:
+def test_all_arguments_without_recordings_are_reported_at_once(toy: Path, tmp_path: Path) -> None:
     with recordings([str(toy / "dev"), str(toy / "test" / "0.wav")]) as found:
         assert len(found) == 9
         assert all(path.is_file() for path in found.values())
@@ -274,7 +276,7 @@ def test_arguments_that_name_no_recording_are_told_together(toy: Path, tmp_path:
     assert [line.split(":")[0] for line in caught.value.lines] == [str(tmp_path), "nowhere.wav"]
 
 
-def test_the_command_line_transcribes_files_folders_and_stdin_and_names_what_it_cannot(
+def test_transcribe_reads_files_folders_and_stdin_and_names_unusable_recordings(
     exported: Path, decoded: Decoded, tmp_path: Path
 ) -> None:
     files, said = decoded(LORA)
@@ -309,7 +311,7 @@ def test_the_evaluate_command_counts_what_the_study_counted(exported: Path, stud
     assert found["wer"] == pytest.approx(record.dev.errors.wer)
 
 
-def test_lines_of_a_manifest_that_cannot_be_scored_are_told_together(exported: Path, toy: Path, tmp_path: Path) -> None:
+def test_all_unusable_manifest_lines_are_reported_at_once(exported: Path, toy: Path, tmp_path: Path) -> None:
     asr, manifest = SlamAsr.from_pretrained(exported), tmp_path / "data.jsonl"
     good = json.dumps({"audio": str(toy / "dev" / "0.wav"), "text": "low"})
     manifest.write_text(

@@ -128,7 +128,7 @@ def test_gradients_in_bf16_are_those_of_fp32_on_a_cpu(family: Path, device: str)
 
 
 @pytest.mark.parametrize("missing", ["bos_token", "pad_token", "eos_token"])
-def test_a_tokenizer_without_one_of_the_usual_tokens(toy: Path, tmp_path: Path, missing: str) -> None:
+def test_tokenizers_without_bos_or_pad_work(toy: Path, tmp_path: Path, missing: str) -> None:
     shutil.copytree(toy / "llm", tmp_path, dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(toy / "llm")
     setattr(tokenizer, missing, None)

@@ -36,7 +36,7 @@ def test_the_front_holds_complete_records_by_size(tmp_path: Path) -> None:
     assert pareto_front([large, stopped, worse, small], "speech_params") == [small, large]
 
 
-def test_a_language_has_a_front_of_its_own(tmp_path: Path) -> None:
+def test_each_language_has_its_own_front(tmp_path: Path) -> None:
     whole = add(tmp_path, Candidate(), 2)
     part = add(tmp_path, Candidate((1,)), 3)
     danish_only = SplitResult.of([u for u in utterances(1) if u.language == "da"])
@@ -45,7 +45,7 @@ def test_a_language_has_a_front_of_its_own(tmp_path: Path) -> None:
     assert pareto_front([whole, part, mute], "speech_params", language="da") == [mute]
 
 
-def test_to_beat_another_is_to_be_no_larger_and_better(tmp_path: Path) -> None:
+def test_beats_means_no_more_parameters_and_a_lower_wer(tmp_path: Path) -> None:
     whole, part = add(tmp_path, Candidate(), 2), add(tmp_path, Candidate((1,)), 1)
     assert beats(part, whole, "speech_params")
     assert not beats(whole, part, "speech_params")
@@ -66,7 +66,7 @@ def test_trainings_of_one_system_are_pooled_to_their_mean(tmp_path: Path) -> Non
     assert alone == other
 
 
-def test_the_last_rung_stands_for_a_run_that_ended_there(tmp_path: Path) -> None:
+def test_a_run_that_ended_at_a_rung_has_that_rungs_dev_errors(tmp_path: Path) -> None:
     complete = add(tmp_path, Candidate(), 2)
     pruned, failed = (add(tmp_path, Candidate((1,)), 3, state=state) for state in ("pruned", "failed"))
     assert latest_dev_errors(complete) == SplitResult.of(utterances(2)).errors

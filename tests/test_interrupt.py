@@ -56,7 +56,7 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
     assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_exceptions_keep_what_they_tell_between_processes() -> None:
+def test_exceptions_keep_their_attributes_when_pickled() -> None:
     assert pickle.loads(pickle.dumps(Interrupted(15))).signal == 15
     lost = pickle.loads(pickle.dumps(LeaseLost("minus-3")))
     assert lost.candidate == "minus-3"

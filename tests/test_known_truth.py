@@ -21,7 +21,7 @@ import landscapes  # noqa: E402
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_mildest_set_of_each_size_is_found_without_looking_at_each(seed: int) -> None:
+def test_the_best_set_of_each_size_equals_exhaustive_search(seed: int) -> None:
     effects = landscapes.Effects.drawn(np.random.default_rng(seed), 9)
     found = effects.mildest(5)
     for size in range(6):
@@ -50,7 +50,7 @@ def test_front_and_hypervolume_are_what_their_definitions_say(seed: int) -> None
         assert landscapes.hypervolume(found, (8.0, 0.8), log) == pytest.approx(expected)
 
 
-def test_no_candidate_more_makes_a_search_worth_less() -> None:
+def test_more_candidates_never_lower_the_quality_of_a_search() -> None:
     landscape = landscapes.synthetic(0, layers=6, most=3)
     keys = [c.key for c in landscape.space.everything()]
     random.Random(0).shuffle(keys)
@@ -60,13 +60,13 @@ def test_no_candidate_more_makes_a_search_worth_less() -> None:
     assert shares[-1] == 1
 
 
-def test_a_method_may_only_be_asked_for_by_its_name() -> None:
+def test_an_unknown_method_is_refused() -> None:
     assert compare.methods("tpe; layer-sets") == ["tpe", "layer-sets"]
     with pytest.raises(argparse.ArgumentTypeError, match="tpee: must be of layer-sets;"):
         compare.methods("tpee;layer-sets")
 
 
-def test_committed_tables_are_whole() -> None:
+def test_committed_tables_are_complete() -> None:
     tables = [landscapes.table(path) for path in compare.TABLES.glob("*.json")]
     assert len(tables) >= 2
     for whole in tables:
@@ -92,7 +92,7 @@ def test_a_search_that_ends_trials_early_is_charged_for_the_steps_that_were_trai
     assert run.finished(spent - 0.25) == early[:2]
 
 
-def test_offspring_that_keeps_up_with_its_parent_goes_on() -> None:
+def test_offspring_as_good_as_its_parent_survives() -> None:
     table = landscapes.table(compare.TABLES / "quickstart.json")
     assert table is not None
     run = compare.run(table, compare.METHODS["staged evolution"].make(table, 0), trainings=30, ends=compare.staged)

@@ -57,7 +57,7 @@ def calm(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_plan_counts_what_is_then_built(calm: Path) -> None:
+def test_plan_counts_equal_the_built_models_parameters(calm: Path) -> None:
     config = load_study(calm)
     count = params_of_candidates(config)
     records = read_records(config.run_folder / "records")
@@ -68,7 +68,7 @@ def test_plan_counts_what_is_then_built(calm: Path) -> None:
     assert made.candidates == (1 + 4 + 6) * 3
 
 
-def test_a_study_ends_with_its_baselines_its_front_and_test_decoded_for_these_alone(calm: Path) -> None:
+def test_test_is_decoded_for_the_baselines_and_the_front_only(calm: Path) -> None:
     config = load_study(calm)
     records = read_records(config.run_folder / "records")
     assert {r.name for r in records} == {*BASELINE_NAMES, None}
@@ -88,7 +88,7 @@ def test_a_study_ends_with_its_baselines_its_front_and_test_decoded_for_these_al
     }
 
 
-def test_optuna_and_the_records_agree(calm: Path) -> None:
+def test_optuna_trials_equal_the_records(calm: Path) -> None:
     config = load_study(calm)
     study = optuna.load_study(study_name=config.name, storage=open_storage(None, config.run_folder))
     records = {r.candidate.key: r for r in read_records(config.run_folder / "records")}
@@ -99,7 +99,7 @@ def test_optuna_and_the_records_agree(calm: Path) -> None:
         assert trial.values == [record.dev.errors.wer, record.parameters.speech]
 
 
-def test_launching_again_trains_nothing_and_a_wider_budget_goes_on(calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_launch_trains_nothing_and_a_larger_budget_continues(calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = outcomes(calm)
     launch(calm)
     assert outcomes(calm) == before
@@ -109,7 +109,7 @@ def test_launching_again_trains_nothing_and_a_wider_budget_goes_on(calm: Path, m
         def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
             pass
 
-        def finished(self, record: RunRecord, settled: int, of: int) -> None:
+        def finished(self, record: RunRecord, finished: int, of: int) -> None:
             told.append(record)
 
         def note(self, text: str) -> None:
@@ -121,7 +121,7 @@ def test_launching_again_trains_nothing_and_a_wider_budget_goes_on(calm: Path, m
     assert {key: after[key]["dev"] for key in before} == {key: before[key]["dev"] for key in before}
 
 
-def test_three_kills_change_nothing(toy: Path, calm: Path, tmp_path: Path) -> None:
+def test_three_kills_do_not_change_the_records(toy: Path, calm: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path / "s", toy)
     run = file.parent / "run"
     log = tmp_path / "log.txt"
@@ -168,7 +168,7 @@ def test_the_sampler_for_layer_sets_scans_first_and_searches_on(toy: Path, tmp_p
     assert len(scan.sets) == 4 + 6
 
 
-def test_rungs_leave_their_marks(toy: Path, tmp_path: Path) -> None:
+def test_rungs_are_stored_in_records(toy: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path / "s", toy, training={"rungs": [0.5], "rung_confidence": 1.0})
     launch(file)
     assert all([rung.step for rung in r.rungs] == [4] for r in read_records(file.parent / "run" / "records"))
@@ -186,7 +186,7 @@ def test_status_before_during_and_after(toy: Path, tmp_path: Path, calm: Path) -
     assert told == found
 
 
-def test_lines_that_were_left_out_are_counted(toy: Path, tmp_path: Path) -> None:
+def test_dropped_lines_of_sources_are_counted(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("this is no recording")
     lines = [
         (toy / "dev.jsonl").read_text().replace('"dev/', f'"{toy}/dev/'),
@@ -202,14 +202,14 @@ def test_lines_that_were_left_out_are_counted(toy: Path, tmp_path: Path) -> None
     assert "of the dev words wrong" not in again.stderr, "it has been said"
 
 
-def test_a_notebook_can_do_the_same(toy: Path, tmp_path: Path) -> None:
-    workshop = TrainingContext.open(load_study(write_study(tmp_path / "s", toy)))
-    assert train_and_score(workshop, Candidate((2,), 2)).state == "complete"
+def test_a_candidate_is_trained_without_a_launched_study(toy: Path, tmp_path: Path) -> None:
+    context = TrainingContext.open(load_study(write_study(tmp_path / "s", toy)))
+    assert train_and_score(context, Candidate((2,), 2)).state == "complete"
 
 
 def test_two_processes_train_one_candidate_as_one_does(toy: Path, tmp_path: Path) -> None:
     calm = {"projector": {"dropout": 0.0}, "llm": {"lora_dropout": 0.0}}  # each process draws dropout masks of its own
-    alone, team = write_study(tmp_path / "alone", toy, **calm), write_study(tmp_path / "team", toy, **calm)
+    alone, group = write_study(tmp_path / "alone", toy, **calm), write_study(tmp_path / "group", toy, **calm)
     launch(alone, trials=2)
     # as on two GPUs: with --cpu, accelerate would ask for MPI
     accelerate = [
@@ -222,10 +222,10 @@ def test_two_processes_train_one_candidate_as_one_does(toy: Path, tmp_path: Path
         "--main_process_port",
         "0",
     ]
-    command = [*accelerate, "cli.py", "launch", str(team), "--trials", "2"]
+    command = [*accelerate, "cli.py", "launch", str(group), "--trials", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    theirs = {r.candidate.key: r for r in read_records(load_study(team).run_folder / "records")}
+    theirs = {r.candidate.key: r for r in read_records(load_study(group).run_folder / "records")}
     ours = {r.candidate.key: r for r in read_records(load_study(alone).run_folder / "records")}
     assert theirs.keys() == ours.keys()
     for key, record in theirs.items():

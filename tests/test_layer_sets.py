@@ -53,7 +53,7 @@ def best_at_each_size(study: optuna.Study) -> list[float]:
     return [min((v for c, v in values if len(c.removed_layers) >= k), default=math.inf) for k in range(6)]
 
 
-def test_expected_improvement_is_the_mean_of_what_is_drawn() -> None:
+def test_expected_improvement_equals_a_monte_carlo_mean() -> None:
     draws = np.random.default_rng(0).normal(-2.0, 0.3, 400_000)
     for best in (-2.5, -2.0, -1.0):
         simulated = np.maximum(0, best - draws).mean()
@@ -76,7 +76,7 @@ def test_the_gain_is_the_expected_growth_of_the_hypervolume() -> None:
     assert gain == pytest.approx((900 - 850) * math.log(0.5 / 0.3), rel=1e-4)  # at 850 parameters, until the front is lower
 
 
-def test_the_models_prior_is_a_covariance() -> None:
+def test_the_surrogates_prior_is_a_covariance() -> None:
     rng = random.Random(0)
     candidates = list({c.key: c for c in (SPACE.draw(rng) for _ in range(60))}.values())
     surrogate = Surrogate(SPACE.removable, RANKS, SCAN)
@@ -92,7 +92,7 @@ def test_the_models_prior_is_a_covariance() -> None:
 
 
 @pytest.mark.parametrize("scan", [None, SCAN], ids=["no scan", "scan"])
-def test_the_model_foretells_what_it_has_not_seen(scan: dict | None) -> None:
+def test_the_surrogate_predicts_unseen_candidates(scan: dict | None) -> None:
     rng = random.Random(1)
     drawn = list({c.key: c for c in (SPACE.draw(rng) for _ in range(120))}.values())
     seen, unseen = drawn[:50], drawn[50:]
@@ -108,7 +108,7 @@ def test_the_model_foretells_what_it_has_not_seen(scan: dict | None) -> None:
 
 
 @pytest.mark.parametrize("scan", [None, SCAN], ids=["no scan", "scan"])
-def test_thirty_trials_know_the_front_better_than_random_ones(scan: dict | None) -> None:
+def test_thirty_trials_find_a_better_front_than_random_search(scan: dict | None) -> None:
     truth = [min(math.exp(log_wer(c)) for c in SPACE.everything() if len(c.removed_layers) >= k) for k in range(6)]
 
     def lost(make: Callable[[int], CandidateSampler]) -> float:
@@ -119,7 +119,7 @@ def test_thirty_trials_know_the_front_better_than_random_ones(scan: dict | None)
     assert ours < 0.3 * lost(lambda seed: CandidateSampler(SPACE, seed))
 
 
-def test_many_workers_get_different_candidates_and_what_a_rung_ended_counts() -> None:
+def test_many_workers_get_different_candidates_and_pruned_trials_are_used() -> None:
     sampler = LayerSetSampler(SPACE, params_of, scan=SCAN)
     study = found(sampler, 12)
     keys = set()
@@ -143,7 +143,7 @@ def test_many_workers_get_different_candidates_and_what_a_rung_ended_counts() ->
     assert known.extra[-1] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_study_that_is_taken_up_again_is_proposed_the_same() -> None:
+def test_a_resumed_study_gets_the_same_proposals() -> None:
     study = found(LayerSetSampler(SPACE, params_of, scan=SCAN), 25)
     first = [t.user_attrs["candidate"] for t in study.get_trials()]
     part = found(LayerSetSampler(SPACE, params_of, scan=SCAN), 14)
@@ -158,7 +158,7 @@ def test_a_study_that_is_taken_up_again_is_proposed_the_same() -> None:
 
 @pytest.mark.parametrize("most", [2, 3, 5, 6])
 @pytest.mark.parametrize("scan", [None, SCAN], ids=["no scan", "scan"])
-def test_the_first_sets_are_of_every_size(most: int, scan: dict | None) -> None:
+def test_the_first_proposals_cover_every_size(most: int, scan: dict | None) -> None:
     sampler = LayerSetSampler(SearchSpace(SPACE.removable, most, RANKS, {}), params_of, scan=scan)
     sizes = [len(sampler._scan_proposer.propose(n, set(), random.Random(n), 0.1).removed_layers) for n in range(most + 1)]  # type: ignore[union-attr]
     assert sorted(sizes) == list(range(most + 1))
@@ -167,7 +167,7 @@ def test_the_first_sets_are_of_every_size(most: int, scan: dict | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["layer-sets", "tpe", "random"])
-def test_any_optuna_study_of_this_shape_can_use_it(name: str) -> None:
+def test_the_sampler_works_in_a_plain_optuna_loop(name: str) -> None:
     """Optuna's own loop, with candidates that fail."""
     space = SearchSpace((0, 1, 2, 3), 2, (0, 8), {})
 
@@ -185,7 +185,7 @@ def test_any_optuna_study_of_this_shape_can_use_it(name: str) -> None:
     assert sum(t.state == TrialState.FAIL for t in study.trials) == 2
 
 
-def test_what_was_not_proposed_by_a_genetic_sampler_can_become_a_parent_all_the_same() -> None:
+def test_candidates_of_other_origin_can_become_nsga2_parents() -> None:
     space = SearchSpace(SPACE.removable, 5, RANKS, {"unpruned": Candidate()})
     study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna_sampler("nsga2", space, 0, 10, SCAN))
     for _ in range(40):
@@ -196,7 +196,7 @@ def test_what_was_not_proposed_by_a_genetic_sampler_can_become_a_parent_all_the_
     assert generations == [0] * 16 + [1] * 16 + [2] * 8
 
 
-def test_neighbours_are_neighbours_in_the_encoder() -> None:
+def test_the_surrogates_neighbours_are_adjacent_in_the_encoder() -> None:
     surrogate = Surrogate((0, 4, 5, 7, 9), (0,))
     encoded = surrogate.encode([Candidate((0, 4)), Candidate((4, 5)), Candidate((5, 7)), Candidate((4, 5, 7, 9))])
     assert encoded.neighbours.sum(1).tolist() == [0, 1, 0, 1]
@@ -204,7 +204,7 @@ def test_neighbours_are_neighbours_in_the_encoder() -> None:
     assert (encoded.runs[:, 2] * 2.5).round().tolist() == [1, 2, 1, 2]  # the longest run
 
 
-def test_where_trainings_differ_the_front_is_trained_again_and_where_they_do_not_it_hardly_is() -> None:
+def test_the_front_is_repeated_if_trainings_differ_and_hardly_if_they_do_not() -> None:
     space = SearchSpace(SPACE.removable, 5, RANKS, {}, repeats=2)
 
     def keys(noise: float) -> list[str]:
@@ -237,7 +237,7 @@ def test_workers_that_begin_together_begin_with_sets_of_different_sizes() -> Non
     assert sorted(sizes) == [1, 2, 3, 4, 5]
 
 
-def test_a_limit_on_the_worst_group_keeps_the_search_where_it_holds() -> None:
+def test_proposals_keep_within_the_limit_on_the_worst_group() -> None:
     """Without layer 5, which costs the others least, one group's WER is three times the mean."""
     limit = 0.15
 

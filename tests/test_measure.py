@@ -67,7 +67,7 @@ def test_the_report_shows_what_was_measured(study: Path, measured: Measurement) 
     assert table.rows[0][1:] == ("1.00 (1.00–1.00)",) * 4 + ("1.000", "1.000")
 
 
-def test_removed_layers_take_their_own_bytes_along(measured: Measurement, toy: Path) -> None:
+def test_removed_layers_reduce_the_bytes_by_their_own(measured: Measurement, toy: Path) -> None:
     weights = load_file(toy / "encoder" / "model.safetensors")
     layers = sum(t.numel() * t.element_size() for name, t in weights.items() if name.startswith(("layers.2.", "layers.3.")))
     assert layers > 0
@@ -87,7 +87,7 @@ def test_file_bytes_are_what_an_export_writes(study: Path, measured: Measurement
     assert system.figures.parameter_bytes == written + tensor_bytes(tmp_path / "out" / "llm" / "model.safetensors")
 
 
-def test_unpruned_is_one_time_itself_and_runs_alternate(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpruned_has_ratio_one_and_runs_alternate(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
     assemble = prunesearch.commands.measure.assemble
 
@@ -109,7 +109,7 @@ def test_unpruned_is_one_time_itself_and_runs_alternate(study: Path, monkeypatch
     assert first.figures == second.unpruned
 
 
-def test_the_llm_is_loaded_once_and_left_bare(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_llm_is_loaded_once_and_left_without_lora(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[StudyModels] = []
     load = StudyModels.load
 
@@ -146,7 +146,7 @@ def test_the_command_prints_json_and_keeps_the_outcome(study: Path) -> None:
         assert all(value is None or value > 0 for value in (*system["figures"].values(), *system["ratios"].values()))
 
 
-def test_a_table_has_ratios_and_figures_and_says_what_they_depend_on(measured: Measurement) -> None:
+def test_the_table_has_ratios_values_and_the_conditions_of_the_measurement(measured: Measurement) -> None:
     console = Console(width=160, file=io.StringIO())
     console.print(measurement_table(measured))
     assert isinstance(console.file, io.StringIO)
@@ -159,7 +159,7 @@ def test_a_table_has_ratios_and_figures_and_says_what_they_depend_on(measured: M
     assert "more tokens are generated" in " ".join(shown.split())
 
 
-def test_weights_that_are_gone_are_left_out_unless_asked_for(copied: Path) -> None:
+def test_systems_with_deleted_weights_are_skipped_unless_named(copied: Path) -> None:
     (load_study(copied).run_folder / "records" / "minus-2-3" / "weights.safetensors").unlink()
     found = measure(copied, runs=1, utterances=1)
     assert {system.candidate for system in found.systems} == BASELINES - {"minus-2-3"}
@@ -168,7 +168,7 @@ def test_weights_that_are_gone_are_left_out_unless_asked_for(copied: Path) -> No
     assert len(caught.value.lines) == 1
 
 
-def test_mistakes_are_one_line(copied: Path, toy: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(copied: Path, toy: Path, tmp_path: Path) -> None:
     told = cli("measure", copied, "--candidate", "top")
     assert (told.returncode, told.stdout, len(told.stderr.splitlines())) == (2, "", 1), told.stderr
     for key in ("minus-0", "top"):

@@ -50,7 +50,7 @@ def test_removing_nothing_at_full_length_is_whisper_bit_for_bit(encoder: Whisper
 
 
 @torch.no_grad()
-def test_removing_layers_is_deleting_them_by_hand(encoder: WhisperEncoder) -> None:
+def test_removing_layers_equals_deleting_them_by_hand(encoder: WhisperEncoder) -> None:
     features = mels(1, 200)
     by_hand = WhisperEncoder(WhisperConfig.from_dict(encoder.config.to_dict() | {"encoder_layers": 2})).eval()
     kept = {f"layers.{new}.": f"layers.{old}." for new, old in enumerate((0, 3))}
@@ -74,7 +74,7 @@ def test_removing_layers_lowers_the_count_by_exactly_their_sum(encoder: WhisperE
 
 
 @pytest.mark.parametrize("outside", [LAYERS, -1, 99])
-def test_layers_outside_are_refused(encoder: WhisperEncoder, outside: int) -> None:
+def test_layers_outside_the_encoder_are_refused(encoder: WhisperEncoder, outside: int) -> None:
     with pytest.raises(ValueError, match=rf"must lie in \[0, {LAYERS}\), got {outside}"):
         remove_layers(encoder, (outside,))
 
@@ -99,7 +99,7 @@ def test_a_pruned_encoder_opens_with_transformers_alone(tmp_path: Path, encoder:
 
 
 @torch.no_grad()
-def test_padding_changes_no_utterances_logits(encoder: WhisperEncoder, slam: SpeechLlm) -> None:
+def test_padding_does_not_change_an_utterances_logits(encoder: WhisperEncoder, slam: SpeechLlm) -> None:
     frames = [81, 40, 120, 7]
     utterances = [mels(1, n) for n in frames]
     batch = torch.full((len(frames), 80, 160), 7.0)  # rubbish beyond the ends
@@ -227,7 +227,7 @@ def test_an_encoder_too_shallow_for_the_baselines_is_refused(toy: Path, tmp_path
     assert len(caught.value.lines) == 1
 
 
-def test_names_say_nothing_about_the_machine(tmp_path: Path) -> None:
+def test_names_without_paths_reveal_nothing_about_the_machine(tmp_path: Path) -> None:
     assert name_without_path("openai/whisper-tiny") == "openai/whisper-tiny"
     assert name_without_path(str(tmp_path)) == name_without_path(f"{tmp_path}/") == tmp_path.name
     assert name_without_path("/of/another/machine/llm") == "llm"
@@ -270,7 +270,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused(toy: Path, tmp_path: Path
     assert not ran.exists()
 
 
-def test_code_of_a_model_that_works_without_it_is_not_run(toy: Path, tmp_path: Path) -> None:
+def test_a_models_own_code_is_never_run(toy: Path, tmp_path: Path) -> None:
     shutil.copytree(toy / "llm", tmp_path / "llm")
     ran = add_own_code(tmp_path / "llm")
     config = load_study(write_study(tmp_path / "s", toy, llm={"model": str(tmp_path / "llm")}))

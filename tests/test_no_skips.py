@@ -21,7 +21,7 @@ CASES = """
 """
 
 
-def test_a_skip_fails_unless_it_is_for_want_of_a_gpu(pytester: pytest.Pytester) -> None:
+def test_only_skips_for_lack_of_a_gpu_are_accepted(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(CASES)
     pytester.runpytest_inprocess("-p", "tests.no_skips").assert_outcomes(passed=1, skipped=1, xfailed=1, failed=1)
     pytester.runpytest_inprocess().assert_outcomes(passed=1, skipped=2, xfailed=1)

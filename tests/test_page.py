@@ -99,7 +99,7 @@ def test_a_clicked_point_is_pinned_and_a_second_one_compared(browser: Browser) -
 
     click_point(browser, TOP2)
     two = panel(browser, 2)
-    assert two[""] == ["1: minus-1-2+lora4", "2: top2", "2 less 1"]
+    assert two[""] == ["1: minus-1-2+lora4", "2: top2", "2 minus 1"]
     assert two["layers"] == ["■□□■■■", "■■■■□□", ""]
     assert two["layers removed"] == ["2", "2", "0"]
     assert two["LoRA rank"] == ["4", "0", "−4"]
@@ -119,20 +119,20 @@ def test_a_clicked_point_is_pinned_and_a_second_one_compared(browser: Browser) -
     assert browser.evaluate(PRESSED) == []
 
 
-def test_a_third_replaces_the_older_and_the_axes_stay(browser: Browser) -> None:
+def test_a_third_pin_replaces_the_older_one_and_the_axes_stay(browser: Browser) -> None:
     axes = "JSON.stringify([front.layout.xaxis.range, front.layout.yaxis.range])"
     before = browser.evaluate(axes)
     for candidate in (FOUND, TOP2, Candidate((0,), 4)):
         click_point(browser, candidate)
     browser.until("document.querySelector('#pins thead').textContent.includes('minus-0+lora4')")
-    assert panel(browser, 2)[""] == ["1: top2", "2: minus-0+lora4", "2 less 1"]
+    assert panel(browser, 2)[""] == ["1: top2", "2: minus-0+lora4", "2 minus 1"]
     assert panel(browser, 2)["test WER, %"] == ["53.33", "–", "–"]
     assert browser.evaluate(RINGS) == 2
     assert browser.evaluate(LABELS) == ["1", "2"]
     assert browser.evaluate(axes) == before
 
 
-def test_pins_need_no_mouse(browser: Browser) -> None:
+def test_candidates_can_be_pinned_by_keyboard(browser: Browser) -> None:
     def focused() -> Any:
         return browser.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.textContent")
 
@@ -150,7 +150,7 @@ def test_pins_need_no_mouse(browser: Browser) -> None:
     for _ in range(2):
         browser.press("Tab")
     browser.press(" ")
-    assert panel(browser, 2)[""] == ["1: top2", "2: top2+lora", "2 less 1"]
+    assert panel(browser, 2)[""] == ["1: top2", "2: top2+lora", "2 minus 1"]
     assert browser.evaluate(PRESSED) == ["pin top2", "pin top2+lora"]
     browser.press(" ")
     assert panel(browser, 1)[""] == ["1: top2"]
@@ -174,7 +174,7 @@ def test_nothing_is_wider_than_a_phone(browser: Browser) -> None:
     assert browser.evaluate(f"{plot}.height") > 200
 
 
-def test_everything_has_a_name_and_a_place(page: Path) -> None:
+def test_tables_and_headings_are_accessible(page: Path) -> None:
     html = re.sub(r"<(script|style)\b.*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert '<html lang="en">' in html
     assert html.count("<h1") == 1
@@ -187,7 +187,7 @@ def test_everything_has_a_name_and_a_place(page: Path) -> None:
     assert 'aria-live="polite"' in html
 
 
-def test_a_name_cannot_leave_its_place(tmp_path: Path) -> None:
+def test_names_are_escaped_on_the_page(tmp_path: Path) -> None:
     add(tmp_path, Candidate((1,)), 2, name='</script><script>alert("x")</script><!--<script>')
     html = render_page(compare(tmp_path, "speech_params", "s"))
     assert "<script>alert" not in html

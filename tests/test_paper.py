@@ -19,7 +19,9 @@ STUDIES = Path(__file__).parents[1] / "studies" / "paper"
     ("encoder", "of_encoder", "of_speech", "of_all"),
     [("small", 16.1, 14.1, 0.44), ("medium", 8.2, 7.8, 0.74), ("large-v2", 6.2, 6.0, 1.05)],
 )
-def test_two_layers_shares_are_the_published_ones(encoder: str, of_encoder: float, of_speech: float, of_all: float) -> None:
+def test_the_shares_of_two_layers_are_the_published_ones(
+    encoder: str, of_encoder: float, of_speech: float, of_all: float
+) -> None:
     made = plan(load_study(STUDIES / f"{encoder}-da.toml", data_must_exist=False))
     shares = {name: 100 * share for name, share in made.reduction("top2").items()}
     assert round(shares["encoder"], 1) == of_encoder
@@ -44,7 +46,7 @@ def whisper_encoder_parameters(width: int, layers: int, mels: int = 80, position
     return convolutions + positions * width + layers * (attention + feed_forward + 2 * norm) + norm
 
 
-def test_each_study_has_the_published_depths_with_and_without_lora() -> None:
+def test_every_paper_study_has_the_published_depths_with_and_without_lora() -> None:
     files = sorted(STUDIES.glob("*.toml"))
     assert len(files) == 9
     for file in files:
@@ -57,14 +59,14 @@ def test_each_study_has_the_published_depths_with_and_without_lora() -> None:
         assert named is None or len(named) == 10
 
 
-def test_the_command_plans_one_without_network_data_or_variables() -> None:
+def test_paper_studies_are_planned_without_network_data_or_variables() -> None:
     command = [sys.executable, "cli.py", "plan", str(STUDIES / "large-v2-da.toml"), "--json"]
     done = subprocess.run(command, cwd=STUDIES.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["named"]["unpruned"]["encoder"] == whisper_encoder_parameters(width=1280, layers=32)
 
 
-def test_a_plan_tells_what_a_study_changes_in_its_preset(tmp_path: Path) -> None:
+def test_a_plan_lists_the_changed_preset_keys(tmp_path: Path) -> None:
     text = (STUDIES / "large-v2-da.toml").read_text()
     file = tmp_path / "study.toml"
     file.write_text(text + "\n[projector]\nhidden = 1024\n\n[decoding]\ntest_beams = 2\n")

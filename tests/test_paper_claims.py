@@ -32,7 +32,7 @@ def interval(low: float, high: float) -> Difference:
         (-5, -5, (-7, -4), "cannot be said"),  # all resamples give the same value: no evidence
     ],
 )
-def test_a_claim_on_a_size(low: float, high: float, published: tuple[float, float], verdict: Verdict) -> None:
+def test_the_verdict_on_a_size(low: float, high: float, published: tuple[float, float], verdict: Verdict) -> None:
     assert verdict_on_size(interval(low, high), published) == verdict
 
 
@@ -47,7 +47,7 @@ def test_a_claim_on_a_size(low: float, high: float, published: tuple[float, floa
         (-1, -1, True, "cannot be said"),
     ],
 )
-def test_a_claim_on_a_direction(low: float, high: float, falls: bool, verdict: Verdict) -> None:
+def test_the_verdict_on_a_direction(low: float, high: float, falls: bool, verdict: Verdict) -> None:
     assert verdict_on_direction(interval(low, high), falls) == verdict
 
 

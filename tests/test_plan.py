@@ -17,14 +17,14 @@ from tests.conftest import write_study
 PAPER = Path(__file__).parents[1] / "studies" / "paper"
 
 
-def test_operations_are_those_of_a_step_that_is_run(toy: Path, tmp_path: Path) -> None:
+def test_counted_operations_equal_those_of_a_real_step(toy: Path, tmp_path: Path) -> None:
     config = load_study(write_study(tmp_path, toy, llm={"prompt": "lowmid"}))
-    workshop = TrainingContext.open(config)
-    assert len(workshop.llm.prompt) <= PROMPT_TOKENS
-    workshop.llm = workshop.llm.__class__(**{**vars(workshop.llm), "prompt": (1,) * PROMPT_TOKENS})
+    context = TrainingContext.open(config)
+    assert len(context.llm.prompt) <= PROMPT_TOKENS
+    context.llm = context.llm.__class__(**{**vars(context.llm), "prompt": (1,) * PROMPT_TOKENS})
     text = [5] * (round(2 * TEXT_TOKENS_PER_SECOND) + 1)
-    with lora(workshop.llm, 4, config.llm, seed=0) as model, FlopCounterMode(display=False) as counter:
-        slam = SpeechLlm(workshop.fresh_projector(), workshop.llm, model)
+    with lora(context.llm, 4, config.llm, seed=0) as model, FlopCounterMode(display=False) as counter:
+        slam = SpeechLlm(context.fresh_projector(), context.llm, model)
         slam.loss(torch.randn(4, 100, 16), torch.full((4,), 100), [text] * 4).backward()
     assert estimate(config, seconds=2.0).step_operations == counter.get_total_flops()
 
@@ -45,7 +45,7 @@ def test_memory_follows_the_micro_batch_and_hours_the_steps(toy: Path, tmp_path:
     assert estimated("long", batch_size=16, steps=16)[3] == pytest.approx(2 * hours)
 
 
-def test_the_published_system_needs_what_arithmetic_says() -> None:
+def test_the_published_systems_estimate_equals_arithmetic() -> None:
     config = load_study(PAPER / "large-v2-nl.toml", data_must_exist=False)
     found = estimate(config, seconds=5.0, hours=54.0)
     llm_tokens = 8 * (50 + PROMPT_TOKENS + 20)  # 50 audio embeddings in 5 s; the last text token is never read

@@ -46,12 +46,12 @@ def test_an_empty_reference_does_not_divide_by_zero() -> None:
     assert WordErrors(insertions=2).wer == 2
 
 
-def test_parameters_by_objective() -> None:
+def test_each_objective_counts_its_parameters() -> None:
     counts = Parameters(encoder=5, projector=3, lora=1, llm=11)
     assert [counts.of(o) for o in ("encoder_params", "speech_params", "total_params")] == [5, 9, 20]
 
 
-def test_records_and_utterances_survive_the_disk(tmp_path: Path) -> None:
+def test_records_and_utterances_round_trip_through_files(tmp_path: Path) -> None:
     for candidate in (Candidate((1, 2), 4), Candidate()):
         write_record(tmp_path, record(candidate))
         write_utterances(tmp_path, candidate, "dev", [utterance(0, 1, 4), utterance(1, 0, 2, "da")])

@@ -81,13 +81,15 @@ def test_batches_change_nothing_but_rounding() -> None:
     torch.manual_seed(0)
     linear, (x, y) = nn.Linear(6, 3), rows(50, 1)
     one, several = (solve(sums(linear, x, y, batch), sums(linear, x, y), (0.01,)) for batch in (50, 3))
-    torch.testing.assert_close(one.weight, several.weight, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(one.bias, several.bias, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one.weight, several.weight, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(one.bias, several.bias, atol=1e-4, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
 def context(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingContext:
-    return TrainingContext.open(load_study(write_study(tmp_path_factory.mktemp("repair") / "s", toy)))
+    return TrainingContext.open(
+        load_study(write_study(tmp_path_factory.mktemp("repair") / "s", toy, training={"repair": "layers"}))
+    )
 
 
 def drift(context: TrainingContext, encoder: object, indices: list[int]) -> float:
@@ -133,7 +135,7 @@ def test_the_layer_below_the_first_removable_one_is_not_shared(toy: Path, tmp_pa
 def test_a_repair_made_twice_is_the_same_bit_by_bit_and_kept_maps_restore_it(toy: Path, tmp_path: Path) -> None:
     candidate, contexts = Candidate((1, 2), 2), []
     for name in "ab":
-        contexts.append(TrainingContext.open(load_study(write_study(tmp_path / name, toy))))
+        contexts.append(TrainingContext.open(load_study(write_study(tmp_path / name, toy, training={"repair": "layers"}))))
     first, second = (train_and_score(c, candidate) for c in contexts)
     assert {**first.outcome(), "study": ""} == {**second.outcome(), "study": ""}
     assert first.repair is not None
@@ -157,7 +159,7 @@ def test_maps_of_another_encoder_are_refused(context: TrainingContext) -> None:
 
 
 def test_a_study_without_training_is_a_front_of_repaired_candidates(toy: Path, tmp_path: Path) -> None:
-    file = write_study(tmp_path / "s", toy, training={"steps": 0}, search={"trials": 5})
+    file = write_study(tmp_path / "s", toy, training={"steps": 0, "repair": "layers"}, search={"trials": 5})
     launch(file)
     records = read_records(file.parent / "run" / "records")
     assert [r.name for r in records if r.name] == ["unpruned", "top2"] or {r.name for r in records} >= {"unpruned", "top2"}
@@ -177,7 +179,7 @@ def test_every_trained_record_keeps_the_errors_before_training(context: Training
 
 
 def test_an_exported_repaired_candidate_gives_the_trials_transcripts(toy: Path, tmp_path: Path) -> None:
-    file = write_study(tmp_path / "s", toy, training={"steps": 2}, search={"trials": 4})
+    file = write_study(tmp_path / "s", toy, training={"steps": 2, "repair": "layers"}, search={"trials": 4})
     launch(file)
     config, candidate = load_study(file), Candidate((2, 3))
     (record_folder(config.run_folder / "records", candidate) / ENCODER_FILE).unlink()  # as of a candidate off the front
@@ -206,7 +208,7 @@ def test_a_study_of_an_earlier_version_goes_on_without_repair(toy: Path, tmp_pat
     definition.write_text(json.dumps(old))
     (file.parent / "run" / "journal.log").unlink()
     launch(file)
-    write_study(tmp_path / "s", toy, search={"trials": 1})
+    write_study(tmp_path / "s", toy, training={"repair": "layers"}, search={"trials": 1})
     with pytest.raises(
         StudyError, match=r"training\.repair: this study was started with 'none', the study file now says 'layers'"
     ):

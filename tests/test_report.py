@@ -83,7 +83,7 @@ def test_a_report_fits_one_screen_however_long_the_front_is(tmp_path: Path) -> N
     assert all(sentence in flat for sentence in verdict(comparison))
 
 
-def test_a_thinned_front_keeps_its_ends_the_baselines_and_what_was_chosen(tmp_path: Path) -> None:
+def test_a_thinned_front_keeps_its_ends_the_baselines_and_the_chosen_candidate(tmp_path: Path) -> None:
     add_long_front(tmp_path)
     comparison = compare(tmp_path, "speech_params", "s")
     table = summary_table(comparison)
@@ -143,7 +143,7 @@ def test_names_of_tables_may_be_repeated_and_all_stands_for_all() -> None:
     assert checked_names(["lora,all"]) == tuple(TABLES)
 
 
-def test_every_table_goes_by_its_own_name(records: Path) -> None:
+def test_every_table_has_the_name_of_its_key(records: Path) -> None:
     comparison = compare(records, "speech_params", "s")
     assert {name: make(comparison).name for name, make in TABLES.items()} == {name: name for name in TABLES}
     text = " ".join(shown(render_tables(comparison, TABLES), width=200).split())
@@ -153,19 +153,19 @@ def test_every_table_goes_by_its_own_name(records: Path) -> None:
 # --- tables ---
 
 
-def test_a_system_of_several_trainings_says_so(records: Path) -> None:
+def test_several_trainings_of_a_system_are_marked(records: Path) -> None:
     add(records, Candidate((1, 2), 4, repeat=1), 3, test=2)
     assert "found ● ★ ×2" in [row[0] for row in systems_table(compare(records, "speech_params", "s")).rows]
 
 
-def test_kinds_of_errors_are_of_test_or_marked(records: Path) -> None:
+def test_error_kinds_on_dev_are_marked(records: Path) -> None:
     add(records, Candidate((2, 3)), 4)
     kinds = {row[1]: row[5] for row in systems_table(compare(records, "speech_params", "s")).rows}
     assert kinds["1 2"] == f"{100 * wer(1):.1f}/0.0/0.0"
     assert kinds["2 3"] == f"{100 * wer(4):.1f}/0.0/0.0 *"
 
 
-def test_how_often_a_layer_is_removed(tmp_path: Path) -> None:
+def test_layer_counts_equal_their_definition(tmp_path: Path) -> None:
     for layers, errors in (((), 1), ((1,), 1), ((2,), 4), ((1, 2), 2), ((0, 1), 9)):
         add(tmp_path, Candidate(layers), errors)
     comparison = compare(tmp_path, "speech_params", "s")
@@ -190,14 +190,14 @@ def test_the_report_shows_groups_where_a_study_has_them(records: Path) -> None:
     assert {row[:5] for row in rows} == {(name, "test", "y", "50.00", "50.00") for name in ("unpruned", "top2")}
 
 
-def test_a_system_that_writes_nothing_at_all_is_among_the_failures(records: Path) -> None:
+def test_a_system_with_empty_hypotheses_is_in_the_failures_table(records: Path) -> None:
     record = next(r for r in read_records(records) if r.candidate.key == "full")
     write_record(records, record.model_copy(update={"test": SplitResult.of([heard("a", "one two", "")])}))
     rows = {row[0]: row[1:] for row in failures_table(compare(records, "speech_params", "s")).rows}
     assert rows["unpruned"] == ("test", "0.0", "100.0", "0.000")
 
 
-def test_a_terminal_cuts_no_number_off() -> None:
+def test_a_narrow_terminal_cuts_off_no_number() -> None:
     numbers = Table("wide", "Wide", ("name", *"abcdefghijkl"), (("row", *["12345"] * 12),))
     assert [shown(to_rich(numbers), width=60).count(digit) for digit in "12345"] == [12] * 5
 
@@ -315,7 +315,7 @@ def test_a_front_may_be_empty_because_of_the_groups_limit(tmp_path: Path, with_b
     assert overlay_table([comparison]).rows[0][0] == "s"
 
 
-def test_a_report_that_cannot_be_made_leaves_the_older_one(tmp_path: Path) -> None:
+def test_a_failed_report_leaves_the_older_one(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("older")
     with contextlib.suppress(ZeroDivisionError), staged_files(tmp_path) as staged:
         (staged / "report.html").write_text("newer")
@@ -381,7 +381,7 @@ def test_several_studies_are_written_side_by_side(tmp_path: Path) -> None:
     assert "Plotly.newPlot" in page
 
 
-def test_studies_that_cannot_share_a_plot_are_refused(records: Path) -> None:
+def test_studies_with_different_objectives_or_equal_names_are_refused(records: Path) -> None:
     one = compare(records, "speech_params", "a")
     for other, said in ((one, "got a more than once"), (compare(records, "total_params", "b"), "params_objective")):
         with pytest.raises(StudyError, match=said):

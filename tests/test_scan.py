@@ -25,7 +25,7 @@ from tests.conftest import LAYERS, write_study
 
 
 @pytest.mark.parametrize(("depth", "most"), [(4, 1), (6, 2), (10, 2), (6, 3), (32, 2)])
-def test_a_tree_runs_each_layer_once_for_each_beginning_that_meets_it(depth: int, most: int) -> None:
+def test_the_tree_runs_each_layer_once_per_distinct_prefix(depth: int, most: int) -> None:
     sets = family(range(depth), most)
     counted = evaluations(sets, 0, depth)
     by_hand = sum(math.comb(layer, k) for layer in range(depth) for k in range(most + 1))
@@ -35,7 +35,7 @@ def test_a_tree_runs_each_layer_once_for_each_beginning_that_meets_it(depth: int
         assert counted.tree <= 0.4 * counted.one_by_one
 
 
-def test_a_beginning_lives_until_its_last_branch() -> None:
+def test_a_prefix_is_kept_until_its_last_branch() -> None:
     assert prefixes([(), (1, 3), (1, 4)]) == {(): -1, (1,): 4, (1, 3): -1, (1, 4): -1}
     assert prefixes([(2, 5)]) == {(): 2, (2,): 5, (2, 5): -1}
 
@@ -56,7 +56,7 @@ def scanned(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return file, run_scan(file, utterances=6, with_wer=True, check=True)
 
 
-def test_a_scan_measures_what_removing_the_layers_one_by_one_does(scanned: tuple[Path, Scan]) -> None:
+def test_a_scan_equals_removing_each_set_separately(scanned: tuple[Path, Scan]) -> None:
     file, found = scanned
     context = TrainingContext.open(load_study(file))
     corpus = context.corpora["dev"]
@@ -89,7 +89,7 @@ def test_a_scan_measures_what_removing_the_layers_one_by_one_does(scanned: tuple
     assert found.evaluations.one_by_one_seconds
 
 
-def test_layer_criteria_are_their_definitions(scanned: tuple[Path, Scan]) -> None:
+def test_layer_criteria_equal_their_definitions(scanned: tuple[Path, Scan]) -> None:
     file, found = scanned
     context = TrainingContext.open(load_study(file))
     scanner = scanning.Scanner(context, train_anchor(context), 6, 11)
@@ -125,7 +125,7 @@ def test_cka_is_one_for_a_rotation_and_near_zero_for_noise() -> None:
     assert abs(cka(x, noise)) < 0.02
 
 
-def test_a_scan_that_was_killed_goes_on(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_scan_continues(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scanning, "BATCH", 2)
     file = write_study(tmp_path, toy)
     calm = importance_scan(TrainingContext.open(load_study(file)), ScanSettings(utterances=6))
@@ -151,7 +151,7 @@ def test_a_scan_that_was_killed_goes_on(toy: Path, tmp_path: Path, monkeypatch: 
     assert len(ran) == 4
 
 
-def test_a_study_from_scratch_can_be_scanned_and_a_scan_pins_the_study(toy: Path, tmp_path: Path) -> None:
+def test_a_study_from_scratch_can_be_scanned_and_the_scan_locks_its_definition(toy: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path, toy, training={"init": "scratch", "steps": 1}, anchor={"steps": 5})
     assert run_scan(file, utterances=2).sets
     write_study(tmp_path, toy, training={"init": "scratch", "steps": 1}, anchor={"steps": 6})
@@ -159,7 +159,7 @@ def test_a_study_from_scratch_can_be_scanned_and_a_scan_pins_the_study(toy: Path
         run_scan(file, utterances=2)
 
 
-def test_where_pairs_are_many_the_loss_is_asked_of_those_of_least_drift(toy: Path, tmp_path: Path) -> None:
+def test_with_many_pairs_the_loss_is_measured_for_those_of_least_drift(toy: Path, tmp_path: Path) -> None:
     found = importance_scan(
         TrainingContext.open(load_study(write_study(tmp_path, toy))), ScanSettings(utterances=4, loss_sets=2)
     )
@@ -170,7 +170,7 @@ def test_where_pairs_are_many_the_loss_is_asked_of_those_of_least_drift(toy: Pat
     assert all(s.delta_loss is not None for s in found.sets if len(s.removed_layers) == 1)
 
 
-def test_a_scan_is_shown_whole(scanned: tuple[Path, Scan]) -> None:
+def test_a_scan_is_written_as_a_page_and_a_figure(scanned: tuple[Path, Scan]) -> None:
     file, found = scanned
     folder = file.parent / "run" / "scan"
     assert (folder / "scan.png").read_bytes().startswith(b"\x89PNG")

@@ -66,7 +66,7 @@ def config(toy: Path, tmp_path: Path) -> StudyConfig:
 
 
 def rules(config: StudyConfig, trials: int, where: SearchSpace | None = None, confidence: float = 0.95) -> StudyRules:
-    return StudyRules(where or space(), params_of, "speech_params", trials, confidence, config.run_folder)
+    return StudyRules(where or space(), params_of, "speech_params", trials, confidence)
 
 
 def count_finished(stored: StoredStudy) -> int:
@@ -88,13 +88,13 @@ def proposals(stored: StoredStudy) -> list[str]:
     return [t.user_attrs["candidate"] for t in stored.trials(TrialState.COMPLETE)]
 
 
-def test_a_candidate_survives_optunas_parameters() -> None:
+def test_a_candidate_round_trips_through_optunas_parameters() -> None:
     rng, wide = random.Random(0), space(ranks=(0, 1, 16))
     for candidate in [*(wide.draw(rng) for _ in range(200)), *wide.named.values()]:
         assert wide.candidate(wide.params(candidate)) == candidate
 
 
-def test_the_size_of_a_space_is_the_number_of_its_candidates() -> None:
+def test_the_size_of_a_space_equals_the_number_of_listed_candidates() -> None:
     small = space(removable=(1, 2, 5), max_removed=2)
     everything = small.everything()
     assert len(set(everything)) == len(everything) == small.size == (1 + 3 + 3) * 2
@@ -103,7 +103,7 @@ def test_the_size_of_a_space_is_the_number_of_its_candidates() -> None:
     assert {small.draw(rng) for _ in range(500)} == set(everything)
 
 
-def test_clipping_keeps_what_is_allowed() -> None:
+def test_clipping_keeps_allowed_layers_and_ranks() -> None:
     small, rng = space(removable=(1, 2, 5), max_removed=2), random.Random(0)
     for _ in range(100):
         wild = Candidate(tuple(rng.sample(range(DEPTH), rng.randint(0, 6))), rng.choice([0, 4, 8]))
@@ -114,7 +114,7 @@ def test_clipping_keeps_what_is_allowed() -> None:
             assert tame == wild
 
 
-def test_fixed_candidates_come_after_the_baselines_and_once(toy: Path, tmp_path: Path) -> None:
+def test_fixed_candidates_come_once_and_after_the_baselines(toy: Path, tmp_path: Path) -> None:
     fixed = [{"removed_layers": [0]}, {"removed_layers": [2, 3]}]  # the second is top2 of four layers
     named = SearchSpace.of(load_study(write_study(tmp_path, toy, search={"fixed": fixed})), 4).named
     assert list(named) == [*BASELINE_NAMES, "minus-0"]
@@ -128,7 +128,7 @@ def sampler_for(name: str, where: SearchSpace) -> CandidateSampler:
 
 
 @pytest.mark.parametrize("sampler", ["layer-sets", "layer-sets with scan", "tpe", "nsga2", "random", "grid"])
-def test_no_candidate_twice_none_outside_and_the_whole_space_in_the_end(sampler: str) -> None:
+def test_samplers_propose_every_candidate_of_the_space_exactly_once(sampler: str) -> None:
     small = space(removable=(2, 3, 4, 5), max_removed=2, named={})
     study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler_for(sampler, small))
     keys = []
@@ -153,13 +153,13 @@ def test_baselines_first_then_proposals_until_the_budget_is_used(config: StudyCo
     assert count_finished(study) == 15, "a wider budget goes on"
 
 
-def test_a_space_that_is_used_up_ends_the_study(config: StudyConfig) -> None:
+def test_an_exhausted_space_ends_the_study(config: StudyConfig) -> None:
     tiny = space(removable=(4, 5), max_removed=1)  # three sets, two ranks; unpruned is a baseline too
     study = run(config, 50, tiny)
     assert len(set(proposals(study))) == len(proposals(study)) == 4 + tiny.size - 1
 
 
-def test_a_study_interrupted_between_any_two_candidates_proposes_what_it_would_have(toy: Path, tmp_path: Path) -> None:
+def test_an_interrupted_study_gets_the_same_proposals_as_an_uninterrupted_one(toy: Path, tmp_path: Path) -> None:
     calm = load_study(write_study(tmp_path / "calm" / "s", toy))
     stopped = load_study(write_study(tmp_path / "stopped" / "s", toy))
     expected = proposals(run(calm, 14))
@@ -168,7 +168,7 @@ def test_a_study_interrupted_between_any_two_candidates_proposes_what_it_would_h
     assert found == expected
 
 
-def test_what_was_handed_back_comes_first_and_is_not_counted(config: StudyConfig) -> None:
+def test_released_candidates_come_first_and_are_not_counted(config: StudyConfig) -> None:
     def evaluate(trial: WorkerTrial) -> RunRecord:
         if trial.candidate == Candidate((4, 5)) and not gone:
             gone.append(trial.candidate)
@@ -193,7 +193,7 @@ def test_another_definition_is_refused_and_the_difference_named(toy: Path, tmp_p
         run(load_study(file), 5)
 
 
-def test_failed_and_pruned_candidates_settle_but_never_complete(config: StudyConfig) -> None:
+def test_failed_and_pruned_candidates_count_as_finished_but_not_as_complete(config: StudyConfig) -> None:
     def evaluate(trial: WorkerTrial) -> RunRecord:
         state = {8: "failed", 4: "pruned"}.get(trial.candidate.lora_rank, "complete")
         return landscape(trial.candidate).model_copy(update={"state": state, "reason": "because"})
@@ -214,7 +214,7 @@ def finished(count: int, noise: float, seed: int = 0, falls: float = 0.5) -> lis
     return [Finished(100 + i, math.exp(end), math.exp(at)) for i, (at, end) in enumerate(zip(ats, ends, strict=True))]
 
 
-def test_domination_is_foretold_by_what_rungs_said_of_finished_trials() -> None:
+def test_domination_is_predicted_from_the_rungs_of_finished_trials() -> None:
     known = [*finished(30, 0.05), Finished(50, 0.2, None)]
     ends_at = math.exp((math.log(0.2) + 0.7) / 0.9)  # what a trial shows at the rung that ends where the smallest one did
     assert chance_of_domination(ends_at, 60, known) == pytest.approx(0.5, abs=0.15)
@@ -225,7 +225,7 @@ def test_domination_is_foretold_by_what_rungs_said_of_finished_trials() -> None:
 
 
 @pytest.mark.parametrize(("noise", "falls", "most"), [(0.1, 0.5, 0.92), (0.2, 0.0, 0.97)])
-def test_the_chance_of_domination_is_a_frequency(noise: float, falls: float, most: float) -> None:
+def test_the_chance_of_domination_equals_a_simulated_frequency(noise: float, falls: float, most: float) -> None:
     """Of the trials that are given a chance of 80 to 90 %, that many end above; more, where noise is even: too careful."""
     hits, rng = [], random.Random(5)
     for seed in range(3000):
@@ -255,7 +255,7 @@ def test_rungs_end_dominated_trials_but_never_a_baseline(config: StudyConfig) ->
     assert best.isdisjoint(t.user_attrs["candidate"] for t in pruned)
 
 
-def test_a_record_that_was_there_already_tells_its_rungs(config: StudyConfig) -> None:
+def test_an_existing_records_rungs_are_stored_in_the_trial(config: StudyConfig) -> None:
     def found(trial: WorkerTrial) -> RunRecord:
         record = landscape(trial.candidate)
         assert record.dev
@@ -299,7 +299,7 @@ def test_workers_share_a_study_survive_kills_and_evaluate_nothing_twice(config: 
     assert sum(started.values()) <= 21, "only what the killed worker was at is evaluated again"
 
 
-def test_a_journal_cut_off_by_a_kill_is_mended(config: StudyConfig) -> None:
+def test_a_truncated_journal_is_repaired(config: StudyConfig) -> None:
     run(config, 4)
     journal = config.run_folder / "journal.log"
     whole = journal.read_bytes()

@@ -66,7 +66,7 @@ def contents(utterances: list[Utterance]) -> list[tuple[str, str | None, str | N
     return [(u.reference, u.language, u.group, round(u.seconds, 3)) for u in utterances]
 
 
-def test_a_dataset_folder_gives_what_the_manifest_gives(toy: Path, tmp_path: Path) -> None:
+def test_a_dataset_folder_gives_the_same_utterances_as_a_manifest(toy: Path, tmp_path: Path) -> None:
     save_dataset(toy, "dev", tmp_path / "dataset")
     source = {"dataset": str(tmp_path / "dataset"), "split": "dev", "text": "sentence", "language": "en"}
     ours = load_corpus(study(tmp_path, toy, dev=source), "dev")
@@ -94,7 +94,7 @@ def test_a_dataset_and_a_manifest_of_rough_durations_give_the_same_record(toy: P
     assert outcomes[0] == outcomes[1]
 
 
-def test_a_cell_of_a_changed_dataset_is_another_recording(toy: Path, tmp_path: Path) -> None:
+def test_a_changed_dataset_changes_the_version_of_its_recordings(toy: Path, tmp_path: Path) -> None:
     def versions(split: str) -> set[int | str | None]:
         save_dataset(toy, split, tmp_path / split)
         source = {"dataset": str(tmp_path / split), "split": split, "text": "sentence"}
@@ -105,7 +105,7 @@ def test_a_cell_of_a_changed_dataset_is_another_recording(toy: Path, tmp_path: P
     assert versions("dev") != versions("test")
 
 
-def test_a_common_voice_release_gives_what_the_manifest_gives(toy: Path, tmp_path: Path) -> None:
+def test_a_common_voice_release_gives_the_same_utterances_as_a_manifest(toy: Path, tmp_path: Path) -> None:
     save_common_voice(toy, "dev", tmp_path / "en")
     source = {"common_voice": str(tmp_path / "en"), "split": "dev"}
     ours = load_corpus(study(tmp_path, toy, dev=source), "dev")
@@ -114,7 +114,7 @@ def test_a_common_voice_release_gives_what_the_manifest_gives(toy: Path, tmp_pat
     assert [u.seconds for u in ours] == pytest.approx([u.seconds for u in theirs], abs=0.2)  # mp3 adds a frame or two
 
 
-def test_several_sources_make_one_split_with_a_normaliser_for_each_language(toy: Path, tmp_path: Path) -> None:
+def test_several_sources_form_one_split_with_a_normaliser_per_language(toy: Path, tmp_path: Path) -> None:
     samples, rate = soundfile.read(toy / rows(toy, "dev")[0]["audio"])
     soundfile.write(tmp_path / "a.wav", samples, rate)
     for language, text in (("da", "Blåbær, 12 Øl!"), ("en", "Colour: don't")):
@@ -141,7 +141,7 @@ def test_a_missing_split_or_column_is_named(toy: Path, tmp_path: Path) -> None:
         load_corpus(study(tmp_path, toy, dev={"dataset": "nobody/nothing", "split": "dev"}), "dev")
 
 
-def test_draws_are_nested_and_hours_are_a_limit(toy: Path, tmp_path: Path) -> None:
+def test_smaller_draws_are_subsets_and_hours_are_a_limit(toy: Path, tmp_path: Path) -> None:
     few = {u.id for u in load_corpus(study(tmp_path, toy, max_train_utterances=5), "train")}
     more = {u.id for u in load_corpus(study(tmp_path, toy, max_train_utterances=9), "train")}
     assert few < more
@@ -210,7 +210,7 @@ def test_every_kind_of_broken_recording_is_handled_or_named(toy: Path, tmp_path:
     assert [u.id for u in checked_corpus(lenient, "dev", silent).utterances] == [u.id for u in corpus.utterances]
 
 
-def test_a_folder_of_parquet_gives_what_a_saved_dataset_gives(
+def test_a_parquet_folder_gives_the_same_utterances_as_a_saved_dataset(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_dataset(toy, "dev", tmp_path / "saved")

@@ -18,7 +18,7 @@ from tests.conftest import write_study
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (8_000, 1), (44_100, 2), (48_000, 3)])
-def test_any_rate_and_channels_become_mono_16k(rate: int, channels: int, tmp_path: Path) -> None:
+def test_every_sampling_rate_and_channel_count_becomes_16_khz_mono(rate: int, channels: int, tmp_path: Path) -> None:
     t = np.arange(rate) / rate
     tone = np.sin(2 * np.pi * 300 * t)
     soundfile.write(tmp_path / "a.wav", np.stack([tone] * channels, 1) * 0.5, rate)
@@ -87,12 +87,12 @@ def edit_distance(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
-def test_empty_texts_count() -> None:
+def test_errors_of_empty_texts_are_counted() -> None:
     assert count_errors("a b", "") == WordErrors(deletions=2, reference_words=2)
     assert count_errors("", "a b c") == WordErrors(insertions=3)
 
 
-def test_loops_are_detected_but_not_where_the_speaker_repeats() -> None:
+def test_loops_are_detected_unless_the_reference_repeats_too() -> None:
     assert longest_repetition(["a", "b", "a", "b", "a", "b", "c"]) == 3
     assert longest_repetition([]) == longest_repetition(["a"]) == 1
     assert is_loop("turn it on", "turn it it it it it")

@@ -53,7 +53,7 @@ def test_the_relative_bootstrap_agrees_with_a_slow_one() -> None:
     assert [found.low, found.high] == pytest.approx(list(np.quantile(slow, [0.025, 0.975])), abs=0.01)
 
 
-def test_bootstrap_of_equals_is_zero_and_of_the_clearly_better_is_lower() -> None:
+def test_the_bootstrap_of_equal_systems_is_zero_and_of_a_better_one_negative() -> None:
     words = np.full(50, 10)
     errors = np.arange(50) % 4
     same = paired_bootstrap(errors, errors, words)
@@ -67,12 +67,12 @@ def test_bootstrap_of_equals_is_zero_and_of_the_clearly_better_is_lower() -> Non
     assert better == paired_bootstrap(errors, errors + 1 + errors % 2, words)  # seeded
 
 
-def test_a_change_against_no_errors_is_unknown() -> None:
+def test_a_relative_change_against_zero_errors_is_nan() -> None:
     found = relative_bootstrap(np.ones(5, int), np.zeros(5, int))
     assert np.isnan([found.estimate, found.low, found.high]).all()
 
 
-def test_bootstrap_refuses_what_is_not_paired() -> None:
+def test_the_bootstrap_refuses_unpaired_counts() -> None:
     with pytest.raises(ValueError, match="same utterances"):
         paired_bootstrap(np.ones(3), np.ones(2), np.ones(3))
     with pytest.raises(ValueError, match="at least one"):

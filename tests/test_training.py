@@ -47,7 +47,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_plan_of_batches_is_fair_and_its_neighbours_are_alike() -> None:
+def test_batches_use_all_utterances_equally_and_hold_similar_lengths() -> None:
     lengths = [float((7 * i) % 101) for i in range(101)]
     plan = plan_batches(lengths, 8, steps=26, seed=3)
     assert plan == plan_batches(lengths, 8, 26, 3) != plan_batches(lengths, 8, 26, 4)
@@ -59,7 +59,7 @@ def test_a_plan_of_batches_is_fair_and_its_neighbours_are_alike() -> None:
     assert by_length([1, 3, 2], 2) == [[1, 2], [0]]
 
 
-def test_the_learning_rate_rises_then_falls_to_its_share() -> None:
+def test_the_learning_rate_warms_up_then_decays_to_its_final_fraction() -> None:
     rates = [schedule(step, 100, 0.05, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[4] == 1
@@ -105,7 +105,7 @@ def test_the_same_candidate_gives_the_same_record_and_starts_from_the_anchor(
     assert not (scratch.config.run_folder / "anchor").exists()
 
 
-def test_a_repeat_is_the_same_system_on_other_batches_and_has_a_record_of_its_own(
+def test_a_repeat_has_other_batches_and_its_own_record(
     open_context: Callable[..., TrainingContext],
 ) -> None:
     context = open_context()
@@ -120,7 +120,7 @@ def test_a_repeat_is_the_same_system_on_other_batches_and_has_a_record_of_its_ow
     assert read_record(context.config.run_folder / "records", first.candidate) == first
 
 
-def test_a_rank_of_zero_trains_the_projector_alone(open_context: Callable[..., TrainingContext]) -> None:
+def test_with_rank_zero_only_the_projector_is_trained(open_context: Callable[..., TrainingContext]) -> None:
     context = open_context()
     before = {k: v.clone() for k, v in context.llm.model.state_dict().items()}
     record = train_and_score(context, Candidate())
@@ -133,7 +133,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-def test_a_killed_trial_goes_on_to_the_same_weights(
+def test_a_killed_trial_resumes_to_the_same_weights(
     open_context: Callable[..., TrainingContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     candidate = Candidate((0,), 2)
@@ -221,7 +221,7 @@ def test_recomputed_activations_give_the_same_record(open_context: Callable[...,
     assert recomputed.dev == kept.dev
 
 
-def test_a_curve_lies_beside_the_record(open_context: Callable[..., TrainingContext]) -> None:
+def test_the_learning_curve_is_written_beside_the_record(open_context: Callable[..., TrainingContext]) -> None:
     context = open_context()
     record = train_and_score(context, Candidate())
     lines = (context.config.run_folder / "records" / "full" / "curve.jsonl").read_text().splitlines()
@@ -231,7 +231,7 @@ def test_a_curve_lies_beside_the_record(open_context: Callable[..., TrainingCont
     assert all(p["tokens_per_second"] > 0 and p["memory_bytes"] > 0 and p["learning_rate"] > 0 for p in points)
 
 
-def test_a_curve_goes_to_tensorboard_with_one_key(open_context: Callable[..., TrainingContext]) -> None:
+def test_tracker_tensorboard_writes_the_learning_curve(open_context: Callable[..., TrainingContext]) -> None:
     context = open_context(training={"tracker": "tensorboard"})
     record = train_and_score(context, Candidate())
     events = EventAccumulator(str(context.config.run_folder / "tensorboard" / "full"))
@@ -240,12 +240,12 @@ def test_a_curve_goes_to_tensorboard_with_one_key(open_context: Callable[..., Tr
     assert [round(event.value, 5) for event in events.Scalars("loss")] == [round(loss, 5) for loss in record.losses]
 
 
-def test_a_tracker_that_is_not_installed_is_told_before_anything_runs(open_context: Callable[..., TrainingContext]) -> None:
+def test_a_missing_tracker_package_is_reported_before_training(open_context: Callable[..., TrainingContext]) -> None:
     with pytest.raises(StudyError, match=r"training\.tracker: the package trackio is not installed: pip install trackio"):
         open_context(training={"tracker": "trackio"})
 
 
-def test_a_record_that_was_there_already_takes_the_baselines_name(open_context: Callable[..., TrainingContext]) -> None:
+def test_an_existing_record_gets_the_baselines_name(open_context: Callable[..., TrainingContext]) -> None:
     context = open_context()
     first = train_and_score(context, Candidate((2, 3)))
     again = train_and_score(context, Candidate((2, 3)), Unmonitored("top2"))
@@ -264,7 +264,7 @@ def test_divergence_is_recorded_with_its_step(open_context: Callable[..., Traini
     assert read_record(context.config.run_folder / "records", Candidate((), 2)) == record
 
 
-def test_an_anchor_that_diverges_is_one_line_and_leaves_nothing(open_context: Callable[..., TrainingContext]) -> None:
+def test_a_diverging_anchor_is_one_error_line_and_leaves_no_file(open_context: Callable[..., TrainingContext]) -> None:
     context = open_context(anchor={"learning_rate": 1e30}, training={"clip": 1e30})
     with pytest.raises(StudyError, match=r"anchor\.learning_rate: with 1e\+30, training diverged at step \d+ .*smaller"):
         train_anchor(context)
@@ -300,7 +300,7 @@ def test_decoding_the_test_split_uses_the_candidates_own_weights(toy: Path, tmp_
         assert decode_test(context, tested) is tested
 
 
-def test_every_utterance_has_its_own_limit_of_tokens(toy: Path, tmp_path: Path) -> None:
+def test_every_utterance_has_its_own_token_limit(toy: Path, tmp_path: Path) -> None:
     decoding = {"tokens_per_second": 5.0, "extra_tokens": 1, "max_tokens": 4}
     context = TrainingContext.open(load_study(write_study(tmp_path, toy, decoding=decoding)))
     assert [token_limit(s, context.config.decoding) for s in (0.2, 0.4, 3.0)] == [2, 3, 4]
@@ -313,7 +313,7 @@ def test_every_utterance_has_its_own_limit_of_tokens(toy: Path, tmp_path: Path) 
         )
 
 
-def test_a_batch_that_does_not_fit_is_halved_in_decoding_too(
+def test_a_decoding_batch_that_does_not_fit_in_memory_is_halved(
     open_context: Callable[..., TrainingContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = open_context()
@@ -343,7 +343,7 @@ def test_dev_counts_are_the_sum_of_the_utterances(open_context: Callable[..., Tr
     assert record.dev.errors.reference_words == sum(len(u.reference.split()) for u in context.corpora["dev"])
 
 
-def test_a_record_says_where_it_comes_from(open_context: Callable[..., TrainingContext]) -> None:
+def test_a_record_holds_its_provenance(open_context: Callable[..., TrainingContext]) -> None:
     record = train_and_score(open_context(), Candidate())
     assert record.provenance["config"]["training"]["steps"] == 8
     assert record.provenance["versions"].keys() >= {"torch", "transformers", "peft", "optuna"}
@@ -366,26 +366,26 @@ def test_the_anchor_is_trained_once(open_context: Callable[..., TrainingContext]
     assert train_anchor(context).stat().st_mtime_ns == stamp
 
 
-def test_a_recording_longer_than_the_encoders_window_is_told_before_anything_runs(toy: Path, tmp_path: Path) -> None:
+def test_a_recording_longer_than_the_encoders_window_is_refused_before_training(toy: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path, toy, data={"pad_to_seconds": 3.0})  # the toy encoder knows 100 positions: 2 s
     with pytest.raises(StudyError, match=r"longer than the encoder's window of 2 s, the first is train/0.wav"):
         _ = TrainingContext.open(load_study(file)).corpora
 
 
-def test_lora_targets_that_the_llm_lacks_are_told_before_anything_runs(toy: Path, tmp_path: Path) -> None:
+def test_unknown_lora_targets_are_refused_before_training(toy: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path, toy, llm={"lora_targets": ["q_proj", "kproj"]})
     with pytest.raises(StudyError, match=r"no layer 'kproj'; it has .*k_proj"):
         TrainingContext.open(load_study(file))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_quantisation_without_a_gpu_is_told_under_its_own_key(toy: Path, tmp_path: Path) -> None:
+def test_quantisation_without_a_gpu_is_refused(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(StudyError) as caught:
         TrainingContext.open(load_study(write_study(tmp_path, toy, llm={"quantization": "4bit"})))
     assert caught.value.lines == ["llm.quantization: '4bit' needs a GPU, and there is none; leave the key out"]
 
 
-def test_models_of_the_wrong_kind_are_told(toy: Path, tmp_path: Path) -> None:
+def test_models_of_the_wrong_kind_are_refused(toy: Path, tmp_path: Path) -> None:
     swapped = write_study(tmp_path, toy, encoder={"model": str(toy / "llm")}, llm={"model": str(toy / "encoder")})
     with pytest.raises(StudyError) as caught:
         TrainingContext.open(load_study(swapped))
@@ -395,7 +395,7 @@ def test_models_of_the_wrong_kind_are_told(toy: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_models_that_cannot_be_had_are_one_clear_error(toy: Path, tmp_path: Path) -> None:
+def test_missing_models_are_one_clear_error(toy: Path, tmp_path: Path) -> None:
     offline = r"the hub cannot be reached, and nobody/{} is not in its cache on this machine\ngive a local folder instead: {}"
     with pytest.raises(StudyError, match=offline.format("no-such-model", "llm.model")):
         TrainingContext.open(load_study(write_study(tmp_path / "a", toy, llm={"model": "nobody/no-such-model"})))

@@ -20,8 +20,9 @@ from transformers.utils import logging
 
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
+from prunesearch.study.files import write_atomically
 from prunesearch.study.importance import family
-from prunesearch.study.record import RunRecord, read_record, write_atomically
+from prunesearch.study.record import RunRecord, read_record
 from prunesearch.training.anchor import train_anchor
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.importance_scan import ScanSettings, importance_scan

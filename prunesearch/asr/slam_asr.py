@@ -34,7 +34,7 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
 from prunesearch.study.config import DecodingConfig, LlmConfig, ProjectorConfig, TextConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import write_atomically
+from prunesearch.study.files import write_atomically
 from prunesearch.training.batches import by_length
 from prunesearch.training.decode import Decoder, Hypothesis, token_limit
 from prunesearch.training.device import arithmetic
@@ -50,7 +50,7 @@ Samples = NDArray[np.float32]
 
 
 class Settings(BaseModel):
-    """How the parts go together: the content of `slam.json`."""
+    """How the parts fit together: the content of `slam.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -158,7 +158,7 @@ class SlamAsr:
     ) -> list[str]:
         """Transcribe recordings of any length, each a file or samples at 16 kHz; transcripts are in the same order.
 
-        `batch_size` and `beams`: default is what the study decoded its test split with. On a CPU, the transcripts of the same
+        `batch_size` and `beams`: default: the values that the study decoded test with. On a CPU, the transcripts of the same
         recordings in the same order repeat the study's bit for bit; in other batches, rounding can change the last bit of the
         arithmetic, and so a word. Raises AudioError for a recording that cannot be used.
         """
@@ -184,7 +184,7 @@ class SlamAsr:
 
     @torch.inference_mode()
     def decode(self, parts: Sequence[Samples], batch_size: int | None = None, beams: int | None = None) -> list[Hypothesis]:
-        """The LLM's text and number of tokens for each part, a part being at most a window long.
+        """The LLM's text and number of tokens for each part. A part is at most one window long.
 
         The batches are those that a trial of the study makes of the same recordings (see `training.states` and
         `training.decode`), so that rounding is the same. Raises ValueError for a part longer than a window.
@@ -292,7 +292,7 @@ def _load_base_llm(folder: Path, source: str | Path, settings: Settings, given: 
     """The LLM, without LoRA, with the export's tokenizer. Raises StudyError where it is missing or cannot be loaded."""
     llm, config = _llm_source(folder, source, settings, given), settings.llm
     if given is not None:
-        config = config.model_copy(update={"revision": None})  # that is a revision of the named LLM
+        config = config.model_copy(update={"revision": None})  # the revision belongs to the LLM that the export names
     try:
         return load_llm(llm, config, getattr(torch, settings.dtype), folder / "tokenizer")
     except StudyError:

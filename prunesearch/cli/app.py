@@ -1,6 +1,7 @@
 """The command line: each command parses its arguments, makes one call into the package, and prints the result.
 
-A command imports what it needs when it runs: `prunesearch --help` must not wait for torch.
+A command imports what it needs when it runs: `prunesearch --help` must not wait for torch. A command has one parameter per
+option, so some of them have more than seven.
 """
 
 import time
@@ -15,9 +16,9 @@ from prunesearch.cli.main import run_app
 from prunesearch.cli.options import (
     Adopt,
     AllowChanges,
+    Init,
     Json,
     Launcher,
-    Start,
     StorageUrl,
     Study,
     Turns,
@@ -311,8 +312,8 @@ def confirm(
     study: Study,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings per system, each from its own seed.")] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps per training; default: five times the search's.")] = None,
-    init: Annotated[Start | None, typer.Option("--init", help="Where projectors start; default: as in the search.")] = None,
-    older_init: Annotated[Start | None, typer.Option("--from", hidden=True, help="The older name of --init.")] = None,
+    init: Annotated[Init | None, typer.Option("--init", help="Where projectors start; default: as in the search.")] = None,
+    older_init: Annotated[Init | None, typer.Option("--from", hidden=True, help="The older name of --init.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
     storage: StorageUrl = None,
 ) -> None:
@@ -322,9 +323,9 @@ def confirm(
     from prunesearch.report.formats import to_rich
     from prunesearch.study.config import load_study
 
-    start = init or older_init
+    chosen = init or older_init
     with ProgressDisplay() as display:
-        run(study, seeds, steps, start.value if start else None, workers, storage, display)
+        run(study, seeds, steps, chosen.value if chosen else None, workers, storage, display)
     found = compare_with_confirmation(load_study(study, data_must_exist=False))
     if found:
         print_tables(to_rich(confirmation_table(found)))

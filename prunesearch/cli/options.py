@@ -39,7 +39,7 @@ class Launcher(StrEnum):
     slurm = "slurm"
 
 
-class Start(StrEnum):
+class Init(StrEnum):
     """The weights that a projector's training starts from."""
 
     anchor = "anchor"

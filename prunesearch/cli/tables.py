@@ -1,4 +1,4 @@
-"""Tables for the terminal: a plan, a study's progress, a confirmation, a measurement."""
+"""Tables for the terminal: a plan, a study's progress, a measurement."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def plan_tables(plan: Plan, cost: Estimate) -> Group:
 
 def measurement_table(found: Measurement) -> Group:
     """Each system's metrics, each after its ratio to that of the unpruned system."""
-    table = Table(title=f"{found.study}: ratio to unpruned, then the value (medians over {found.turns} turns)")
+    table = Table(title=f"{found.study}: ratio to unpruned, then the value (medians over {found.turns} runs)")
     table.add_column("system")
     for column in (
         "encoder,\nms alone", "encoder,\nms in batches", "samples to text,\nms alone", "real-time factor,\nin batches",
@@ -75,9 +75,9 @@ def measurement_table(found: Measurement) -> Group:
             f"{r.file:.3f}  {_mib(m.file_bytes)}",
         )
     notes = (
-        "Milliseconds are per recording. A ratio is taken within a turn: the unpruned system is measured again beside each "
-        "system. Below it is the range of the turns' ratios; if it is wide, the machine was busy. Samples to text takes longer "
-        "if more tokens are generated, so compare it only between systems that generate about as many. File: encoder, "
+        "Milliseconds are per recording. A ratio is taken within a run: the unpruned system is measured again beside each "
+        "system. Below it is the range of the ratios over runs; if it is wide, the machine was busy. Samples to text takes "
+        "longer if more tokens are generated, so compare it only between systems that generate about as many. File: encoder, "
         "projector and LoRA."
     )
     where = (

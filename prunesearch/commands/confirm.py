@@ -11,14 +11,15 @@ import tomli_w
 
 from prunesearch.commands.launch import launch
 from prunesearch.report.confirmation import confirmation_file
-from prunesearch.study.candidate import Candidate, baselines
+from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.files import write_atomically
-from prunesearch.study.front import complete_records, pareto_front, pooled_by_system
+from prunesearch.study.front import baseline_and_front_systems, complete_records
 from prunesearch.study.progress import ProgressListener
+from prunesearch.workers.artifacts import open_artifacts
 from prunesearch.workers.final_test import fetch_records
 
-STEPS_FACTOR = 5  # the default number of steps, in steps of the search
+STEPS_FACTOR = 5  # steps of a long run, by default, for each step of a short run
 
 Init = Literal["anchor", "scratch"]
 
@@ -34,9 +35,9 @@ def confirm(
 ) -> StudyConfig:
     """Train the front and the baselines again, `seeds` times each, and return the confirmation's own study.
 
-    `steps`: of each training, by default five times the search's. `init`: where projectors start, by default as in the search.
-    Can be resumed and distributed like any study. A confirmation that exists already keeps its file: its seeds, steps and
-    systems do not change. Raises StudyError for mistakes of the user.
+    `steps`: of each training; default: five times the search's. `init`: the projectors' start; default: as in the search. The
+    study can be resumed and distributed like any other. A confirmation that exists already keeps its file: its seeds, steps and
+    systems do not change. Raises StudyError for errors in the user's input.
     """
     config = load_study(source)
     fetch_records(config, storage)
@@ -53,9 +54,7 @@ def write_confirmation(config: StudyConfig, seeds: int, steps: int | None, init:
     Raises StudyError if the study has no complete candidate yet.
     """
     complete = complete_records(config)
-    front = pareto_front(pooled_by_system(complete), config.search.params_objective, config.search.max_worst_group_wer)
-    named = baselines(complete[0].encoder_layers, config.search.baseline_lora_rank)
-    systems = list(dict.fromkeys([*named.values(), *(r.candidate.system for r in front)]))
+    systems = baseline_and_front_systems(config, complete)
     again = [Candidate(c.removed_layers, c.lora_rank, repeat) for repeat in range(seeds) for c in systems]
     table = _standalone(config)
     table["name"] = f"{config.name}-confirm"
@@ -100,8 +99,15 @@ def _without_none(value: Any) -> Any:
 
 def _copy_anchor(config: StudyConfig, confirmation: StudyConfig) -> None:
     """Give the search's anchor to the confirmation, which would otherwise train the same weights again."""
-    name = "anchor/projector.safetensors"
-    ours, theirs = config.run_folder / name, confirmation.run_folder / name
-    if confirmation.training.init == "anchor" and ours.exists() and not theirs.exists():
-        write_atomically(theirs.with_name("anchor.json"), ours.with_name("anchor.json").read_bytes())
-        write_atomically(theirs, ours.read_bytes())
+    if confirmation.training.init != "anchor":
+        return
+    names = "anchor/anchor.json", "anchor/projector.safetensors"  # the weights last: if they are there, all is
+    source, target = open_artifacts(config), open_artifacts(confirmation)
+    for name in names:
+        if source:
+            source.fetch(name)
+        ours, theirs = config.run_folder / name, confirmation.run_folder / name
+        if ours.exists() and not theirs.exists():
+            write_atomically(theirs, ours.read_bytes())
+        if target:
+            target.put(name)

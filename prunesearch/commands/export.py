@@ -9,8 +9,9 @@ from prunesearch.search.study_progress import candidate_key
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
-from prunesearch.study.front import complete_records, knee, pareto_front, pooled_by_system
-from prunesearch.study.record import RunRecord, read_record, write_atomically
+from prunesearch.study.files import write_atomically
+from prunesearch.study.front import complete_records, knee, study_front
+from prunesearch.study.record import RunRecord, read_record
 from prunesearch.training.repair import keep_maps_of
 from prunesearch.workers.final_test import fetch_records
 from prunesearch.workers.optuna_study import open_existing_study
@@ -28,10 +29,11 @@ def export(
 ) -> RunRecord:
     """Write a candidate of the study to the folder `out`, for `SlamAsr.from_pretrained`; returns its record.
 
-    The candidate is chosen as `choose_record` does. `merge` adds the LoRA to the LLM's weights, which are then written; this
+    Eight parameters, since a notebook calls this with keywords. `candidate`, `trial`, `best_under_params`: see `choose_record`.
+    `merge` adds the LoRA to the LLM's weights, which are then written; this
     may change the last bits of the arithmetic, and so a transcript. `with_llm`: whether to write the LLM; by default it is
-    written where the study has it from a folder, and only named where it is on the hub. No file holds a path of this machine.
-    Raises StudyError for the user's mistakes.
+    written if the study loads it from a folder, and only named if it is on the hub. No file holds a path of this machine.
+    Raises StudyError for errors in the user's input.
     """
     config = load_study(source, data_must_exist=False)
     out = Path(out)
@@ -71,7 +73,7 @@ def choose_record(
     if candidate is not None:
         return _record_of(config, candidate, complete)
     objective = config.search.params_objective
-    front = pareto_front(pooled_by_system(complete), objective, config.search.max_worst_group_wer)
+    front = study_front(config, complete)
     if best_under_params is None:
         chosen = knee(front, objective)
     else:
@@ -92,14 +94,16 @@ def _record_of(config: StudyConfig, key: str, complete: list[RunRecord]) -> RunR
     except ValueError as error:
         raise StudyError([f"--candidate: {error}"]) from None
     if record is None or record.state != "complete":
-        front = ", ".join(r.candidate.key for r in pareto_front(complete, config.search.params_objective))
+        front = ", ".join(r.candidate.key for r in study_front(config, complete))
         raise StudyError([f"--candidate: {key} is not complete; the front is {front}"])
     return record
 
 
 def key_of_trial(config: StudyConfig, number: int, storage: str | None = None) -> str:
     """The key of the candidate that a trial of the study evaluated. Raises StudyError where there is no such trial."""
-    keys = {t.number: key for t in open_existing_study(config, storage).trials() if (key := candidate_key(t))}
+    keys = {t.number: candidate_key(t) for t in open_existing_study(config, storage).trials()}
     if number not in keys:
         raise StudyError([f"--trial: {config.name} has trials 0 to {max(keys, default=-1)}, got {number}"])
-    return keys[number]
+    if (key := keys[number]) is None:
+        raise StudyError([f"--trial: must be a trial that has a candidate, got {number}: `prunesearch status` lists the front"])
+    return key

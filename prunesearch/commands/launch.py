@@ -6,6 +6,7 @@ from prunesearch.commands.local import run_workers
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.interrupt import Interrupt
 from prunesearch.study.progress import NullListener, ProgressListener
+from prunesearch.study.record import read_records
 from prunesearch.workers.final_test import decode_final_test
 from prunesearch.workers.worker import Worker, WorkerOptions
 
@@ -18,15 +19,17 @@ def launch(
     listener: ProgressListener | None = None,
     allow_changes: bool = False,
 ) -> StudyConfig:
-    """Run the study of a study file, or continue it, until `trials` candidates have an outcome, whichever worker evaluated
-    them.
+    """Run the study of a study file, or continue it, until `trials` candidates have an outcome, no matter which worker
+    evaluated them.
 
     One worker is this process. Several workers are processes of their own, which share the processor's threads or take one GPU
     each. At the end, test is decoded for the front and the baselines. `allow_changes`: continue even though code, data, models
-    or anchor differ from when the study started. Raises StudyError for a user's mistakes, and Interrupted after a signal.
+    or anchor differ from when the study started. Raises StudyError for errors in the user's input, and Interrupted after a
+    signal.
     """
     config, options = load_study(source), WorkerOptions(storage, allow_changes, trials=trials)
     listener, interrupt = listener or NullListener(), Interrupt()
+    read_records(config.run_folder / "records")  # a damaged one is reported now, and not after a training
     with interrupt.on_signals(listener.note):
         if workers > 1:
             run_workers(config, workers, options, listener, interrupt)

@@ -22,19 +22,19 @@ from prunesearch.workers.storage import open_storage
 from prunesearch.workers.worker import Worker, WorkerOptions
 
 MOST_REPLACED = 3  # times the number of workers
-EXPECTED_EXITS = (0, 2, 130)  # the budget is used; a user's mistake; interrupted
+EXPECTED_EXITS = (0, 2, 130)  # the budget is used; an error in the user's input; interrupted
 _SENDING = threading.Lock()  # two threads of a worker share one pipe
 
 
 @dataclass
 class _Relay:
-    """The progress listener of a worker process: passes everything on to the process that started it, if that still listens."""
+    """The progress listener of a worker process: sends every report to the process that started it."""
 
     number: int
     listener: Connection
 
     def _send(self, *message: Any) -> None:
-        with _SENDING, suppress(OSError):  # nobody listens any more; the work goes on
+        with _SENDING, suppress(OSError):  # that process has ended; this one continues
             self.listener.send(message)
 
     def progress(self, what: str, done: int, of: int, worker: int = 0) -> None:
@@ -64,13 +64,13 @@ def _work(source: Path, options: WorkerOptions, relay: _Relay, workers: int, fla
     except StudyError as error:
         print(*error.lines, sep="\n", file=sys.stderr)
         sys.exit(2)
-    except (Interrupted, KeyboardInterrupt):  # the process that started this one says so
+    except (Interrupted, KeyboardInterrupt):  # the process that started this one prints that
         sys.exit(130)
 
 
 @dataclass
 class _Pool:
-    """The worker processes, and the pipes through which they tell what they do."""
+    """The worker processes, and the pipes through which they report."""
 
     source: Path
     options: WorkerOptions
@@ -91,7 +91,7 @@ class _Pool:
         self.pipes[here] = process
 
     def relay_until_all_end(self, listener: ProgressListener, interrupt: Interrupt) -> None:
-        """Pass on what the workers tell. A worker that dies is replaced; its candidate goes to the next worker."""
+        """Pass reports on to the listener. A worker that dies is replaced; its candidate goes to the next worker."""
         while self.pipes:
             for pipe in wait(list(self.pipes)):
                 assert isinstance(pipe, Connection)
@@ -121,9 +121,10 @@ class _Pool:
 def run_workers(
     config: StudyConfig, workers: int, options: WorkerOptions, listener: ProgressListener, interrupt: Interrupt
 ) -> None:
-    """Create the study here, let the worker processes evaluate candidates, and pass on what they tell.
+    """Create the study here, let the worker processes evaluate candidates, and pass on their reports.
 
-    Raises StudyError if a worker found a user's mistake, Interrupted after a signal, and RuntimeError if all workers crashed.
+    Raises StudyError if a worker found an error in the user's input, Interrupted after a signal, and RuntimeError if all
+    workers crashed.
     """
     url = options.storage or config.storage.url
     if url and url.startswith("sqlite"):

@@ -22,15 +22,16 @@ from prunesearch.commands.export import choose_record
 from prunesearch.model.llm import lora, lora_parameters
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
 from prunesearch.speech.corpus import checked_corpus
-from prunesearch.study.candidate import Candidate, baselines
+from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
-from prunesearch.study.front import complete_records, pareto_front, pooled_by_system
+from prunesearch.study.files import write_atomically
+from prunesearch.study.front import baseline_and_front_systems, complete_records
 from prunesearch.study.measurement import MeasuredSystem, Measurement, Ratios, SystemMetrics
 from prunesearch.study.progress import NullListener, ProgressListener
-from prunesearch.study.record import RunRecord, write_atomically
+from prunesearch.study.record import RunRecord
 from prunesearch.training.batches import by_length
-from prunesearch.training.device import device_name, forget_peak_memory, peak_memory_bytes
+from prunesearch.training.device import device_name, peak_memory_bytes, reset_peak_memory
 from prunesearch.training.repair import keep_maps_of
 from prunesearch.workers.final_test import fetch_records
 
@@ -60,7 +61,7 @@ def measure(
     """Measure candidates on the first `utterances` of dev, and write the result to the study's `run/measure.json`.
 
     `candidates`: keys; default is the front and the baselines. `runs`: timed runs per system, after one warm-up run. All
-    systems compute in the dtype that the unpruned system was trained in. Raises StudyError for the user's mistakes.
+    systems compute in the dtype that the unpruned system was trained in. Raises StudyError for errors in the user's input.
     """
     logging.disable_progress_bar()  # the listener shows progress
     listener = listener or NullListener()
@@ -117,12 +118,9 @@ def _records_to_measure(
 
 
 def _front_and_baselines(config: StudyConfig, complete: Sequence[RunRecord]) -> list[RunRecord]:
-    """The first complete training of each."""
-    front = pareto_front(pooled_by_system(complete), config.search.params_objective, config.search.max_worst_group_wer)
-    named = baselines(complete[0].encoder_layers, config.search.baseline_lora_rank)
-    systems = dict.fromkeys([*named.values(), *(r.candidate.system for r in front)])
+    """The record of each system's first complete training; systems without one are left out."""
     first = {r.candidate.system: r for r in sorted(complete, key=lambda r: -r.repeat)}
-    return [first[system] for system in systems if system in first]
+    return [first[system] for system in baseline_and_front_systems(config, complete) if system in first]
 
 
 def _read_recordings(config: StudyConfig, most: int, listener: ProgressListener) -> _Recordings:
@@ -156,7 +154,7 @@ def _measure_once(loaded: StudyModels, config: StudyConfig, record: RunRecord, r
         asr.decode(recordings.alone[0])  # the first call after assembly is slow
         encoder_seconds = _encoder_seconds(asr, recordings.alone) / count
         batch_encoder_seconds = _encoder_seconds(asr, recordings.batches) / count
-        forget_peak_memory(device)
+        reset_peak_memory(device)
         end_to_end_seconds, hypotheses = _timed(device, asr.decode, recordings.alone)
         batch_seconds, _ = _timed(device, asr.decode, recordings.batches)
         return SystemMetrics(

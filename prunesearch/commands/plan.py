@@ -1,6 +1,6 @@
-"""What a study will run, counted before anything is run: parameters by group, the size of the space, steps, hours and memory.
+"""Count what a study will run, before it runs: parameters by group, the size of the space, steps, hours and memory.
 
-No weights are read, and no data."""
+Neither weights nor data are read."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any
 from prunesearch.model.skeleton import encoder_layers, params_of_candidates, skeleton
 from prunesearch.search.space import SearchSpace
 from prunesearch.study.candidate import Candidate
-from prunesearch.study.config import StudyConfig
+from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.record import Parameters
 
 TEXT_TOKENS_PER_SECOND = 4.0  # read speech has 2 to 3 words a second; LLMs' tokenizers make 1.3 (English) to 2 tokens of one
@@ -19,7 +19,10 @@ CALL_SECONDS = 10e-6  # what starting an operation takes the host in eager PyTor
 
 
 def _positions_per_second(config: StudyConfig) -> float:
-    """Of the encoder: every other mel frame. Whisper's hop is 10 ms; a local checkpoint may have another."""
+    """Encoder positions per second of audio: one for every two mel frames.
+
+    Whisper's hop is 10 ms; a local checkpoint may have another.
+    """
     file = Path(config.locate(config.encoder.model)) / "preprocessor_config.json"
     hop = json.loads(file.read_text(encoding="utf-8")).get("hop_length", 160) if file.is_file() else 160
     return 16_000 / (2 * hop)
@@ -27,7 +30,7 @@ def _positions_per_second(config: StudyConfig) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run."""
+    """Parameters of the named candidates, the size of the search space, and the training budget."""
 
     study: str
     encoder_layers: int
@@ -38,7 +41,7 @@ class Plan:
     steps: int
     anchor_steps: int
     batch_size: int
-    overrides: dict[str, tuple[Any, Any]]  # the preset's keys that the study has otherwise: preset's value, study's
+    overrides: dict[str, tuple[Any, Any]]  # keys that differ from the preset: (preset's value, study's)
 
     def reduction(self, name: str) -> dict[str, float]:
         """What a named system saves against `unpruned`, as fractions of encoder, speech side and whole system."""
@@ -57,8 +60,12 @@ class Plan:
         return {**{k: v for k, v in vars(self).items() if k != "named"}, "named": named}
 
 
-def plan(config: StudyConfig) -> Plan:
-    """Count everything that can be counted beforehand. Raises StudyError when a model's configuration cannot be read."""
+def plan(study: StudyConfig | str | Path) -> Plan:
+    """Count parameters, candidates and steps of a study, given as its file, its folder or its configuration.
+
+    Raises StudyError when the study file or a model's configuration cannot be read.
+    """
+    config = study if isinstance(study, StudyConfig) else load_study(study, data_must_exist=False)
     count = params_of_candidates(config)
     depth = encoder_layers(config)
     space = SearchSpace.of(config, depth)
@@ -78,11 +85,11 @@ def plan(config: StudyConfig) -> Plan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a study will take on a GPU that achieves `teraflops` x 10^12 operations a second, decoding not counted.
+    """What a study will cost on a GPU that achieves `teraflops` x 10^12 operations a second, without decoding.
 
     A step takes as long as its operations, or as long as the host needs to start them where that is more.
-    `memory_bytes` is the peak of a step on recordings of `seconds`, `memory_bytes_longest` on ones of the study's
-    `max_seconds`, where no micro-batch is halved; the largest LoRA rank, encoder included, quantisation not counted.
+    `memory_bytes` is the peak of a step on recordings of `seconds`, and `memory_bytes_longest` on recordings of the study's
+    `max_seconds`: with the largest LoRA rank, encoder included, no micro-batch halved, and without quantisation.
     """
 
     seconds: float
@@ -98,7 +105,10 @@ class Estimate:
 
 
 def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = None, teraflops: float = 100.0) -> Estimate:
-    """Run a step without data, on recordings of `seconds`; `hours` is the train split's size (default: no epoch repeats).
+    """Estimate time and memory from one training step on tensors without data.
+
+    `seconds`: mean length of a recording. `hours`: size of the train split; None: no recording is used twice. `teraflops`:
+    speed that the GPU reaches, in 10^12 operations per second.
 
     Raises StudyError when a model's configuration cannot be read.
     """
@@ -114,7 +124,7 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
 
     @cache
     def step(length: float, batch: int) -> StepCost:
-        """A step on recordings of so many seconds."""
+        """The cost of a step on `batch` recordings of `length` seconds."""
         frame = skeleton(config, dtype)
         if training.gradient_checkpointing:
             recompute_activations(frame.llm.model)

@@ -1,4 +1,4 @@
-"""Measure what a study's layers are worth before any candidate is trained."""
+"""Measure how important each of a study's layers is, before any candidate is trained."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def scan(
     """Scan the study's layers, and write the scan and its report to `run/scan/`. The anchor is trained first, if it is missing.
 
     Eight parameters, since a notebook calls this with keywords; `training.importance_scan.ScanSettings` explains the settings.
-    Raises StudyError for a user's mistakes, and Interrupted after a signal.
+    Raises StudyError for errors in the user's input, and Interrupted after a signal.
     """
     from prunesearch.report.scan import write_scan_report
     from prunesearch.training.importance_scan import ScanSettings, importance_scan
@@ -32,5 +32,6 @@ def scan(
     with interrupt.on_signals(listener.note):
         worker = Worker.open(config, WorkerOptions(storage, scan_only=True), listener, interrupt)
         found = importance_scan(worker.context, settings)
+        worker.close()
     write_scan_report(config.run_folder / "scan", found)
     return found

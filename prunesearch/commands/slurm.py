@@ -14,7 +14,7 @@ from prunesearch.workers.registration import check_corpora, create_study
 from prunesearch.workers.storage import open_storage
 from prunesearch.workers.urls import holds_secret
 
-SIGNAL_SECONDS = 120  # a job gets its signal so long before its time is over
+SIGNAL_SECONDS = 120  # a job gets SIGUSR1 this long before its time limit
 
 
 @dataclass
@@ -48,7 +48,8 @@ def submit(
 ) -> list[str]:
     """Create the study and submit `workers` jobs that join it; returns their ids. Jobs need the run folder and the storage.
 
-    `options`: long options of sbatch, such as partition, time, gpus_per_node. Raises StudyError for a user's mistakes.
+    `trials`: the study's budget; None: at least the study file's, and never less than before. `options`: long options of
+    sbatch, such as partition, time, gpus_per_node. Raises StudyError for errors in the user's input.
     """
     try:
         import submitit
@@ -60,15 +61,15 @@ def submit(
         fix = "write ${VARIABLE} instead, or use PGPASSWORD or ~/.pgpass"
         raise StudyError([f"storage.url: the files of a job would hold the password: {fix}"])
     check_corpora(config)
-    create_study(config, open_storage(url, config.run_folder), trials or config.search.trials)
+    create_study(config, open_storage(url, config.run_folder), trials)
     try:
         executor = submitit.AutoExecutor(folder=config.run_folder / "slurm", cluster=cluster)
     except RuntimeError as error:
         raise StudyError([f"--launcher slurm: {error}"]) from None
     settings: dict[str, Any] = {"name": f"prunesearch-{config.name}"}
     if cluster == "slurm":
-        told = {"signal": f"USR1@{SIGNAL_SECONDS}"}
-        settings |= {"slurm_additional_parameters": {"requeue": True, **told, **(options or {})}}
+        notice = {"signal": f"USR1@{SIGNAL_SECONDS}"}
+        settings |= {"slurm_additional_parameters": {"requeue": True, **notice, **(options or {})}}
     executor.update_parameters(**settings)
     with executor.batch():
         jobs = [executor.submit(Job(config.source.resolve(), storage, allow_changes)) for _ in range(workers)]

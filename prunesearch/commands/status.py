@@ -1,4 +1,4 @@
-"""Look at a study and steer it, from any machine that reaches its storage: status, retry, abort."""
+"""status, retry and abort: show and control a study from any machine that can reach its storage."""
 
 import json
 import time
@@ -7,14 +7,17 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from prunesearch.search.study_progress import StudyProgress, candidate_key, is_finished
+from prunesearch.search.samplers import WORST_GROUP_WER
+from prunesearch.search.space import candidate_params
+from prunesearch.search.study_progress import StudyProgress, candidate_key, is_finished, is_foreign
 from prunesearch.speech.corpus import SPLITS
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
+from prunesearch.study.front import non_dominated
 from prunesearch.study.record import record_folder
+from prunesearch.study.search_config import SearchConfig
 from prunesearch.workers.artifacts import open_artifacts
 from prunesearch.workers.lease import LEASE_SECONDS, WORKER, Lease
-from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.optuna_study import open_existing_study
 
 
@@ -26,7 +29,7 @@ def left_out(config: StudyConfig) -> dict[str, int]:
 
 
 def status(source: str | Path, storage: str | None = None, price: float | None = None) -> dict[str, Any]:
-    """A study's progress: trials by state, workers and what they do, the best candidates so far, and what is left. Reads only.
+    """A study's progress: trials by state, workers and their activity, the front so far, and the remaining work. Only reads.
 
     `price`: cost of a worker per hour. Whether a worker on another machine is alive is judged by the time of its last
     heartbeat, on that machine's clock. Raises StudyError for a study that was not launched.
@@ -51,7 +54,7 @@ def status(source: str | Path, storage: str | None = None, price: float | None =
         "worker_hours_left": None if left is None else round(left / 3600, 3),
         "seconds_left": None if left is None or not alive else round(left / alive, 1),
         "price_left": None if left is None or price is None else round(left / 3600 * price, 2),
-        "front": _front(stored, config.search.params_objective),
+        "front": _front(trials, config.search),
     }
 
 
@@ -87,7 +90,7 @@ def _mean_seconds(trials: list[FrozenTrial]) -> float | None:
     seconds = [
         (t.datetime_complete - t.datetime_start).total_seconds()
         for t in trials
-        if is_finished(t) and t.datetime_complete and t.datetime_start
+        if candidate_key(t) and is_finished(t) and t.datetime_complete and t.datetime_start
     ]
     return sum(seconds) / len(seconds) if seconds else None
 
@@ -98,9 +101,18 @@ def _endings(trials: list[FrozenTrial]) -> dict[str, int]:
     return {word: words.count(word) for word in sorted(set(words))}
 
 
-def _front(stored: StoredStudy, objective: str) -> list[dict[str, Any]]:
-    best = sorted(stored.study.best_trials, key=lambda t: t.values[1])
-    return [{"candidate": candidate_key(t), "dev_wer": t.values[0], objective: t.values[1]} for t in best]
+def _front(trials: list[FrozenTrial], search: SearchConfig) -> list[dict[str, Any]]:
+    """The best trials that evaluated a candidate, fewest parameters first."""
+    limit = search.max_worst_group_wer
+    competing = [
+        (key, t.values[0], t.values[1])
+        for t in trials
+        if t.state == TrialState.COMPLETE
+        and (key := candidate_key(t))
+        and (limit is None or t.user_attrs.get(WORST_GROUP_WER, 0.0) <= limit)
+    ]
+    best = [competing[i] for i in non_dominated([(params, wer) for _, wer, params in competing])]
+    return [{"candidate": key, "dev_wer": wer, search.params_objective: params} for key, wer, params in best]
 
 
 def retry(source: str | Path, storage: str | None = None) -> list[str]:
@@ -117,21 +129,13 @@ def retry(source: str | Path, storage: str | None = None) -> list[str]:
             record.replace(record.with_name(f"failed-{trial.number}.json"))
         if artifacts:
             artifacts.remove(f"records/{key}/record.json")
-        names = trial.params or next((t.params for t in trials if t.params), {})  # its worker may not have written any
+        names = trial.params or next((t.params for t in trials if t.params and not is_foreign(t)), {})  # none if killed early
         stored.study.enqueue_trial(candidate_params(candidate, names), user_attrs={"candidate": key, "retry": True})
     return list(failed)
-
-
-def candidate_params(candidate: Candidate, names: dict[str, Any]) -> dict[str, Any]:
-    """The candidate as values of the parameters of these names."""
-    from prunesearch.search.space import REMOVE
-
-    bits = {n: int(n.removeprefix(REMOVE)) in candidate.removed_layers for n in names if n.startswith(REMOVE)}
-    return bits | {"lora_rank": candidate.lora_rank} | ({"repeat": candidate.repeat} if "repeat" in names else {})
 
 
 def abort(source: str | Path, storage: str | None = None) -> int:
     """Ask every worker to stop as soon as it can; returns the number of running trials. `launch` continues the study."""
     stored = open_existing_study(load_study(source, data_must_exist=False), storage)
     stored.set_attr("aborted", True)
-    return len(stored.trials(TrialState.RUNNING))
+    return sum(not is_foreign(t) for t in stored.trials(TrialState.RUNNING))

@@ -1,4 +1,4 @@
-"""What a study's storage may need: an upgrade of its tables, and a gRPC proxy in front of its database."""
+"""Maintenance of a study's storage: an upgrade of its tables, and a gRPC proxy in front of its database."""
 
 import warnings
 from collections.abc import Callable

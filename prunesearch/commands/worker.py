@@ -14,7 +14,7 @@ def join(
 ) -> StudyConfig:
     """Add a worker to a study that was launched, until the study's budget is used.
 
-    Raises StudyError for a user's mistakes (for example other data than the study's), and Interrupted after a signal.
+    Raises StudyError for errors in the user's input (for example other data than the study's), and Interrupted after a signal.
     """
     config, options = load_study(source), WorkerOptions(storage, allow_changes, creates=False)
     listener, interrupt = listener or NullListener(), Interrupt()

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, uint8
 
 from prunesearch.model.encoder import ENCODER_PREFIX
-from prunesearch.model.hub import cannot_be_had
+from prunesearch.model.hub import loading_error
 from prunesearch.study.config import EncoderConfig, LlmConfig, StudyConfig
 
 DIGITS = 16  # hexadecimal digits of the SHA-256 that are kept, as of other digests in a study
@@ -33,7 +33,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def model_digest(config: StudyConfig, part: EncoderConfig | LlmConfig) -> str:
-    """The digest of the study's encoder or LLM. A model that the hub has and its cache has not is downloaded.
+    """The digest of the study's encoder or LLM. A hub model that is not in the local cache is downloaded.
 
     Raises StudyError when there is no such model.
     """
@@ -41,7 +41,7 @@ def model_digest(config: StudyConfig, part: EncoderConfig | LlmConfig) -> str:
     try:
         return digest_of_source(source, part.revision, ENCODER_PREFIX if isinstance(part, EncoderConfig) else None)
     except (OSError, ValueError) as error:
-        raise cannot_be_had(part, source, error) from error
+        raise loading_error(part, source, error) from error
 
 
 def digest_of_source(source: str | Path, revision: str | None = None, prefix: str | None = None) -> str:

@@ -4,12 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prunesearch.study.config import EncoderConfig, LlmConfig, StudyConfig
+from prunesearch.study.config import LEAST_ENCODER_LAYERS, EncoderConfig, LlmConfig, StudyConfig
 from prunesearch.study.errors import StudyError
 
-MIN_ENCODER_LAYERS = 3  # the baseline `top2` removes two, and one must stay
-
-# Dimensions of models that studies often name, so that planning needs no network.
+# Dimensions of models that studies often use, so that planning needs no network.
 _WHISPER = {  # layers, width, heads, mel bins, decoder layers
     "openai/whisper-tiny": (4, 384, 6, 80, 4),
     "openai/whisper-base": (6, 512, 8, 80, 6),
@@ -59,7 +57,7 @@ def read_architecture(config: StudyConfig, part: EncoderConfig | LlmConfig) -> A
     try:
         return AutoConfig.from_pretrained(source, revision=part.revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise cannot_be_had(part, source, error) from error
+        raise loading_error(part, source, error) from error
 
 
 def architectures(config: StudyConfig) -> tuple[Any, Any]:
@@ -71,7 +69,7 @@ def architectures(config: StudyConfig) -> tuple[Any, Any]:
     lines = []
     if not hasattr(encoder, "encoder_layers") or not hasattr(encoder, "num_mel_bins"):
         lines.append(f"encoder.model: must be a Whisper checkpoint, got one of type {encoder.model_type!r}")
-    elif encoder.encoder_layers < MIN_ENCODER_LAYERS:
+    elif encoder.encoder_layers < LEAST_ENCODER_LAYERS:
         lines.append(
             f"encoder.model: must have at least three layers, got {encoder.encoder_layers}: "
             "the baseline top2 removes two, and one must stay"
@@ -89,11 +87,11 @@ def is_local(source: str) -> bool:
 
 
 def name_without_path(source: str) -> str:
-    """A hub name as it is; of a local file or folder its base name only, which says nothing about the machine."""
+    """A hub name, unchanged; for a local file or folder, its base name, which reveals nothing about the machine."""
     return Path(os.path.abspath(source)).name if is_local(source) else source
 
 
-def cannot_be_had(part: EncoderConfig | LlmConfig, source: str, error: Exception) -> StudyError:
+def loading_error(part: EncoderConfig | LlmConfig, source: str, error: Exception) -> StudyError:
     """The error for a study's model that cannot be loaded: one line with the reason, one with the fix."""
     key = "encoder.model" if isinstance(part, EncoderConfig) else "llm.model"
     use_folder = f'give a local folder instead: {key} = "/path/to/{Path(source).name}"'

@@ -26,7 +26,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj")
 
 @dataclass(frozen=True)
 class Llm:
-    """The model, its tokenizer, and token ids. `bos` is empty where the tokenizer puts nothing before a text."""
+    """The model, its tokenizer, and token ids. `bos` is empty if the tokenizer puts nothing before a text."""
 
     model: PreTrainedModel
     tokenizer: Any

@@ -9,7 +9,7 @@ from transformers import AutoFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.model.encoder import load_encoder
-from prunesearch.model.hub import architectures, cannot_be_had
+from prunesearch.model.hub import architectures, loading_error
 from prunesearch.model.llm import Llm, load_llm
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
@@ -34,14 +34,14 @@ def load_models(config: StudyConfig, dtype: torch.dtype) -> Models:
     try:
         encoder, extractor = load_encoder_and_extractor(source, config.encoder.revision, dtype)
     except (OSError, ValueError) as error:
-        raise cannot_be_had(config.encoder, source, error) from error
+        raise loading_error(config.encoder, source, error) from error
     source = config.locate(config.llm.model)
     try:
         llm = load_llm(source, config.llm, dtype)
     except StudyError:  # a ValueError, too, but it names its key already
         raise
     except (OSError, ValueError) as error:
-        raise cannot_be_had(config.llm, source, error) from error
+        raise loading_error(config.llm, source, error) from error
     return Models(encoder, extractor, llm)
 
 

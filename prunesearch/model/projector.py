@@ -29,8 +29,8 @@ class Projector(nn.Module):
     def for_models(cls, config: ProjectorConfig, encoder_width: int, llm_width: int, output_scale: float = 1.0) -> "Projector":
         """A new projector of the study's shape, between an encoder and an LLM of these widths.
 
-        Its weights are drawn from torch's global random generator; `output_scale` is `llm.embedding_scale` for training, and
-        of no effect where trained weights are loaded.
+        Its weights are drawn from torch's global random generator; `output_scale` is `llm.embedding_scale` for training; it
+        has no effect if trained weights are loaded afterwards.
         """
         return cls(encoder_width, llm_width, config.stack, config.hidden, config.dropout, output_scale)
 

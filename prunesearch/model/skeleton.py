@@ -61,6 +61,10 @@ class ParameterCounter:
         lora = self.unpruned.lora * candidate.lora_rank
         return self.unpruned.model_copy(update={"encoder": self.unpruned.encoder - removed, "lora": lora})
 
+    def of(self, objective: str, candidate: Candidate) -> int:
+        """The candidate's count that `objective` names: see `Parameters.of`."""
+        return self(candidate).of(objective)
+
 
 def params_of_candidates(config: StudyConfig) -> ParameterCounter:
     """Make the function from a candidate to its parameter counts. Raises StudyError where a configuration cannot be read."""

@@ -1,4 +1,4 @@
-"""SLAM-ASR: [bos], audio embeddings, prompt, text -> causal LM. Its input are encoder states; the encoder itself is elsewhere.
+"""SLAM-ASR: [bos], audio embeddings, prompt, text -> causal LM. Its input is encoder states; the encoder is not part of it.
 
 Shapes: B batch, T encoder positions, A audio embeddings, P prompt tokens, W prefix ([bos], A and P), S text tokens, D width,
 V vocabulary.
@@ -35,7 +35,7 @@ class SpeechLlm:
         return before, prompt
 
     def prefix(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Everything that the text follows: (B, T, D), lengths (B,) -> embeddings (B, W, D), mask (B, W).
+        """Everything before the text: (B, T, D), lengths (B,) -> embeddings (B, W, D), mask (B, W).
 
         Padding is on the left, so that every prompt ends in the last column: generation continues from there, and the
         logits that training needs are the last ones.

@@ -1,4 +1,4 @@
-"""Compare a study's records: which systems are on the front, how they differ from the baselines, and how surely."""
+"""Compare a study's records: which systems are on the front, how they differ from the baselines, and how certain that is."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,10 @@ TO_BEAT = "top2+lora"
 
 @dataclass(frozen=True)
 class Contrast:
-    """The WER of `system` less that of `reference`, on the utterances of `split`. Both are None if a system was not decoded."""
+    """The WER of `system` minus that of `reference`, on the utterances of `split`.
+
+    `split` and `difference` are None if there is no split that both were decoded on.
+    """
 
     system: RunRecord
     reference: RunRecord
@@ -127,7 +130,7 @@ class Comparison:
         return tuple(change for r, whole in pairs if whole for change in error_changes(r, whole))
 
     def reductions(self, record: RunRecord) -> Reductions | None:
-        """None while the unpruned system's size is unknown."""
+        """The record's savings against the unpruned system; None while that system's size is unknown."""
         if self.unpruned is None:
             return None
         groups = ("encoder", "speech", "total")
@@ -144,7 +147,7 @@ def compare(
 ) -> Comparison:
     """Compare a study's records, even if the study is not finished.
 
-    Candidates are chosen on dev. Differences are told on test if both systems were decoded there, else on dev. `scan` gives
+    Candidates are chosen on dev. Differences are computed on test if both systems were decoded there, else on dev. `scan` gives
     each layer's importance before training, `measured` the systems' speed and size. A candidate whose worst group's dev WER
     exceeds `max_worst_group_wer` (a fraction) is neither on the front nor chosen.
 

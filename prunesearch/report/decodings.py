@@ -14,7 +14,7 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.record import RunRecord, UtteranceResult, read_utterances
 
 Split = Literal["test", "dev"]
-SPLITS: tuple[Split, ...] = ("test", "dev")  # a difference is told on the first one that both systems were decoded on
+SPLITS: tuple[Split, ...] = ("test", "dev")  # a difference is computed on the first one that both systems were decoded on
 
 CACHED = 8  # decodings in memory at once: the four baselines, and the candidates that are compared with them
 
@@ -67,12 +67,12 @@ class DecodedPair:
         return DecodedPair(self.split, self.system.in_language(language), self.reference.in_language(language))
 
     def difference(self) -> Difference:
-        """The system's WER less that of the reference."""
+        """The system's WER minus that of the reference."""
         words = self.system.reference_words
         return paired_bootstrap(self.system.counts(), self.reference.counts(), words, by_training=self.by_training)
 
     def relative_change(self, kind: str = "errors") -> Difference:
-        """The system's errors of a kind over those of the reference, less one."""
+        """The system's errors of a kind divided by those of the reference, minus one."""
         return relative_bootstrap(self.system.counts(kind), self.reference.counts(kind), by_training=self.by_training)
 
 
@@ -84,7 +84,7 @@ class Decodings:
         self._read = lru_cache(maxsize=CACHED)(partial(_read_decoding, records_folder))
 
     def pair(self, system: RunRecord, reference: RunRecord, first_training: bool = False) -> DecodedPair | None:
-        """On test if all trainings of both were decoded there, else on dev; None if neither holds.
+        """Both systems on test if all their trainings were decoded there, else on dev; None if neither holds.
 
         `first_training`: take and require the first training of each only. Raises StudyError if the two were decoded on
         different utterances.
@@ -103,7 +103,7 @@ class Decodings:
 
 
 def _read_decoding(records_folder: Path, trainings: tuple[Candidate, ...], split: Split) -> Decoding | None:
-    """None unless all trainings were decoded on the same utterances of the split."""
+    """The trainings' results on a split; None unless all of them were decoded on the same utterances."""
     read = [read_utterances(records_folder, c, split) for c in trainings]
     results = tuple(tuple(sorted(each or [], key=lambda u: u.id)) for each in read)
     ids = {tuple(u.id for u in each) for each in results}

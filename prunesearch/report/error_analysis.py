@@ -1,4 +1,4 @@
-"""Which errors a system makes: errors by kind, words taken for others, and utterances whose errors changed most."""
+"""Which errors a system makes: errors by kind, confused words, and utterances whose errors changed most."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,8 @@ class ErrorChange:
     theirs: WordErrors
 
     def of(self, kind: str) -> float | None:
-        """The system's rate of these errors per reference word over that of the reference, less one: -0.1 is 10 % fewer.
+        """The system's rate of these errors per reference word, divided by that of the reference, minus one: -0.1 is 10 %
+        fewer.
 
         `kind` is one of KINDS. None if the reference makes no such errors.
         """
@@ -55,7 +56,7 @@ class ChangedUtterance:
     reference: str
     ours: str
     theirs: str
-    errors: int  # of ours, less those of theirs
+    errors: int  # of ours, minus those of theirs
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class ErrorAnalysis:
 
 
 def error_changes(system: RunRecord, reference: RunRecord) -> list[ErrorChange]:
-    """In all languages together and, if there are several, in each; on test if both were decoded there, else on dev."""
+    """The change in all languages together and, if there are several, in each; on test if both were decoded there, else dev."""
     for split in SPLITS:
         ours, theirs = getattr(system, split), getattr(reference, split)
         if ours is None or theirs is None:

@@ -27,7 +27,7 @@ def languages_table(comparison: Comparison) -> Table:
 
 
 def lora_table(comparison: Comparison) -> Table:
-    """What LoRA changes: errors of each kind, in all languages and in each."""
+    """What LoRA changes: errors of each kind, in all languages together and in each."""
     return Table(
         "lora",
         "What LoRA changes: errors per reference word, in %",
@@ -71,7 +71,7 @@ def _changed(change: ErrorChange, kind: str) -> str:
 
 
 def failures_table(comparison: Comparison) -> Table:
-    """Hypotheses that loop, that are empty, or of the wrong length."""
+    """Rates of hypotheses that loop or are empty, and the length of hypotheses."""
     return Table(
         "failures",
         "Loops, empty hypotheses and length",
@@ -85,7 +85,7 @@ def failures_table(comparison: Comparison) -> Table:
 
 
 def groups_table(comparison: Comparison) -> Table:
-    """WER of front and baselines in each group of speakers: the worst one, and how far groups lie apart."""
+    """WER of front and baselines in each group of speakers: the worst group, and the gap between groups."""
     shown = [(r, split, s) for r, split, s in _reported(comparison) if len(s.by_group) > 1]
     groups = sorted({group for _, _, s in shown for group in s.by_group})
     listed = groups if len(groups) <= MOST_GROUPS else []
@@ -99,19 +99,19 @@ def groups_table(comparison: Comparison) -> Table:
     return Table(
         "groups",
         "WER in % by group",
-        ("system", "split", "worst group", "WER of worst group", "worst less best", *listed),
+        ("system", "split", "worst group", "WER of worst group", "worst minus best", *listed),
         tuple(rows),
         f"Groups are the values of `data.group` in the study file.{note}",
     )
 
 
 def confusions_table(comparison: Comparison) -> Table:
-    """Words taken for others, by the chosen candidate and by its unpruned counterpart."""
+    """Words that the chosen candidate and its unpruned counterpart confused with others."""
     found = comparison.error_analysis
     ours, theirs = _analysed(found)
     return Table(
         "confusions",
-        "Words taken for others",
+        "Confused words",
         ("reference word", "recognised as", ours, theirs),
         tuple((c.said or NOTHING, c.heard or NOTHING, str(c.ours), str(c.theirs)) for c in found.confusions) if found else (),
         f"On {found.split}: the confusions whose counts differ most." if found else "",

@@ -1,4 +1,4 @@
-"""A table in the form that a terminal, a page, a README or a paper takes: rich, HTML, Markdown, LaTeX (booktabs)."""
+"""Render a table for a terminal (rich), a page (HTML), a README (Markdown) or a paper (LaTeX with booktabs)."""
 
 from collections.abc import Sequence
 from html import escape

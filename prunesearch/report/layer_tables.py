@@ -1,4 +1,4 @@
-"""Tables of layers: how often each of them is removed, and how much removing it costs."""
+"""Tables of layers: how often each layer is removed, and the loss without it."""
 
 from collections.abc import Sequence
 

@@ -16,7 +16,7 @@ from prunesearch.report.statistics import Difference
 Verdict = Literal["holds", "does not hold", "cannot be said"]
 SystemNames = tuple[str, str]  # a system and its reference, by the names of baselines
 
-# The comparisons that the paper draws its claims from, and last the control that it lacks: LoRA on both sides.
+# The comparisons behind the paper's claims and, last, the control that the paper lacks: LoRA on both sides.
 PAPER_CONTRASTS: tuple[SystemNames, ...] = (
     ("top2", "unpruned"),
     ("top2+lora", "unpruned"),
@@ -26,7 +26,7 @@ FAIR_CONTROL = PAPER_CONTRASTS[-1]
 LORA_CONTRASTS: tuple[SystemNames, ...] = (("unpruned+lora", "unpruned"), ("top2+lora", "top2"))
 
 LORA_RANGES = {"da": (-7.0, -4.0), "nl": (-21.0, -11.0), "en": (-21.0, -11.0)}  # % of all errors
-ANY_LORA_RANGE = (-21.0, -4.0)  # of a language that the paper does not have
+ANY_LORA_RANGE = (-21.0, -4.0)  # for a language that the paper does not have
 PRUNING_RANGE = (2.0, 4.0)  # % of WER
 SAVED_RANGE = (7.0, 14.0)  # % of the speech parameters
 
@@ -47,7 +47,7 @@ class PaperClaim:
 
 
 def verdict_on_size(change: Difference, published: tuple[float, float]) -> Verdict:
-    """On the claim that a change lies in the published range, in %, which lies on one side of zero."""
+    """The verdict on the claim that a change lies in the published range, in %, which lies on one side of zero."""
     low, high = 100 * change.low, 100 * change.high
     if low == high:  # there is one error, or one utterance with errors: all resamples give the same value
         return "cannot be said"
@@ -58,7 +58,7 @@ def verdict_on_size(change: Difference, published: tuple[float, float]) -> Verdi
 
 
 def verdict_on_direction(change: Difference, falls: bool) -> Verdict:
-    """On the claim that a value falls (or else rises)."""
+    """The verdict on the claim that a value falls (or, if `falls` is false, rises)."""
     if change.low <= 0 <= change.high or change.low == change.high:
         return "cannot be said"
     return "holds" if (change.high < 0) == falls else "does not hold"

@@ -45,7 +45,7 @@
     });
     const titles = pair.map(({ title }, i) => made("th", `${i + 1}: ${title}`, { scope: "col" }));
     if (pair.length === 2) {
-      titles.push(made("th", "2 less 1", { scope: "col" }));
+      titles.push(made("th", "2 minus 1", { scope: "col" }));
       strips.push(document.createElement("td"));
     }
     panel.querySelector("thead").replaceChildren(row(document.createElement("td"), ...titles));

@@ -1,4 +1,4 @@
-"""Pins: a reader of the page pins up to two candidates to compare them. A panel, all numbers as JSON, and a script."""
+"""Pins: a reader of the page can pin two candidates to compare them. The panel, all numbers as JSON, and the script."""
 
 import json
 from collections.abc import Callable, Iterable

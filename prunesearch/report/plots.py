@@ -198,9 +198,9 @@ def _legend(figure: Figure, others: bool, stopped: bool, published: bool) -> Non
 
 
 def _label(figure: Figure, axes: Axes, labels: dict[Point, str], points: Sequence[Point], steps: Sequence[Point]) -> None:
-    """Write each label where it covers least, and nearer to its own point than to another labelled one.
+    """Write each label where it covers least, and closer to its own point than to another labelled point.
 
-    Tried are eight directions at growing distances; the first free place is taken.
+    Tries eight directions at growing distances, and takes the first free place.
     """
     figure.draw_without_rendering()  # only the layout decides where points lie
     figure.set_layout_engine("none")

@@ -1,4 +1,4 @@
-"""Published word error rates of the study's encoder and language, for orientation beside the study's own.
+"""Published word error rates of the study's encoder and language, shown for orientation.
 
 They were measured on Common Voice 22 in front of Qwen2.5-3B, after thousands of steps from scratch, without LoRA. The training
 budget differs from the study's, so they do not compete.

@@ -1,4 +1,4 @@
-"""A scan as tables, a figure and a page: each layer's importance, and how far pairs of layers differ from their sum."""
+"""A scan as tables, a figure and a page: each layer's importance, and the interactions of pairs of layers."""
 
 import math
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ def layers_table(scan: Scan) -> Table:
 
 
 def pairs_table(scan: Scan, decimals: int) -> Table:
-    """Above the diagonal a pair's value, on it a layer's, below it the pair's value beyond the sum of its layers."""
+    """Above the diagonal a pair's value, on it a layer's, below it the pair's value minus the sum of its two layers'."""
     criterion, matrix = pairs(scan)
     reach = _reach(matrix)
     names = tuple(map(str, scan.removable))
@@ -80,7 +80,7 @@ def pairs_table(scan: Scan, decimals: int) -> Table:
         f"Pairs of layers, {CRITERION_LABELS[criterion]}",
         ("layer", *names),
         tuple((name, *(_cell(value, decimals) for value in row)) for name, row in zip(names, matrix, strict=True)),
-        "Above the diagonal: removing both layers. On it: removing this layer. Below it: the pair's value less the sum of its "
+        "Above the diagonal: removing both layers. On it: removing this layer. Below it: the pair's value minus the sum of its "
         "two layers' values (red: together worse than the sum; blue: better).",
         shades=tuple(
             tuple(_red_or_blue(v, reach) if r > c and v is not None else None for c, v in enumerate(row))
@@ -100,7 +100,7 @@ def correlations_table(scan: Scan) -> Table:
 
 
 def evaluations_text(scan: Scan) -> str:
-    """How much work the tree saved."""
+    """A sentence: how many layer evaluations (and seconds, if measured) the tree saved."""
     e = scan.evaluations
     share = (
         f"{e.tree:,} layer evaluations per batch as a tree instead of {e.one_by_one:,} set by set "
@@ -129,7 +129,7 @@ def pairs(scan: Scan) -> tuple[str, Grid]:
 
 
 def draw_scan(scan: Scan) -> Figure:
-    """Two maps side by side: criteria of single layers, and pairs beyond the sum of their layers."""
+    """Two maps side by side: criteria of single layers, and the interactions of pairs."""
     layers = list(scan.removable)
     figure = Figure(figsize=(max(9.0, 0.55 * len(layers) + 5), max(4.2, 0.3 * len(layers) + 1.5)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -164,7 +164,7 @@ def _draw_pairs(axes: Axes, scan: Scan) -> matplotlib.image.AxesImage:
     beyond_sum = [[v if r > c and v is not None else math.nan for c, v in enumerate(row)] for r, row in enumerate(matrix)]
     image = axes.imshow(beyond_sum, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -reach, reach), aspect="auto")
     axes.set_xticks(range(len(layers)), [str(i) for i in layers], fontsize=8)
-    axes.set_title(f"pairs beyond the sum of their layers, {CRITERION_LABELS[criterion]}", fontsize=10)
+    axes.set_title(f"pairs minus the sum of their layers, {CRITERION_LABELS[criterion]}", fontsize=10)
     if len(layers) <= NUMBERS_UP_TO:
         for r, row in enumerate(beyond_sum):
             for c, v in enumerate(row[:r]):

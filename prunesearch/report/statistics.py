@@ -1,4 +1,4 @@
-"""How sure it is that one system's WER is lower than another's: a paired bootstrap over utterances and trainings."""
+"""How certain it is that one system's WER is lower than another's: a paired bootstrap over utterances and trainings."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ def paired_bootstrap(
     seed: int = 0,
     by_training: bool = True,
 ) -> Difference:
-    """The WER of the first system less that of the second, both on the same utterances.
+    """The WER of the first system minus that of the second, both on the same utterances.
 
     `first_errors`, `second_errors`: (utterances,) or, for a system with several trainings, (trainings, utterances); its WER
     is the mean. `reference_words`: (utterances,).
@@ -93,7 +93,7 @@ def _not_paired(*shapes: tuple[int, ...]) -> ValueError:
 def relative_bootstrap(
     first_errors: Counts, second_errors: Counts, resamples: int = 10_000, seed: int = 0, by_training: bool = True
 ) -> Difference:
-    """The errors of the first system over those of the second, less one, on the same utterances: -0.1 means 10 % fewer.
+    """The first system's errors divided by the second system's, minus one, on the same utterances: -0.1 means 10 % fewer.
 
     Arguments, resampling and errors raised are those of `paired_bootstrap`. NaN if the second system makes no errors.
     """

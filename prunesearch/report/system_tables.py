@@ -1,4 +1,4 @@
-"""Tables of systems: front and baselines, their size and speed, and how surely they differ."""
+"""Tables of systems: front and baselines, their size and speed, and the certainty of their differences."""
 
 from collections.abc import Sequence
 
@@ -135,7 +135,7 @@ def contrasts_table(comparison: Comparison) -> Table:
             for c in contrasts
             if (d := c.difference)
         ),
-        "WER of the system less WER of the other. The interval is a paired bootstrap over utterances, and over trainings if a "
+        "WER of the system minus WER of the other. The interval is a paired bootstrap over utterances, and over trainings if a "
         "system has several. With one training, the interval does not cover the choice of the seed.",
         text_columns=("against", "WER is"),
     )
@@ -192,7 +192,7 @@ def ratios_table(comparison: Comparison) -> Table:
             )
             for s in (found.systems if found else ())
         ),
-        "Seconds of the system over seconds of the unpruned one: median of the turns' ratios and, in brackets, their range. "
+        "Seconds of the system over seconds of the unpruned one: median of the ratios over runs and, in brackets, their range. "
         f"Parameters and file: bytes. Measured by `prunesearch measure` on {where}.",
     )
 

@@ -1,4 +1,4 @@
-"""All tables of a study's report by name, and what a terminal shows of them."""
+"""All tables of a study's report by name, and the terminal's output."""
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
@@ -68,6 +68,6 @@ def render_overlay(comparisons: Sequence[Comparison]) -> RenderableType:
 
 
 def render_tables(comparison: Comparison, names: Iterable[str]) -> RenderableType:
-    """Tables for a rich console. `names` are keys of TABLES. A table without rows is named as such."""
+    """Tables for a rich console. `names` are keys of TABLES. For a table without rows, a line says so."""
     made = [TABLES[name](comparison) for name in names]
     return Group(*(to_rich(t) if t.rows else Text(f"{t.title}: nothing to show ({comparison.study})\n") for t in made))

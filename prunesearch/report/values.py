@@ -1,4 +1,4 @@
-"""How single values look in a report: names, layers, error rates, parameters and differences as text."""
+"""Format single values for a report: names, layers, error rates, parameters and differences as text."""
 
 from prunesearch.report.comparison import Comparison
 from prunesearch.study.record import RunRecord, SplitResult, WordErrors

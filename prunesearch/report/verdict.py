@@ -1,4 +1,4 @@
-"""What a study's records say so far, in sentences."""
+"""The result of a study so far, in sentences."""
 
 from collections.abc import Iterator
 

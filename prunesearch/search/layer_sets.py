@@ -3,13 +3,13 @@
 It models log WER with a Gaussian process over candidates (`surrogate`), and proposes the candidate with the largest expected
 gain in hypervolume. It chooses among neighbours of the front, sets that the scan finds cheap, and random sets. The hypervolume
 is that of log WER, so that halving the errors counts the same at 4 % and at 40 %; otherwise, all trials would go to systems
-that understand hardly anything. Since the parameters are known, the gain is a sum of expected improvements over the steps of
+with a very high WER. Since the parameters are known, the gain is a sum of expected improvements over the steps of
 the front.
 """
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,14 +21,12 @@ from threadpoolctl import threadpool_limits
 from prunesearch.search.samplers import WORST_GROUP_WER, CandidateSampler
 from prunesearch.search.scan_costs import Array, log_wer
 from prunesearch.search.scan_proposer import ScanProposer
-from prunesearch.search.space import SearchSpace
+from prunesearch.search.space import ParamsOf, SearchSpace
 from prunesearch.search.study_progress import candidate_key
 from prunesearch.search.surrogate import Posterior, Surrogate
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.front import non_dominated
 from prunesearch.study.importance import LayerSet
-
-ParamsOf = Callable[[Candidate], float]
 
 # The best of 0.05, 0.1 and 0.3 after 10 to 40 trials (benchmarks/search). At lower temperatures, the first sets are too similar
 # to learn from.
@@ -85,7 +83,8 @@ class LayerSetSampler(CandidateSampler):
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
     ) -> Candidate | None:
-        trials = [t for t in study.get_trials(deepcopy=False) if trial is None or t.number != trial.number]
+        others = (t for t in study.get_trials(deepcopy=False) if trial is None or t.number != trial.number)
+        trials = [t for t in others if candidate_key(t)]  # a study may hold trials of other programs
         if (number := begun - len(self._space.named)) < self._startup_trials:
             return self._scan_proposer.propose(max(0, number), seen, rng, FIRST_TEMPERATURE)
         known = self._results(trials)
@@ -102,7 +101,7 @@ class LayerSetSampler(CandidateSampler):
         known = self._informative(known)
         posterior = surrogate.given(known.candidates, known.values, known.extra)
         running = [Candidate.from_key(key) for t in trials if t.state == TrialState.RUNNING and (key := candidate_key(t))]
-        if running:  # taken to end as predicted, so that the next proposal is a different one
+        if running:  # assume that they end as predicted, so that the next proposal is a different one
             means, _ = posterior.predict(running)
             everyone = known.candidates + running
             extra = np.append(known.extra, np.zeros(len(running)))
@@ -262,7 +261,7 @@ class LayerSetSampler(CandidateSampler):
         keeps an order among candidates without an expected gain: those that may be better than predicted come first.
         """
         means, deviations = posterior.predict(pool)
-        deviations = deviations**2 / np.hypot(deviations, posterior.noise)  # the part of it that one training would resolve
+        deviations = deviations**2 / np.hypot(deviations, posterior.noise)  # the part that one training would remove
         params = np.array([self._params_of(c) for c in pool])
         widest = self._params_of(Candidate((), max(self._space.ranks))) * (1 + 1e-9)
         begins = np.array([p for p, _, _ in front])

@@ -1,6 +1,6 @@
-"""When to end a trial early: when it is all but sure to end dominated.
+"""When to end a trial early: when it will almost certainly end dominated.
 
-The finished trials, with their WER at a rung and at the end, predict where a trial at that rung will end: a linear regression
+The finished trials, with their WER at a rung and at the end, predict the final WER of a trial at that rung: a linear regression
 of log WER on log WER, with Student's prediction interval for one new observation. Errors are counts, so the variance of their
 logarithm falls with their number: the regression is weighted by the WER at the rung, and is less certain about good trials than
 about bad ones. A trial is dominated if a finished trial with no more parameters has a lower WER. No trial waits for another:

@@ -1,13 +1,14 @@
 """Optuna samplers that never propose a candidate twice, and never one outside the space."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.search.scan_proposer import ScanProposer
 from prunesearch.search.space import SearchSpace
@@ -24,8 +25,8 @@ class SpaceExhausted(Exception):
 
 
 class CandidateSampler(BaseSampler):
-    """Proposes pending candidates first (`StudyProgress.pending`), then asks `propose`; draws at random if that has no
-    proposal.
+    """Proposes pending candidates first (`StudyProgress.pending`), then what `propose` returns, or a random candidate if it
+    returns None.
 
     Random numbers depend on the seed and on the numbers of finished and running trials only: a study that was killed and
     resumed makes the proposals that it would have made.
@@ -40,8 +41,9 @@ class CandidateSampler(BaseSampler):
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
     ) -> Candidate | None:
-        """A candidate whose key is not in `seen`; None to have one drawn at random. `begun`: number of finished and running
-        trials.
+        """A candidate whose key is not in `seen`; None: the caller draws one at random.
+
+        `trial`: the trial that the proposal is for, if there is one already. `begun`: number of finished and running trials.
         """
         return None
 
@@ -53,7 +55,7 @@ class CandidateSampler(BaseSampler):
         return self._space.params(self.choose(study, trial, others))
 
     def choose(self, study: Study, trial: FrozenTrial | None, others: StudyProgress) -> Candidate:
-        """The next candidate; `others` summarises all trials except the one that it is for. Raises SpaceExhausted."""
+        """The next candidate; `others` summarises all trials except `trial`. Raises SpaceExhausted."""
         if pending := others.pending(self._space):
             return pending
         rng = random.Random(f"{self._seed} {others.finished} {others.running}")
@@ -118,6 +120,10 @@ class OptunaSampler(CandidateSampler):
             return self._scan_proposer.propose(max(0, number), seen, rng, self.first_temperature)
         assert trial is not None
         inner = self._inner(rng.randrange(2**31))
+        if isinstance(inner, GPSampler):
+            study, trial = _with_whole_trials(study, trial, self._space.distributions.keys())
+            if not any(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)):
+                return None
         for _ in range(ATTEMPTS):
             proposed = inner.sample_relative(study, trial, self._space.distributions)
             if not proposed:
@@ -128,6 +134,22 @@ class OptunaSampler(CandidateSampler):
             if candidate.key not in seen:
                 return candidate
         return None
+
+
+def _with_whole_trials(study: Study, trial: FrozenTrial, names: Set[str]) -> tuple[Study, FrozenTrial]:
+    """The study and the trial, without complete trials that lack a parameter: on these, Optuna's Gaussian process fails.
+
+    They are trials of other programs, and those from before a fixed candidate added a parameter. If there are any, the study is
+    a copy in memory.
+    """
+    trials = study.get_trials(deepcopy=False)
+    whole = [t for t in trials if t.state != TrialState.COMPLETE or names <= t.params.keys()]
+    if len(whole) == len(trials):
+        return study, trial
+    copy = optuna.create_study(directions=study.directions)
+    copy.add_trials(t for t in whole if t.number != trial.number)
+    number = copy.ask().number
+    return copy, copy.get_trials(deepcopy=False)[number]
 
 
 def optuna_sampler(

@@ -1,4 +1,4 @@
-"""What a search takes from a scan, and the scale on which it compares WERs. Shape: L removable layers."""
+"""The costs of layers that a search takes from a scan, and the scale on which it compares WERs. Shape: L removable layers."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -14,13 +14,13 @@ LEAST_WER = 1e-4  # logarithms begin here
 
 
 def log_wer(wer: float) -> float:
-    """The natural logarithm of a WER (a fraction), which halved errors change alike at 4 % and at 40 %."""
+    """The natural logarithm of a WER (a fraction): halving the errors lowers it equally at 4 % and at 40 %."""
     return float(np.log(max(wer, LEAST_WER)))
 
 
 def layer_costs(scan: Mapping[LayerSet, float], layers: Sequence[int]) -> tuple[Array, Array]:
-    """Costs of the layers alone (L,), and of pairs beyond the sum of their layers (L, L), above the diagonal; 0 where not
-    measured.
+    """Costs of single layers (L,), and the pairs' interactions (L, L), above the diagonal: each pair's cost minus the sum of
+    its two layers' costs. 0 where not measured.
     """
     alone = np.array([scan.get((i,), 0.0) for i in layers])
     beyond = np.zeros((len(layers),) * 2)

@@ -18,7 +18,7 @@ def spread_sizes(most: int) -> list[int]:
 
 
 class ScanProposer:
-    """Draws sets layer by layer. A layer is the likelier, the less it adds to the scan's cost of the layers drawn so far.
+    """Draws sets layer by layer. The less a layer adds to the scan's cost of the layers drawn so far, the likelier it is.
     Without a scan, all layers are equally likely.
 
     `scan`: cost of single layers, and of pairs where they were measured.

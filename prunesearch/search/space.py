@@ -1,8 +1,7 @@
 """The candidates of a study, and how Optuna sees them: one boolean for each layer, and an integer for the LoRA rank."""
 
-import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -10,12 +9,20 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from prunesearch.study.candidate import Candidate, baselines
+from prunesearch.study.candidate import Candidate, baselines, count_candidates
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
+from prunesearch.study.search_config import MOST_LISTED
 
 REMOVE = "remove_"  # begins the names of the booleans
-MOST_LISTED = 200_000  # candidates: a larger space is never listed
+
+ParamsOf = Callable[[Candidate], float]  # a candidate's number of parameters: the objective that is known before training
+
+
+def candidate_params(candidate: Candidate, names: Collection[str]) -> dict[str, Any]:
+    """The candidate as values of the Optuna parameters of these names."""
+    bits = {n: int(n.removeprefix(REMOVE)) in candidate.removed_layers for n in names if n.startswith(REMOVE)}
+    return bits | {"lora_rank": candidate.lora_rank} | ({"repeat": candidate.repeat} if "repeat" in names else {})
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,11 @@ class SearchSpace:
     @property
     def size(self) -> int:
         """Number of candidates in the space; named candidates outside it are not counted."""
-        return sum(math.comb(len(self.removable), k) for k in range(self.max_removed + 1)) * len(self.ranks)
+        return count_candidates(len(self.removable), self.max_removed, len(self.ranks))
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's parameters. They cover every named candidate as well; the sampler keeps to the space."""
+        """Optuna's parameters. They also cover the named candidates outside the space; the sampler keeps to the space."""
         layers = sorted({*self.removable, *(i for c in self.named.values() for i in c.removed_layers)})
         ranks = sorted({*self.ranks, *(c.lora_rank for c in self.named.values())})
         bits: dict[str, BaseDistribution] = {f"{REMOVE}{i}": CategoricalDistribution([False, True]) for i in layers}
@@ -75,9 +82,7 @@ class SearchSpace:
 
     def params(self, candidate: Candidate) -> dict[str, Any]:
         """The candidate as Optuna's parameters."""
-        bits = {n: int(n.removeprefix(REMOVE)) in candidate.removed_layers for n in self.distributions if n.startswith(REMOVE)}
-        repeat = {"repeat": candidate.repeat} if "repeat" in self.distributions else {}
-        return bits | {"lora_rank": candidate.lora_rank} | repeat
+        return candidate_params(candidate, self.distributions)
 
     @staticmethod
     def candidate(params: Mapping[str, Any]) -> Candidate:

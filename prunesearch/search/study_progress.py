@@ -36,6 +36,12 @@ def candidate_key(trial: FrozenTrial) -> str | None:
         raise StudyError([f"trial {trial.number}, attribute candidate: {error}; {fix}"]) from None
 
 
+def is_foreign(trial: FrozenTrial) -> bool:
+    """Whether another program made the trial: it has parameters, and neither a candidate nor a parameter of ours."""
+    ours = any(name == "lora_rank" or name.startswith(REMOVE) for name in trial.params)
+    return bool(trial.params) and not ours and "candidate" not in trial.user_attrs
+
+
 def is_finished(trial: FrozenTrial) -> bool:
     """Whether its candidate has an outcome: a result, an early end at a rung, or a failure that is not its worker's.
 
@@ -51,7 +57,7 @@ class StudyProgress:
     """A summary of a study's trials, made in one pass and used for several questions: a study may have ten thousand trials."""
 
     latest: dict[str, FrozenTrial]  # by candidate key; withdrawn duplicates are left out
-    running: int  # number of trials
+    running: int  # number of trials, without those of other programs
     waiting: int  # number of enqueued trials
 
     @classmethod
@@ -61,7 +67,7 @@ class StudyProgress:
         running = waiting = 0
         for trial in trials:
             state = trial.state
-            running += state == TrialState.RUNNING
+            running += state == TrialState.RUNNING and not is_foreign(trial)
             waiting += state == TrialState.WAITING
             key = candidate_key(trial)
             if key is None or (state == TrialState.FAIL and trial.user_attrs.get("ended") == "duplicate"):
@@ -77,13 +83,13 @@ class StudyProgress:
 
     @cached_property
     def taken(self) -> set[str]:
-        """Keys of the candidates that are finished, running or enqueued: nobody else needs to evaluate them."""
+        """Keys of the candidates that are finished, running or enqueued: no other worker needs to evaluate them."""
         there = (TrialState.RUNNING, TrialState.WAITING)
         return {key for key, trial in self.latest.items() if trial.state in there or is_finished(trial)}
 
     @cached_property
     def released(self) -> list[str]:
-        """Keys of the candidates that a worker handed back, or whose worker died."""
+        """Keys of the candidates that a worker released without an outcome, or whose worker died."""
         return [key for key, t in self.latest.items() if t.state == TrialState.FAIL and t.user_attrs.get("ended") in RELEASED]
 
     def pending(self, space: SearchSpace) -> Candidate | None:

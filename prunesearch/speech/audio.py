@@ -66,7 +66,8 @@ def is_there(recording: Recording) -> bool:
 
 
 def read_audio(recording: Recording) -> NDArray[np.float32]:
-    """Samples (N,) in [-1, 1]: channels are averaged, and resampled to 16 kHz. A file's name does not matter to its format.
+    """Samples (N,) in [-1, 1]: channels are averaged, and resampled to 16 kHz. The format is detected from the content, not
+    from the file's name.
 
     Raises AudioError when the recording is missing, empty, silent, truncated, not audio, or has values that are not finite.
     """

@@ -1,4 +1,4 @@
-"""A split's utterances from its sources: within the study's limits, drawn by its seed, all recordings known to be readable."""
+"""A split's utterances from its sources: within the study's limits, drawn by its seed, with readable recordings only."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from prunesearch.speech.sources import Row, read_source
 from prunesearch.speech.text import normalizer_for
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import write_atomically
+from prunesearch.study.files import write_atomically
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")

@@ -122,9 +122,9 @@ class TrainingConfig(Section):
 
     init: Literal["anchor", "scratch"] = "anchor"
     repair: Literal["layers", "projector", "none"] = Field(
-        "layers",
+        "none",
         description="what is refitted in closed form before training: the encoder's layers and the projector, the projector "
-        "only, or nothing. Default: layers; none with init = scratch",
+        "only, or nothing",
     )
     repair_utterances: Count = Field(1000, description="utterances of train that the repair is fitted on, at most")
     steps: Annotated[int, Field(ge=0)] = Field(100, description="0: no training; candidates are repaired and decoded")
@@ -151,12 +151,8 @@ class TrainingConfig(Section):
     @classmethod
     def _nothing_to_repair_from_scratch(cls, data: Any) -> Any:
         """A projector from scratch has computed nothing before that a repair could restore."""
-        if isinstance(data, dict) and data.get("init") == "scratch":
-            data = {"repair": "none", **data}
-            if data["repair"] != "none":
-                raise ValueError(
-                    f"repair must be none with init = scratch, got {data['repair']!r}: there is no anchor to restore"
-                )
+        if isinstance(data, dict) and data.get("init") == "scratch" and (repair := data.get("repair", "none")) != "none":
+            raise ValueError(f"repair must be none with init = scratch, got {repair!r}: there is no anchor to restore")
         return data
 
     @field_validator("rungs")

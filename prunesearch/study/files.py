@@ -1,4 +1,4 @@
-"""Write files so that a reader never meets half of one, also when the writing process is killed."""
+"""Write files so that a reader never sees a partial file, even if the writing process is killed."""
 
 import os
 import secrets

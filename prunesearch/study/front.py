@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from prunesearch.study.candidate import Candidate
+from prunesearch.study.candidate import Candidate, baselines
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.record import RunRecord, SplitResult, WordErrors, read_records
@@ -48,6 +48,17 @@ def pareto_front(
         and (language is None or (r.dev and language in r.dev.by_language))
     ]
     return [competing[i] for i in non_dominated([(r.parameters.of(objective), dev_wer(r, language)) for r in competing])]
+
+
+def study_front(config: StudyConfig, records: Iterable[RunRecord]) -> list[RunRecord]:
+    """The front of the study's records, by its objective and within its limit on groups; trainings of a system are pooled."""
+    return pareto_front(pooled_by_system(records), config.search.params_objective, config.search.max_worst_group_wer)
+
+
+def baseline_and_front_systems(config: StudyConfig, complete: Sequence[RunRecord]) -> list[Candidate]:
+    """The baselines, whether they are complete or not, and then the front's other systems. `complete` must not be empty."""
+    named = baselines(complete[0].encoder_layers, config.search.baseline_lora_rank)
+    return list(dict.fromkeys([*named.values(), *(r.candidate.system for r in study_front(config, complete))]))
 
 
 def beats(record: RunRecord, other: RunRecord, objective: str) -> bool:

@@ -22,7 +22,7 @@ class _Frozen(BaseModel):
 class SetScore(_Frozen):
     """How much the anchor's system gets worse when these layers are removed and nothing is trained.
 
-    `delta_loss`: nats per token, teacher-forced, more than with the unpruned encoder. `drift`: ||P(S) - P|| / ||P||, where
+    `delta_loss`: nats per token, teacher-forced, minus those of the unpruned encoder. `drift`: ||P(S) - P|| / ||P||, where
     P is the projector's output with the unpruned encoder and P(S) without these layers. `delta_wer`: a fraction. A value
     that was not measured is None.
     """
@@ -88,7 +88,7 @@ class Scan(_Frozen):
         return {name: values for name, values in columns.items() if values}
 
     def interactions(self, criterion: str = "delta_loss") -> dict[LayerSet, float]:
-        """Each pair's value less the sum of its two layers' values. Negative: removing both is less harmful than their sum."""
+        """Each pair's value minus the sum of its two layers' values. Negative: removing both is less harmful than their sum."""
         return pair_interactions(self.score(criterion))
 
     def correlations(self) -> dict[tuple[str, str], float]:
@@ -99,7 +99,7 @@ class Scan(_Frozen):
 
 
 def pair_interactions(values: Mapping[LayerSet, float]) -> dict[LayerSet, float]:
-    """Each measured pair's value less the sum of its two layers' values; a layer that was not measured counts as 0."""
+    """Each measured pair's value minus the sum of its two layers' values; a layer that was not measured counts as 0."""
     return {s: v - values.get(s[:1], 0.0) - values.get(s[1:], 0.0) for s, v in values.items() if len(s) == 2}
 
 
@@ -152,8 +152,10 @@ def _is_constant(values: Sequence[float]) -> bool:
 
 
 def write_scan(path: Path, scan: Scan) -> None:
+    """Write the scan as JSON, or replace the file as a whole."""
     write_atomically(path, scan.model_dump_json(indent=1) + "\n")
 
 
 def read_scan(path: Path) -> Scan | None:
+    """Read a scan's file; None if there is none."""
     return Scan.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None

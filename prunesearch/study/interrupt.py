@@ -1,4 +1,4 @@
-"""Requests to stop without losing work: from a signal, from the process that started this one, or from `abort`.
+"""Requests to stop without loss of work: from a signal, from the process that started this one, or from `abort`.
 
 Long work calls `Interrupt.check` often. It raises Interrupted after a request; the work then saves its state and ends.
 """

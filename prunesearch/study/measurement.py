@@ -36,15 +36,15 @@ class Ratios:
 
 @dataclass(frozen=True)
 class MeasuredSystem:
-    """One system beside the unpruned one, which was measured again in the same turns.
+    """One system beside the unpruned one, which was measured again in the same runs.
 
-    `figures`, `unpruned` and `ratios` are medians over turns; a ratio is taken within a turn. `lowest` and `highest` are the
-    range of the turns' ratios: if it is wide, the machine was busy with other work, or there were too few turns.
+    `figures`, `unpruned` and `ratios` are medians over runs; a ratio is taken within a run. `lowest` and `highest` are the
+    range of the ratios over runs: if it is wide, the machine was busy with other work, or there were too few runs.
     """
 
     candidate: str  # its key
     name: str | None  # of a baseline
-    figures: SystemMetrics
+    figures: SystemMetrics  # of this system
     unpruned: SystemMetrics
     ratios: Ratios
     lowest: Ratios
@@ -63,7 +63,7 @@ class Measurement:
     torch: str  # its version
     dtype: str
     threads: int
-    turns: int
+    turns: int  # number of timed runs per system; the key keeps its older name
     utterances: int
     audio_seconds: float
     batch_size: int

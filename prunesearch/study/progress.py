@@ -33,5 +33,5 @@ class NullListener:
 
 
 def print_note(text: str) -> None:
-    """A note where no listener is at hand: to stderr, since stdout may hold JSON."""
+    """Print a note if there is no listener: to stderr, since stdout may hold JSON."""
     print(text, file=sys.stderr)

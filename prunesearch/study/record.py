@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.errors import StudyError
-from prunesearch.study.files import write_atomically as write_atomically  # importable from here, too
+from prunesearch.study.files import write_atomically
 
 SCHEMA_VERSION = 1  # of record.json; a reader refuses any other
 ENCODER_FILE = "encoder.safetensors"  # in a record's folder: the refitted maps of its encoder

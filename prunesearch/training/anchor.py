@@ -9,7 +9,8 @@ from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import SplitResult, write_atomically
+from prunesearch.study.files import write_atomically
+from prunesearch.study.record import SplitResult
 from prunesearch.training.context import TrainingContext, write_tensors
 from prunesearch.training.finetune import (
     CurvePoint,

@@ -1,4 +1,4 @@
-"""Which utterances form which batch: the same for every candidate of a study."""
+"""Which utterances form a batch: the same for every candidate of a study."""
 
 import random
 from collections.abc import Sequence

@@ -23,7 +23,8 @@ from prunesearch.speech.corpus import SPLITS, Split, Utterance, checked_corpus
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import UtteranceResult, write_atomically
+from prunesearch.study.files import write_atomically
+from prunesearch.study.record import UtteranceResult
 from prunesearch.training.batches import plan_batches
 from prunesearch.training.decode import Decoder, scored
 from prunesearch.training.device import pick_dtype
@@ -39,7 +40,7 @@ def _silent(what: str, done: int, of: int) -> None:
 
 @dataclass
 class TrainingContext:
-    """One for each worker. Models are loaded when it is opened; corpora and states when they are first needed."""
+    """What a worker trains with. Models are loaded when it is opened; corpora and states when they are first needed."""
 
     config: StudyConfig
     group: ProcessGroup
@@ -54,6 +55,7 @@ class TrainingContext:
         cls, config: StudyConfig, report_progress: Progress = _silent, group: ProcessGroup | None = None
     ) -> "TrainingContext":
         """Load the study's models. `group.check` is called often, and may raise Interrupted or LeaseLost.
+        `report_progress` gets an activity, the units done, and their total.
 
         Raises StudyError when a model cannot be loaded.
         """
@@ -71,12 +73,12 @@ class TrainingContext:
         return context
 
     def progress(self, what: str, done: int, of: int) -> None:
-        """Report how far a piece of work has come. Raises Interrupted or LeaseLost if this process has to leave."""
+        """Report that `done` of `of` units are finished. Raises Interrupted or LeaseLost if this process has to leave."""
         self.group.check_anywhere()
         self.main_progress(what, done, of)
 
     def main_progress(self, what: str, done: int, of: int) -> None:
-        """The same, without the check, for code that all processes run in step."""
+        """Report progress without that check, for code that all processes run in step."""
         if self.group.is_main_process:
             self.report_progress(what, done, of)
 
@@ -210,5 +212,5 @@ class TrainingContext:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Safetensors, whole or not at all. Raises OSError, as any file does, when the disk is full."""
+    """Write tensors as safetensors, whole or not at all. Raises OSError when the disk is full."""
     write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))

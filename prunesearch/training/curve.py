@@ -11,7 +11,8 @@ from prunesearch.training.tracker import tracker_for
 
 
 class LearningCurve:
-    """Appends points to `curve.jsonl` in the record's folder, and tells them as progress; in the main process of a group only.
+    """Appends points to `curve.jsonl` in the record's folder, and reports them as progress; in the main process of a group
+    only.
 
     `label`: the candidate's name in progress messages.
     """
@@ -30,7 +31,7 @@ class LearningCurve:
         return self
 
     def add(self, point: CurvePoint) -> None:
-        """A run that was killed and goes on from a checkpoint may append some points twice: the last one counts."""
+        """A run that was killed and continues from a checkpoint may append some points twice: the last one counts."""
         if self._path:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(point)) + "\n")

@@ -31,7 +31,7 @@ class _RowLimits(StoppingCriteria):
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What the LLM wrote for one recording, and the number of its tokens, end of sequence included."""
+    """The LLM's text for one recording, and its number of tokens, end of sequence included."""
 
     text: str
     new_tokens: int
@@ -83,7 +83,10 @@ class Decoder:
         indices: Sequence[int],
         progress: Callable[[str, int, int], None] = lambda what, done, of: None,
     ) -> dict[int, Hypothesis]:
-        """A hypothesis for each of the utterances at `indices`. A batch that does not fit in memory is halved."""
+        """A hypothesis for each of the utterances at `indices`. A batch that does not fit in memory is halved.
+
+        Raises torch.OutOfMemoryError when one utterance alone does not fit, and what `progress` raises.
+        """
         found: dict[int, Hypothesis] = {}
         batches = by_length([states.length(i) for i in indices], self.decoding.batch_size)
         waiting = [[indices[row] for row in rows] for rows in batches]

@@ -16,8 +16,8 @@ from torch import Tensor
 from prunesearch.model.llm import lora_parameters, recompute_activations, recomputes_activations
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.config import TrainingConfig
+from prunesearch.study.files import write_atomically
 from prunesearch.study.interrupt import Interrupted
-from prunesearch.study.record import write_atomically
 from prunesearch.training.device import arithmetic, attention_for_training, peak_memory_bytes, seed_everything
 from prunesearch.training.process_group import ProcessGroup
 from prunesearch.training.states import Fetched, Prefetched, StateStore
@@ -36,7 +36,7 @@ class Diverged(RuntimeError):
 
 @dataclass
 class Budget:
-    """What all competitors get alike: batches of utterance indices, peak learning rates, and the seed."""
+    """The same for every candidate and baseline: batches of utterance indices, peak learning rates, and the seed."""
 
     batches: Sequence[Sequence[int]]
     learning_rate: float
@@ -87,7 +87,7 @@ def trainable(slam: SpeechLlm) -> dict[str, torch.nn.Parameter]:
 
 @dataclass(frozen=True)
 class FineTuneSettings:
-    """How a fine-tune computes. `on_point` is told every tenth step; `checkpoint`: None keeps none."""
+    """How a fine-tune computes. `on_point` is called every tenth step. `checkpoint`: a file; None writes none."""
 
     config: TrainingConfig
     group: ProcessGroup
@@ -97,7 +97,7 @@ class FineTuneSettings:
 
 
 class FineTune:
-    """Trains `slam` in place, step by step up to where `run_to` is told, starting from the checkpoint if there is one.
+    """Trains `slam` in place, up to the step that `run_to` is given, starting from the checkpoint if there is one.
 
     Each step draws its random numbers from the seed and its own number only, so that a resumed fine-tune ends in the weights of
     an uninterrupted one. A batch that does not fit in memory is halved into micro-batches, whose gradients add up to the
@@ -138,7 +138,7 @@ class FineTune:
 
     @contextmanager
     def checkpoint_when_interrupted(self) -> Iterator[None]:
-        """Within it, Interrupted leaves a checkpoint."""
+        """Write a checkpoint if the block raises Interrupted."""
         try:
             yield
         except Interrupted:

@@ -1,4 +1,4 @@
-"""The importance scan: what the anchor's system loses when layers are removed and nothing is trained.
+"""The importance scan: how much worse the anchor's system gets when layers are removed and nothing is trained.
 
 Layer sets form a tree. States that several sets have in common are computed once, and all sets that are alive at a layer go
 through it as one batch. Shapes: B batch, T positions, D width, A audio embeddings.
@@ -22,6 +22,7 @@ from prunesearch.model.encoder import run_layers
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import version_of
 from prunesearch.study.candidate import Candidate
+from prunesearch.study.files import write_atomically
 from prunesearch.study.importance import (
     Evaluations,
     LayerScore,
@@ -35,7 +36,7 @@ from prunesearch.study.importance import (
     write_scan,
 )
 from prunesearch.study.interrupt import locked
-from prunesearch.study.record import SplitResult, write_atomically
+from prunesearch.study.record import SplitResult
 from prunesearch.training.anchor import anchor_weights, train_anchor
 from prunesearch.training.batches import by_length
 from prunesearch.training.context import TrainingContext
@@ -73,9 +74,11 @@ def _key(layers: LayerSet) -> str:
 
 @dataclass(frozen=True)
 class ScanSettings:
-    """`most`: layers in a set, at most. `utterances`: of dev. `loss_sets`: number of larger sets whose loss is measured (those
-    with the least projector drift). `with_wer`: also decode without each single layer. `check`: also run each set on its own,
-    compare, and time both ways.
+    """`most`: largest number of layers in a set.
+
+    `utterances`: number of dev utterances. `loss_sets`: number of larger sets whose loss is measured (those with the least
+    projector drift). `with_wer`: also decode without each single layer. `check`: also run each set on its own, compare, and
+    time both ways.
     """
 
     most: int = 2
@@ -258,7 +261,7 @@ class Scanner:
 
     @torch.inference_mode()
     def compare(self, sets: Sequence[LayerSet]) -> dict[str, float]:
-        """Seconds of the encoder for all sets as a tree and set by set, in turns for each batch.
+        """Seconds of the encoder for all sets as a tree and set by set, alternately, batch by batch.
 
         Raises AssertionError when the results differ.
         """
@@ -298,7 +301,7 @@ class Scanner:
         """Sums -> means."""
         context = self.context
         unpruned_loss = sums.loss[""] / sums.tokens
-        depth = context.depth - self.first  # of the part that was looked at
+        depth = context.depth - self.first  # number of layers that the scan ran
 
         def scored(layers: LayerSet) -> SetScore:
             key = _key(layers)

@@ -67,10 +67,13 @@ class _Channel:
         kind, signal = pickle.loads(self.store.get(self.key("leave")))
         return LeaseLost() if kind == "lease" else Interrupted(signal)
 
-    def leave(self, reason: Exception) -> Exception:
-        """Announce the reason, wait until every process knows that they leave, begin a new round; returns the first reason."""
-        said = pickle.dumps(("lease" if isinstance(reason, LeaseLost) else "interrupt", getattr(reason, "signal", None)))
-        if self.count("leaving", 1) == 1:
+    def leave(self, reason: Exception | None) -> Exception:
+        """Announce the reason, wait until every process knows that they leave, begin a new round; returns the first reason.
+
+        `reason`: None if only another process has one. It must not be announced before that other process's reason.
+        """
+        if reason is not None and self.count("leaving", 1) == 1:
+            said = pickle.dumps(("lease" if isinstance(reason, LeaseLost) else "interrupt", getattr(reason, "signal", None)))
             self.store.set(self.key("leave"), said)  # type: ignore[arg-type]
         deadline = time.monotonic() + LEAVE_SECONDS
         while not (agreed := self.reason_to_leave()) and time.monotonic() < deadline:
@@ -79,7 +82,7 @@ class _Channel:
         self._wait_for("left", self.size, deadline)
         self.farewell(deadline)
         self.round, self.messages, self.barriers = self.round + 1, 0, 0
-        return agreed or reason
+        return agreed or reason or Interrupted()
 
     def farewell(self, deadline: float) -> None:
         """Rank 0, whose process serves the store, goes last."""
@@ -146,13 +149,16 @@ class ProcessGroup:
         except (Interrupted, LeaseLost) as error:
             reason = error
         if self._reduced(int(reason is not None), ReduceOp.MAX):
-            self.leave(reason or Interrupted())
+            self._leave_for(self._channel, reason)
 
     def leave(self, reason: Exception) -> NoReturn:
         """Raise the reason in all processes: Interrupted or LeaseLost. A reason that was announced before is only raised."""
         if self._channel is None or reason is self._announced:
             raise reason
-        self._announced = self._channel.leave(reason)
+        self._leave_for(self._channel, reason)
+
+    def _leave_for(self, channel: _Channel, reason: Exception | None) -> NoReturn:
+        self._announced = channel.leave(reason)
         raise self._announced
 
     def _leave_if_told(self) -> None:

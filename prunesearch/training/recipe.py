@@ -36,7 +36,7 @@ from prunesearch.study.record import (
 )
 from prunesearch.training.context import TrainingContext, write_tensors
 from prunesearch.training.curve import LearningCurve
-from prunesearch.training.device import device_name, forget_peak_memory, peak_memory_bytes
+from prunesearch.training.device import device_name, peak_memory_bytes, reset_peak_memory
 from prunesearch.training.finetune import (
     Diverged,
     FineTune,
@@ -51,7 +51,7 @@ from prunesearch.training.states import StateStore
 
 
 class TrialMonitor(Protocol):
-    """What a trial of a study is asked while its candidate is evaluated; only the main process asks."""
+    """What a training asks the study's trial. Only the main process asks."""
 
     @property
     def name(self) -> str | None:
@@ -66,7 +66,7 @@ class TrialMonitor(Protocol):
 
 @dataclass(frozen=True)
 class Unmonitored:
-    """For a candidate that is evaluated outside a study: it never ends early."""
+    """The monitor of a candidate that is evaluated without a trial: it never ends early."""
 
     name: str | None = None
 
@@ -93,7 +93,7 @@ class Prepared:
 
 @dataclass
 class Run:
-    """What becomes of a fine-tune, filled in as it goes."""
+    """The outcome of a fine-tune, filled in while it runs."""
 
     progress: FineTuneProgress
     state: Literal["complete", "pruned", "failed"] = "complete"
@@ -109,15 +109,15 @@ class Run:
 def train_and_score(context: TrainingContext, candidate: Candidate, monitor: TrialMonitor | None = None) -> RunRecord:
     """Train and score a candidate under the study's budget; write its record, utterances, learning curve and weights.
 
-    A candidate that has a record already is not trained again; one whose training was interrupted goes on from its checkpoint.
-    A training that diverges is recorded as failed, one that ends at a rung as pruned. Every process of a group calls this; the
-    main process decodes, decides and writes. Of two outcomes, the first one that is written stays. Raises Interrupted and
-    LeaseLost.
+    A candidate that has a record already is not trained again; one whose training was interrupted continues from its
+    checkpoint. A training that diverges is recorded as failed, one that ends at a rung as pruned. Every process of a group
+    calls this; the main process decodes, decides and writes. If two workers finish the same candidate, the first record stays.
+    Raises Interrupted and LeaseLost.
     """
     monitor = monitor or Unmonitored()
     if (record := _existing_record(context, candidate, monitor.name)) is not None:
         return record
-    forget_peak_memory(context.device)
+    reset_peak_memory(context.device)
     begin = time.perf_counter()
     with prepare(context, candidate) as system:
         run = fine_tune(context, system, monitor)
@@ -283,7 +283,7 @@ def write(context: TrainingContext, system: Prepared, run: Run, name: str | None
 
 
 def decode_test(context: TrainingContext, record: RunRecord) -> RunRecord:
-    """The record with its test errors, from its trained weights. A test split is decoded once, ever."""
+    """Decode test with the record's trained weights; returns the record with its test errors. Test is decoded once only."""
     if record.test is not None:
         return record
     config, candidate = context.config, record.candidate
@@ -316,7 +316,7 @@ def _commit() -> dict[str, Any]:
 
 
 def provenance(context: TrainingContext) -> dict[str, Any]:
-    """When, by what, on what and from what a record was made."""
+    """Date, code version, hardware, model digests and settings that a record was made with."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "prunesearch": __version__,

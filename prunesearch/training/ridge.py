@@ -26,11 +26,15 @@ class NormalEquations:
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.xr = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
         self.rr = torch.zeros((), dtype=torch.float64, device=device)
+        self.x_origin, self.r_origin = torch.zeros_like(self.x), torch.zeros_like(self.r)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Inputs (N, I) and what the map should put out for them (N, O)."""
         x = x.float()
         residual = y.float() - torch.addmm(self._bias, x, self._weight.T)
+        if not self.rows:  # sums about a nearby point keep their precision in fp32
+            self.x_origin, self.r_origin = x.mean(0), residual.mean(0)
+        x, residual = x - self.x_origin, residual - self.r_origin
         self.rows += len(x)
         self.x += x.sum(0)
         self.r += residual.sum(0)
@@ -38,9 +42,14 @@ class NormalEquations:
         self.xr += x.T @ residual
         self.rr += residual.square().sum()
 
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of the inputs (I,) and of the residuals (O,)."""
+        return self.x_origin + self.x / self.rows, self.r_origin + self.r / self.rows
+
     def centred(self, x_mean: Tensor, r_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sums of products (I, I), (I, O) and () about the given means."""
-        n = self.rows
+        n, x_mean, r_mean = self.rows, x_mean - self.x_origin, r_mean - self.r_origin
         xx = self.xx - torch.outer(self.x, x_mean) - torch.outer(x_mean, self.x) + n * torch.outer(x_mean, x_mean)
         xr = self.xr - torch.outer(self.x, r_mean) - torch.outer(x_mean, self.r) + n * torch.outer(x_mean, r_mean)
         rr = self.rr - 2 * self.r @ r_mean + n * r_mean @ r_mean
@@ -66,7 +75,7 @@ def solve(fit: NormalEquations, held_out: NormalEquations, ladder: Sequence[floa
     s is the mean of the inputs' sums of squares, so that λ does not depend on their scale. The λ of the ladder with the
     smallest error on the held-out rows is taken. One eigendecomposition of the inputs' products serves all λ.
     """
-    x_mean, r_mean = fit.x / fit.rows, fit.r / fit.rows
+    x_mean, r_mean = fit.means
     xx, xr, _ = fit.centred(x_mean, r_mean)
     scale = xx.diagonal().mean()
     values, vectors = torch.linalg.eigh(xx)
@@ -86,5 +95,6 @@ def solve(fit: NormalEquations, held_out: NormalEquations, ladder: Sequence[floa
     delta = (vectors @ change(best)).T
     weight = fit.linear.weight.detach().double() + delta
     bias = fit.linear.bias.detach().double() + r_mean - delta @ x_mean
-    before = float(held_out.rr)
+    zero = torch.zeros_like
+    before = float(held_out.centred(zero(x_mean), zero(r_mean))[2])  # without any change of weights or bias
     return Solution(weight, bias, best, error(best) / before if before else 1.0)

@@ -26,8 +26,8 @@ from prunesearch.model.llm import sent_to
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, version_of
 from prunesearch.speech.corpus import Utterance
 from prunesearch.study.errors import StudyError
+from prunesearch.study.files import write_atomically
 from prunesearch.study.interrupt import locked
-from prunesearch.study.record import write_atomically
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import arithmetic
 from prunesearch.training.process_group import ProcessGroup
@@ -81,7 +81,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Prefetched:
-    """Steps and their batches, from step `first` on. A GPU does not wait for them."""
+    """Yields steps and their batches, from step `first` on; for a GPU, the next batch is read while it computes."""
 
     states: StateStore
     batches: Sequence[Sequence[int]]
@@ -180,8 +180,8 @@ class StateCache:
     def prefix(self, split: str, utterances: Sequence[Utterance], wanted: Iterable[int]) -> StateStore:
         """States after the convolutions and the first `depth` layers, computed by the first worker that needs them.
 
-        The study's other workers wait for them. One batch is in memory at a time. Raises StudyError for an unreadable
-        recording.
+        The other workers wait. `wanted`: indices of utterances. One batch is in memory at a time. Raises StudyError for an
+        unreadable recording.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         order = sorted(wanted)

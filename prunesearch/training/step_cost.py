@@ -1,7 +1,7 @@
 """The cost of a training step, computed without a GPU: the step runs on tensors that have shapes and no data.
 
 torch counts the operations (matrix products and attention, forward and backward). Bytes are counted by observing every tensor
-that the step allocates, until it is freed. Nothing is computed and no weights are read, so that a 3B model takes seconds.
+that the step allocates, until it is freed. Nothing is computed and no weights are read, so a 3B model takes only seconds.
 """
 
 import weakref
@@ -27,8 +27,8 @@ CPU = torch.device("cpu")  # the device of the fake tensors; attention is fused 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Operations of one step, how many calls (views aside) the host makes for them, and bytes on the device at its peak:
-    the LLM's, projector's and LoRA's weights and the optimiser's state, with what the step makes on top."""
+    """Operations of one step, how many calls (views aside) the host makes for them, and the peak of bytes on the device:
+    the LLM's, projector's and LoRA's weights and the optimiser's state, with the tensors that the step allocates."""
 
     operations: int
     calls: int
@@ -37,7 +37,7 @@ class StepCost:
 
 
 class _AllocationCounter(TorchDispatchMode):
-    """How many calls there were, and the bytes of the tensors that are alive, now and at the peak."""
+    """Counts calls, and the bytes of the tensors that are alive, now and at the peak."""
 
     def __init__(self, known: Sequence[Tensor]):
         super().__init__()
@@ -85,7 +85,7 @@ def _without_data(*modules: nn.Module) -> list[Tensor]:
 def step_cost(slam: SpeechLlm, width: int, positions: int, text_tokens: int, batch: int, dtype: torch.dtype) -> StepCost:
     """A step of the fine-tune on `batch` utterances of so many encoder positions (of `width`) and text tokens each.
 
-    `slam` is made on the meta device, its LLM in `dtype`, and of no other use afterwards.
+    `slam` is made on the meta device, its LLM in `dtype`, and cannot be used for anything else afterwards.
     """
     with FakeTensorMode():
         weights = _without_data(slam.model, slam.projector)

@@ -1,8 +1,7 @@
 """Big files for workers that share no folder, kept in one of Optuna's artifact stores under names of our own.
 
 A file of the study's run folder that other workers need (the anchor, a checkpoint, a record with its utterances and weights) is
-stored under its path. Each stored file begins with its digest, so that half a file, left by a killed writer, is not taken for
-one.
+stored under its path. Each stored file begins with its digest, so that a partial file, left by a killed writer, is recognised.
 """
 
 import errno
@@ -19,7 +18,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import write_atomically
+from prunesearch.study.files import write_atomically
 from prunesearch.workers.retry import bounded
 
 R = TypeVar("R")
@@ -35,7 +34,7 @@ class ArtifactStoreUnavailable(OSError):
 
 
 def _repeated(call: Callable[[], R]) -> R:
-    """Raises ArtifactNotFound; ArtifactStoreUnavailable for every other error: each store has its own."""
+    """The call's result, after several attempts. Raises ArtifactNotFound, and ArtifactStoreUnavailable for any other error."""
     try:
         return bounded(ATTEMPTS, lambda error: not isinstance(error, ArtifactNotFound), longest_wait=20)(call)
     except ArtifactNotFound:
@@ -90,7 +89,10 @@ class ArtifactMirror:
         self._stored[path] = modified
 
     def fetch(self, path: str, replace: bool = False) -> bool:
-        """Whether the file is in the run folder afterwards. A file that is there already is kept, unless `replace` is set."""
+        """Copy a file from the store to the run folder; returns whether the folder has the file now.
+
+        A file that is there already is kept, unless `replace` is set. A stored file with a wrong digest counts as missing.
+        """
         file = self._run_folder / path
         if file.exists() and not replace:
             return True
@@ -110,6 +112,7 @@ class ArtifactMirror:
             return reader.read(DIGEST_BYTES), reader.read()
 
     def remove(self, path: str) -> None:
+        """Remove a file from the store, if it is there."""
         with suppress(ArtifactNotFound):
             _repeated(lambda: self._store.remove(self._name(path)))
 

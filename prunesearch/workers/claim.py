@@ -16,7 +16,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.search.samplers import CandidateSampler, SpaceExhausted
-from prunesearch.search.study_progress import StudyProgress, is_finished
+from prunesearch.search.study_progress import StudyProgress, is_finished, is_foreign
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.interrupt import Interrupt
 from prunesearch.workers.lease import Lease, LeasedTrial, LeaseMonitor, release_stale
@@ -31,7 +31,7 @@ DECLARATION_POLL = 0.05
 def claim(stored: StoredStudy, rules: StudyRules, monitor: LeaseMonitor, interrupt: Interrupt) -> WorkerTrial | None:
     """The next trial for this worker; None once the study's budget or its space is used up.
 
-    Waits while other workers may still give candidates back. Raises Interrupted, also when the study was aborted.
+    Waits while other workers may still release candidates. Raises Interrupted, also when the study was aborted.
     """
     exhausted, poll = False, FIRST_POLL
     while True:
@@ -52,7 +52,7 @@ def claim(stored: StoredStudy, rules: StudyRules, monitor: LeaseMonitor, interru
             if progress.finished + progress.running < budget and (pending or not exhausted):
                 try:
                     made = _propose(stored, rules, progress)
-                except SpaceExhausted:  # for now: a running candidate may still be given back
+                except SpaceExhausted:  # for now: a running candidate may still be released
                     exhausted = True
                 except UpdateFinishedTrialError:  # the proposal took so long that another worker released the trial
                     continue
@@ -66,7 +66,7 @@ def claim(stored: StoredStudy, rules: StudyRules, monitor: LeaseMonitor, interru
 
 
 def sleep(seconds: float, interrupt: Interrupt) -> None:
-    """Raises Interrupted as soon as an interrupt is requested."""
+    """Sleep. Raises Interrupted as soon as an interrupt is requested."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         interrupt.check()
@@ -89,7 +89,7 @@ def _declared_at_once(stored: StoredStudy, rules: StudyRules, candidate: Candida
 
 
 def _declared_after_asking(stored: StoredStudy, rules: StudyRules) -> WorkerTrial:
-    """Optuna's way: first a trial (a new one, or one that a person has enqueued), then its parameters."""
+    """As Optuna does it: first a trial (a new one, or one that a person has enqueued), then its parameters."""
     trial = stored.study.ask()
     leased = LeasedTrial(stored, trial)
     leased.renew()
@@ -107,9 +107,9 @@ def _declared_after_asking(stored: StoredStudy, rules: StudyRules) -> WorkerTria
 def _is_ours(made: WorkerTrial, found: Sequence[FrozenTrial], budget: int, monitor: LeaseMonitor, interrupt: Interrupt) -> bool:
     """Whether no trial of a lower number has the candidate, and those trials leave room in the budget.
 
-    Trial numbers count from 0. If the trial was declared at once, and `found`, read just before, holds as many trials as its
-    number says, then no trial came in between, and there was no enqueued one that another worker could have started: nothing
-    needs to be read again.
+    `found`: the trials as they were read just before `made` was created. Trial numbers count from 0: if the number of `made`
+    equals the length of `found`, no trial was created in between. If `made` was also declared at once, no trial was enqueued
+    that another worker could have started. Then the trials need not be read again.
     """
     stored, number, key = made.stored, made.number, made.key
     trials = found if made.unwritten and len(found) == number else stored.trials()
@@ -118,7 +118,7 @@ def _is_ours(made: WorkerTrial, found: Sequence[FrozenTrial], budget: int, monit
         retry = any(t.number == number and t.user_attrs.get("retry") for t in trials)
         # a running trial of a higher number will withdraw; it must not hide an outcome that the candidate has already
         others = StudyProgress.of(t for t in trials if t.number < number or (t.number > number and is_finished(t)))
-        before = [t for t in trials if t.state == TrialState.RUNNING and t.number < number]
+        before = [t for t in trials if t.state == TrialState.RUNNING and t.number < number and not is_foreign(t)]
         has_outcome = key in others.latest and is_finished(others.latest[key])
         if has_outcome and not retry:
             return False

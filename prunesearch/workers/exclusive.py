@@ -1,4 +1,4 @@
-"""One worker of many does something, the others wait for it; if it dies, another worker takes over. Works on every storage."""
+"""Run a task in one of many workers while the others wait. If that worker dies, another one takes over. On every storage."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +18,11 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class ExclusiveTask:
-    """`done` tells whether the task was done. `act` does it; it is given a function to call before it writes what others read,
-    which raises LeaseLost if this worker was too slow. `duty` is called every few seconds meanwhile."""
+    """A task for one worker.
+
+    `done`: whether the task is finished. `act`: do it; its argument is a function to call before `act` writes what others
+    read, which raises LeaseLost if another worker has taken over. `duty`: is called every few seconds meanwhile.
+    """
 
     name: str
     done: Callable[[], bool]
@@ -28,8 +31,8 @@ class ExclusiveTask:
 
 
 def run_exclusively(storage: BaseStorage, task: ExclusiveTask, interrupt: Interrupt) -> None:
-    """Have the task done by one worker. Each worker opens a trial in a study of the task's name; the lowest running number
-    acts.
+    """Return when the task is done, by this worker or another one. Each worker opens a trial in an Optuna study of the task's
+    name; the worker with the lowest running trial number acts.
 
     Raises Interrupted.
     """

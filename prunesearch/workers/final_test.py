@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from prunesearch.search.study_progress import StudyProgress, is_finished
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
-from prunesearch.study.front import pareto_front, pooled_by_system
+from prunesearch.study.front import pooled_by_system, study_front
 from prunesearch.study.interrupt import Interrupt, locked
 from prunesearch.study.progress import ProgressListener
 from prunesearch.study.record import RunRecord, read_records
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def fetch_records(config: StudyConfig, storage: str | None = None) -> None:
-    """Fetch the records of other workers, if workers share no run folder. Raises StudyError."""
+    """Fetch the records of other workers, if the study has an artifact store. Raises StudyError."""
     if (artifacts := open_artifacts(config)) is None:
         return
     stored = load_stored_study(config, open_storage(storage or config.storage.url, config.run_folder))
@@ -30,9 +30,8 @@ def fetch_records(config: StudyConfig, storage: str | None = None) -> None:
 def untested(config: StudyConfig) -> list[RunRecord]:
     """All complete trainings of the baselines' and the front's systems that were not decoded on test yet."""
     complete = [r for r in read_records(config.run_folder / "records") if r.state == "complete"]
-    systems = pooled_by_system(complete)
-    front = pareto_front(systems, config.search.params_objective, config.search.max_worst_group_wer)
-    wanted = {r.candidate for r in (*front, *(s for s in systems if s.name))}
+    named = (s for s in pooled_by_system(complete) if s.name)
+    wanted = {r.candidate for r in (*study_front(config, complete), *named)}
     return [r for r in complete if r.candidate.system in wanted and r.test is None]
 
 
@@ -43,7 +42,10 @@ def decode_final_test(
     context: "TrainingContext | None" = None,
     storage: str | None = None,
 ) -> None:
-    """Decode test for what is `untested`; one worker does. `context`: models that are loaded already."""
+    """Decode test for the `untested` records, while other workers wait. `context`: models that are loaded already.
+
+    Raises Interrupted.
+    """
     from prunesearch.training.recipe import decode_test
 
     fetch_records(config, storage)

@@ -21,8 +21,10 @@ import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from prunesearch.search.study_progress import is_foreign
 from prunesearch.study.interrupt import LeaseLost
 from prunesearch.workers.optuna_internals import AnyTrial, StoredStudy
+from prunesearch.workers.urls import redacted
 
 HEARTBEAT_SECONDS = 10.0  # between two heartbeats
 LEASE_SECONDS = 60.0  # a heartbeat that has not changed for so long belongs to a dead worker
@@ -74,7 +76,7 @@ class Lease:
         return cls(**stored) if stored else None
 
     def has_ended(self) -> bool:
-        """Whether its process is known to have ended. A process of another machine or container is never known to have."""
+        """Whether its process is known to have ended; False for every process of another machine or container."""
         if self.place != pid_namespace():
             return False
         try:
@@ -91,14 +93,14 @@ def announce_worker(stored: StoredStudy, doing: str, done: int, of: int) -> None
 
 
 def retract_worker(stored: StoredStudy) -> None:
-    """This process no longer works for the study."""
+    """Remove what `announce_worker` stored for this process."""
     lease = Lease.mine()
     if (name := f"{WORKER}{lease.host}:{lease.pid}") in stored.attrs:
         stored.set_attr(name, None)
 
 
 class LeaseMonitor:
-    """What one process has seen of the other workers' heartbeats."""
+    """The other workers' heartbeats as this process has seen them."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
@@ -109,8 +111,8 @@ class LeaseMonitor:
     def stale(self, running: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """The running trials whose worker is dead.
 
-        After a long time without a look, this starts anew: this process was suspended, or the storage was away and no worker
-        could write a heartbeat.
+        After a long pause between two calls, observation starts again: this process was suspended, or the storage was
+        unavailable and no worker could write a heartbeat.
         """
         with self._lock:
             now = self._clock()
@@ -136,7 +138,7 @@ def release_stale(stored: StoredStudy, monitor: LeaseMonitor, trials: Sequence[F
     `trials`: all trials of the study, if the caller has just read them.
     """
     trials = stored.trials() if trials is None else trials
-    running = [t for t in trials if t.state == TrialState.RUNNING]
+    running = [t for t in trials if t.state == TrialState.RUNNING and not is_foreign(t)]
     return [t.user_attrs.get("candidate", "") for t in monitor.stale(running) if release(stored, t, "lost")]
 
 
@@ -144,7 +146,7 @@ def release(stored: StoredStudy, trial: AnyTrial, why: str, reason: str | None =
     """End a running trial without an outcome, so that another worker can evaluate its candidate.
 
     `why`: its worker was `lost`, `crashed` or the trial was `handed back`; or it is a `duplicate`. A candidate whose workers
-    are lost or crash again and again has failed. False if another process ended the trial first.
+    are lost or crash again and again has failed. Returns False if another process ended the trial first.
     """
     key = (trial if isinstance(trial, FrozenTrial) else stored.trial(trial)).user_attrs.get("candidate")
     ended: list[str | None] = []
@@ -158,7 +160,7 @@ def release(stored: StoredStudy, trial: AnyTrial, why: str, reason: str | None =
     try:
         stored.set_trial_attr(trial, "ended", why)
         if reason:
-            stored.set_trial_attr(trial, "reason", reason)
+            stored.set_trial_attr(trial, "reason", redacted(reason))  # a driver's message may repeat a URL
         stored.end_trial(trial, TrialState.FAIL)
     except UpdateFinishedTrialError:
         return False
@@ -166,7 +168,7 @@ def release(stored: StoredStudy, trial: AnyTrial, why: str, reason: str | None =
 
 
 class LeasedTrial:
-    """A running trial that this process holds: its heartbeat, and whether it still is this process's."""
+    """A running trial that this process has a lease on: it writes heartbeats, and notices when the lease is lost."""
 
     def __init__(self, stored: StoredStudy, trial: Trial, lease: Lease | None = None):
         self.stored, self.trial = stored, trial
@@ -176,7 +178,7 @@ class LeasedTrial:
         self._lost = threading.Event()
 
     def renew(self) -> None:
-        """Write a heartbeat. If the trial has ended in the meantime, another process has taken it away: `check` will raise."""
+        """Write a heartbeat. If another process has ended the trial, the lease is lost: `check` will raise."""
         with self._lock:
             doing, done, of = self._doing
             beat, now = self._lease.beat + 1, round(time.time(), 1)
@@ -187,16 +189,16 @@ class LeasedTrial:
                 self._lost.set()
 
     def working_on(self, doing: str, done: int, of: int) -> None:
-        """What the next heartbeat tells."""
+        """Set the activity that the next heartbeat reports: `done` of `of` units."""
         self._doing = doing, done, of
 
     def check(self) -> None:
-        """Raises LeaseLost if this process knows that the trial was given to another. Asks nobody."""
+        """Raises LeaseLost if an earlier heartbeat failed for that reason. Does not call the storage."""
         if self._lost.is_set():
             raise LeaseLost
 
     def confirm(self) -> None:
-        """Ask the storage. Raises LeaseLost. To be called before anything is written that others read."""
+        """Write a heartbeat. Raises LeaseLost if the lease is lost. Call it before writing anything that other workers read."""
         self.renew()
         self.check()
 
@@ -206,9 +208,9 @@ class LeasedTrial:
 
     @contextmanager
     def keep_alive(self, duty: Callable[[], object], note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-        """Write heartbeats in the background, and call `duty` as often, in a thread of its own, since it may be slow.
+        """Write heartbeats in the background, and call `duty` as often, in a second thread, since it may be slow.
 
-        An error of `duty` does not end the trial; `note` is told.
+        An error of `duty` does not end the trial; it is reported to `note`.
         """
         over = threading.Event()
         loops = (self._beat_until, over), (self._repeat_until, over, duty, note)
@@ -220,7 +222,7 @@ class LeasedTrial:
         finally:
             over.set()
             for thread in threads:
-                thread.join(timeout=HEARTBEAT_SECONDS)  # they may be waiting for a storage that is away
+                thread.join(timeout=HEARTBEAT_SECONDS)  # they may be waiting for an unavailable storage
 
     def _beat_until(self, over: threading.Event) -> None:
         while not over.wait(HEARTBEAT_SECONDS):
@@ -230,9 +232,9 @@ class LeasedTrial:
         while True:
             try:
                 duty()
-            except UpdateFinishedTrialError:  # the trial was taken away: the next heartbeat will notice
+            except UpdateFinishedTrialError:  # the lease is lost: the next heartbeat will notice
                 pass
             except Exception as error:
-                note(f"beside a trial: {type(error).__name__}: {error}")
+                note(redacted(f"a background task of the trial failed: {type(error).__name__}: {error}"))
             if over.wait(HEARTBEAT_SECONDS):
                 return

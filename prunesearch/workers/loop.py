@@ -1,4 +1,4 @@
-"""The worker's loop: claim a candidate, evaluate it, tell the outcome. Any number of workers run it on one study."""
+"""The worker's loop: claim a candidate, evaluate it, store the outcome. Any number of workers run it on one study."""
 
 import errno
 import traceback
@@ -16,6 +16,7 @@ from prunesearch.workers.claim import claim, sleep
 from prunesearch.workers.lease import LeaseMonitor, release_stale
 from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.trial import StudyRules, WorkerTrial
+from prunesearch.workers.urls import redacted
 
 FULL_DISK_SECONDS = 30.0
 
@@ -34,10 +35,10 @@ def run_loop(
     listener: ProgressListener | None = None,
     duty: Callable[[], object] = lambda: None,
 ) -> None:
-    """Evaluate candidates until the study's budget is used, whichever worker evaluated them, or no candidate is left.
+    """Evaluate candidates until the study's budget is used, by all workers together, or no candidate is left.
 
-    When an interrupt is requested, the candidate is handed back. `duty` is called every few seconds while a candidate is
-    evaluated. Raises Interrupted.
+    When an interrupt is requested, the candidate is released for another worker. `duty` is called every few seconds while a
+    candidate is evaluated. Raises Interrupted.
     """
     interrupt, listener, monitor = interrupt or Interrupt(), listener or NullListener(), LeaseMonitor()
     stored.trials()  # the first read of a large study takes long: not under the claim's lock
@@ -50,7 +51,7 @@ def run_loop(
 
     while (trial := claim(stored, rules, monitor, interrupt)) is not None:
         try:
-            with trial.held(look_around, listener.note):
+            with trial.keep_lease(look_around, listener.note):
                 record = evaluate(trial)
             trial.tell(record)
         except (LeaseLost, UpdateFinishedTrialError):
@@ -64,7 +65,8 @@ def run_loop(
                 raise
             trial.hand_back(str(error))
             what = "the disk is full" if _is_full(error) else "files cannot be read or written"
-            listener.note(f"{what} ({error.filename or error.strerror}); trying again in {FULL_DISK_SECONDS:.0f} s")
+            told = redacted(str(error.filename or error.strerror))
+            listener.note(f"{what} ({told}); trying again in {FULL_DISK_SECONDS:.0f} s")
             sleep(FULL_DISK_SECONDS, interrupt)
         except Exception:
             trial.crash(traceback.format_exc(limit=-1).strip().splitlines()[-1])

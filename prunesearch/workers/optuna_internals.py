@@ -79,5 +79,5 @@ class StoredStudy:
         self.storage.set_trial_state_values(trial._trial_id, state, values)
 
     def write_mark(self, name: str, value: str) -> None:
-        """Set a system attribute of the study: what no person reads, such as a test whether the storage can be written."""
+        """Set a system attribute of the study: not for people, such as a test whether the storage can be written."""
         self.storage.set_study_system_attr(self.study._study_id, name, value)

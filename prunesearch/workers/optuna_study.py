@@ -16,16 +16,15 @@ from optuna.storages import BaseStorage
 import prunesearch
 from prunesearch.search.layer_sets import LayerSetSampler
 from prunesearch.search.samplers import CandidateSampler, optuna_sampler
-from prunesearch.search.space import SearchSpace
+from prunesearch.search.space import ParamsOf, SearchSpace
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, completed_definition
 from prunesearch.study.errors import StudyError
+from prunesearch.study.files import write_atomically
 from prunesearch.study.importance import Scan
-from prunesearch.study.record import write_atomically
 from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.retry import bounded
 from prunesearch.workers.storage import open_storage
-from prunesearch.workers.trial import ParamsOf
 from prunesearch.workers.urls import first_line
 
 CREATE_ATTEMPTS = 5  # when several workers create a study at once, some databases refuse all but one
@@ -159,7 +158,7 @@ def lock_provenance(stored: StoredStudy, what: str, value: Mapping[str, Any], al
 
 
 def code_identity() -> dict[str, str]:
-    """What trains and scores: this package's version and sources, and the libraries that compute."""
+    """The code that trains and scores: versions of this package and of the libraries it computes with, and a source digest."""
     digest = hashlib.sha256()
     package = Path(prunesearch.__file__).parent
     for file in sorted(p for room in ("speech", "model", "training") for p in (package / room).glob("*.py")):

@@ -11,7 +11,7 @@ from prunesearch.workers.optuna_study import annotate, open_study
 
 
 def check_corpora(config: StudyConfig) -> None:
-    """Read the study's manifests, so that a mistake in one is told before anything is created. Raises StudyError."""
+    """Read the study's manifests, so that an error in one is reported before anything is created. Raises StudyError."""
     for split in SPLITS:
         load_corpus(config, split)
 

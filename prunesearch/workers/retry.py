@@ -1,4 +1,4 @@
-"""One policy for whatever may be away for a while, storages and artifact stores alike: a call is repeated until it succeeds."""
+"""One policy for storages and artifact stores that may be unavailable for a while: a call is repeated until it succeeds."""
 
 import errno
 import threading
@@ -60,10 +60,10 @@ def _grpc_code(error: BaseException | None) -> str:
 
 
 class RetryPolicy:
-    """Repeats calls while a storage is away. `note` is told once when it goes away, and once when it is back.
+    """Repeats calls while a storage is away. `note` gets one message when it becomes unavailable, and one when it is back.
 
-    `reset` drops a broken connection before a call is repeated. `leaving` tells whether the worker has been asked to stop: then
-    it does not wait for long.
+    `reset` drops a broken connection before a call is repeated. `leaving`: whether the worker has been asked to stop; then
+    it waits for a few seconds only.
     """
 
     def __init__(self, note: Callable[[str], None], reset: Callable[[], None], leaving: Callable[[], bool] = lambda: False):
@@ -99,7 +99,7 @@ class RetryPolicy:
         return min(wait, 1.0) if self._leaving() else wait
 
     def _before_sleep(self, state: RetryCallState) -> None:
-        with suppress(Exception):  # of a storage that is away; the repeated call tells whether it still is
+        with suppress(Exception):  # the storage is unavailable; the repeated call will show whether it still is
             self._reset()
         if state.attempt_number > 1:
             self._tell_away(_error_of(state))

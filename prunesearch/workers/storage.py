@@ -26,7 +26,7 @@ from prunesearch.workers.urls import filled_in, first_line, shown
 
 logging.getLogger("filelock").setLevel(logging.WARNING)
 
-LOCK_SECONDS = 30.0  # a worker that holds the advisory lock for longer has stalled: the others go on without it
+LOCK_SECONDS = 30.0  # a worker that has the advisory lock for longer has stalled: the others continue without it
 CREATE_ATTEMPTS = 8  # when several workers create the tables of a new database at once, all but one fail
 
 
@@ -69,8 +69,8 @@ def open_storage(
     """The storage at the URL; without one, `journal.log` in the run folder.
 
     A URL may hold ${VARIABLES}; a password may also come from where the driver looks for it (PGPASSWORD). If the storage
-    becomes unavailable later, its calls wait for it, and `note` is told. Raises StudyError, without the password, if it cannot
-    be opened.
+    becomes unavailable later, its calls wait for it, and `note` gets a message. `leaving`: see `RetryPolicy`. Raises
+    StudyError, without the password, if it cannot be opened.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # `note` tells when a storage is unavailable
     if url is None or url.startswith("journal://"):
@@ -180,8 +180,8 @@ def upgrade_storage(url: str) -> str:
     return storage.get_current_version()
 
 
-# The advisory lock: one worker proposes at a time, so that workers do not propose the same candidate at once. That no candidate
-# is evaluated twice does not rest on it, but on `claim`.
+# The advisory lock: one worker proposes at a time, so that workers do not propose the same candidate at once. The lock is
+# not what keeps a candidate from being evaluated twice: `claim` does that without it.
 
 
 def advisory_lock(stored: StoredStudy) -> AbstractContextManager[None]:

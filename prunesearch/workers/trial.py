@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -12,13 +11,12 @@ from optuna.trial import TrialState
 
 from prunesearch.search.rungs import Finished, chance_of_domination
 from prunesearch.search.samplers import WORST_GROUP_WER
-from prunesearch.search.space import SearchSpace
+from prunesearch.search.space import ParamsOf, SearchSpace
+from prunesearch.search.study_progress import candidate_key
 from prunesearch.study.candidate import BASELINE_NAMES, Candidate
 from prunesearch.study.record import RunRecord, WordErrors
 from prunesearch.workers.lease import Lease, LeasedTrial
 from prunesearch.workers.optuna_internals import StoredStudy
-
-ParamsOf = Callable[[Candidate], float]
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,6 @@ class StudyRules:
 
     `params_of`: a candidate's value of `objective`, known before it is trained. `trials`: candidates to evaluate, where the
     stored study has no number of its own. `rung_confidence`: how likely a trial must be to end dominated for a rung to end it.
-    `run_folder`: the folder that the study's workers share.
     """
 
     space: SearchSpace
@@ -35,7 +32,6 @@ class StudyRules:
     objective: str
     trials: int
     rung_confidence: float
-    run_folder: Path
     max_worst_group_wer: float | None = None
 
     def name_of(self, candidate: Candidate) -> str | None:
@@ -44,7 +40,7 @@ class StudyRules:
 
 
 class WorkerTrial(LeasedTrial):
-    """A candidate that is this worker's to evaluate, and the Optuna trial that stands for it.
+    """The candidate that this worker evaluates, the Optuna trial that stands for it, and the lease on that trial.
 
     `unwritten`: whether the storage has not been told the trial's parameters yet.
     """
@@ -83,8 +79,11 @@ class WorkerTrial(LeasedTrial):
                 del self._pending[name]
 
     @contextmanager
-    def held(self, duty: Callable[[], object], note: Callable[[str], None]) -> Iterator[None]:
-        """Keep the lease while the candidate is evaluated; parameters are written meanwhile. `duty`: see `keep_alive`."""
+    def keep_lease(self, duty: Callable[[], object], note: Callable[[str], None]) -> Iterator[None]:
+        """Keep the lease while the candidate is evaluated; parameters are written meanwhile, in the background.
+
+        `duty`: see `keep_alive`.
+        """
 
         def first_params_then_duty() -> None:
             if self._pending:
@@ -111,8 +110,8 @@ class WorkerTrial(LeasedTrial):
     def tell(self, record: RunRecord) -> None:
         """Store the outcome. Raises UpdateFinishedTrialError if another process has ended the trial: the first outcome counts.
 
-        Rungs are stored once more: a record that was there already has passed them without this trial. A pruned trial has no
-        values in a study of two objectives, and a failed one must never be complete.
+        Rungs are stored again: the record may come from an earlier trial of the same candidate. A pruned trial has no values in
+        a study of two objectives.
         """
         for rung in record.rungs:
             told = {"wer": rung.errors.wer, "params": record.parameters.of(self.rules.objective)}
@@ -131,11 +130,11 @@ class WorkerTrial(LeasedTrial):
         self.stored.end_trial(self.trial, TrialState.PRUNED if record.state == "pruned" else TrialState.FAIL)
 
     def hand_back(self, reason: str | None = None) -> None:
-        """Give the candidate to another worker: this one leaves."""
+        """Release the candidate for another worker, because this one stops."""
         self._release_with_params("handed back", reason)
 
     def crash(self, reason: str) -> None:
-        """Give the candidate to another worker: its evaluation ended in an exception here."""
+        """Release the candidate for another worker, because its evaluation raised an exception here."""
         self._release_with_params("crashed", reason)
 
     def _release_with_params(self, why: str, reason: str | None) -> None:
@@ -145,8 +144,9 @@ class WorkerTrial(LeasedTrial):
 
 
 def finished_at(stored: StoredStudy, step: int) -> list[Finished]:
-    """The study's finished trials, with their dev WER at a rung where it was measured."""
+    """The study's complete trials, with their dev WER at a rung where it was measured."""
     return [
         Finished(params=t.values[1], wer=t.values[0], wer_at_rung=t.user_attrs.get(f"rung_{step}", {}).get("wer"))
         for t in stored.trials(TrialState.COMPLETE)
+        if candidate_key(t)
     ]

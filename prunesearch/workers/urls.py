@@ -1,7 +1,9 @@
 """Storage URLs: variables filled in, secrets recognised, and texts from which every secret is removed."""
 
+import json
 import os
 import re
+from urllib.parse import quote, quote_plus
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -57,16 +59,27 @@ def shown(url: str) -> str:
     return parsed.set(query={}).render_as_string(hide_password=True)
 
 
+def _written_forms(secret: str) -> set[str]:
+    """How a message may write a secret: as it is, quoted as in a URL (SQLAlchemy leaves spaces), or as Python, JSON and libpq
+    write it between quotation marks.
+    """
+    in_url = {quote(secret, safe=""), quote(secret, safe=" +"), quote_plus(secret)}
+    in_json = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    in_libpq = secret.replace("\\", "\\\\").replace("'", "\\'")
+    return {secret, repr(secret)[1:-1], in_libpq, *in_url, *in_json}
+
+
 def redacted(text: str) -> str:
     """The text without secrets: what a database driver says may repeat the URL that it was given.
 
-    Removes the passwords of the URLs that this process has opened, the one in PGPASSWORD, and whatever stands where a URL or a
-    connection string has its password.
+    Removes the passwords of the URLs that this process has opened, the one in PGPASSWORD, and any text in the place where a URL
+    or a connection string has its password.
     """
-    for secret in sorted({*_known_secrets, os.environ.get("PGPASSWORD", "")} - {""}, key=len, reverse=True):
-        text = text.replace(secret, "***")
+    known = {*_known_secrets, os.environ.get("PGPASSWORD", "")} - {""}
+    for written in sorted({form for secret in known for form in _written_forms(secret)}, key=len, reverse=True):
+        text = text.replace(written, "***")
     text = re.sub(r"(\w[\w+.-]*://[^\s:/@]*):[^\s@]*@", r"\1:***@", text)
-    return re.sub(rf"\b({'|'.join(SECRET_KEYS)})=('[^']*'|\"[^\"]*\"|[^\s&;]+)", r"\1=***", text, flags=re.IGNORECASE)
+    return re.sub(rf"\b({'|'.join(SECRET_KEYS)})=('(?:\\.|[^'\\])*'|\"[^\"]*\"|[^\s&;]+)", r"\1=***", text, flags=re.IGNORECASE)
 
 
 def first_line(error: BaseException) -> str:

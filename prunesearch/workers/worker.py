@@ -1,5 +1,5 @@
-"""One worker: it opens the study, checks that its records will be comparable, makes or waits for anchor and scan, and evaluates
-candidates until the study's budget is used."""
+"""One worker: it opens the study, checks that its records will be comparable, makes anchor and scan or waits for them, and
+evaluates candidates until the study's budget is used."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def open_context(
 
 
 class Worker:
-    """A training context at work on a study. In a group of processes, only the main process uses the storage."""
+    """Evaluates a study's candidates. In a group of processes, only the main process uses the storage."""
 
     space: SearchSpace
     context: "TrainingContext"
@@ -82,8 +83,9 @@ class Worker:
 
     @classmethod
     def open(cls, config: StudyConfig, options: WorkerOptions, listener: ProgressListener, interrupt: Interrupt) -> "Worker":
-        """Open storage, models and corpora, then the study. Raises StudyError for a user's mistake, as early as it can be
-        known.
+        """Open storage, models and corpora, then the study.
+
+        Raises StudyError for an error in the user's input, as early as it can be known.
         """
         worker = cls(config, options, listener, interrupt)
         if os.environ.get("RANK", "0") == "0":  # before models are loaded, which takes longer
@@ -92,7 +94,7 @@ class Worker:
             worker._artifacts = open_artifacts(config)
         worker.context = open_context(config, worker.report_progress, worker.check)
         worker.space = SearchSpace.of(config, worker.context.depth)
-        corpora = worker.context.corpora  # a mistake in a manifest is told before anything is created
+        corpora = worker.context.corpora  # an error in a manifest is reported before anything is created
         if worker.context.group.is_main_process:
             worker._open_study({split: fingerprint(corpora[split]) for split in SPLITS})
         return worker
@@ -120,12 +122,12 @@ class Worker:
         return self._stored
 
     def close(self) -> None:
-        """This worker does nothing for the study any more."""
+        """Remove this worker from those that `status` shows."""
         if self._announced:
             retract_worker(self.stored)
 
     def check(self) -> None:
-        """Raises Interrupted or LeaseLost. Called at every step of whatever the context does."""
+        """Raises Interrupted or LeaseLost. Called at every step of training, decoding and encoding."""
         self.interrupt.check()
         if self.trial:
             self.trial.check()
@@ -138,7 +140,7 @@ class Worker:
             announce_worker(self.stored, what, done, of)
         self.listener.progress(what, done, of)
 
-    # Work
+    # Evaluation
 
     def run(self) -> None:
         """Evaluate candidates until the study's budget is used. Raises Interrupted."""
@@ -163,11 +165,10 @@ class Worker:
         objective = config.search.params_objective
         return StudyRules(
             space=self.space,
-            params_of=lambda candidate: count(candidate).of(objective),
+            params_of=partial(count.of, objective),
             objective=objective,
             trials=self.stored.attrs.get("trials", config.search.trials),
             rung_confidence=config.training.rung_confidence,
-            run_folder=config.run_folder,
             max_worst_group_wer=config.search.max_worst_group_wer,
         )
 
@@ -241,7 +242,7 @@ class Worker:
         return train_anchor(self.context)
 
     def _lock_anchor(self, weights: Path) -> None:
-        """Lock the study to the anchor, and warn once if it understands too little."""
+        """Lock the study to the anchor, and warn once if its dev WER is too high."""
         if not self.context.group.is_main_process:
             return
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
@@ -258,7 +259,7 @@ class Worker:
             )
 
     def _scan(self) -> Scan | None:
-        """What layers are worth, if the study's sampler uses it."""
+        """The scan, which is made first if the study's sampler uses one and there is none. None without a scan."""
         from prunesearch.report.scan import write_scan_report
         from prunesearch.training.importance_scan import importance_scan
 

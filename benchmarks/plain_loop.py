@@ -1,0 +1,28 @@
+"""The training loss as plain SLAM-ASR scripts compute it: logits at every position. `step.py` and `scale.py` compare with it.
+
+Shapes: B batch, T encoder positions, W prefix (everything before the text), S text tokens, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from prunesearch.model.llm import pad_tokens
+from prunesearch.model.slam import SpeechLlm
+
+IGNORED = -100  # the label of a position whose prediction does not count
+
+
+def plain_loss(slam: SpeechLlm, states: Tensor, lengths: Tensor, texts: list[list[int]]) -> Tensor:
+    """Mean cross-entropy per text token (nats) for encoder states (B, T, D) of these lengths (B,).
+
+    The value is that of `SpeechLlm.loss`; the LLM computes logits for the prefix and for padding, too.
+    """
+    tokens = pad_tokens(texts, 0, states.device)  # (B, S)
+    prefix, mask = slam.prefix(states, lengths)  # (B, W, D), (B, W)
+    embedded = slam.llm.model.get_input_embeddings()(tokens).to(prefix.dtype)
+    inside = pad_tokens([[1] * len(text) for text in texts], 0, states.device)
+    out = slam.model(
+        inputs_embeds=torch.cat([prefix, embedded], 1), attention_mask=torch.cat([mask, inside], 1), use_cache=False
+    )
+    labels = torch.cat([mask.new_full(mask.shape, IGNORED), pad_tokens(texts, IGNORED, states.device)], 1)  # (B, W + S)
+    return nn.functional.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
