@@ -147,13 +147,12 @@ class TrainingConfig(Section):
         0.95, description="end a trial at a rung if it will end dominated with at least this probability; never a baseline"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_to_repair_from_scratch(cls, data: Any) -> Any:
-        """A projector from scratch has computed nothing before that a repair could restore."""
-        if isinstance(data, dict) and data.get("init") == "scratch" and (repair := data.get("repair", "none")) != "none":
-            raise ValueError(f"repair must be none with init = scratch, got {repair!r}: there is no anchor to restore")
-        return data
+    @model_validator(mode="after")
+    def _check_repair(self) -> "TrainingConfig":
+        """A projector from random weights has computed nothing before that a repair could restore."""
+        if self.init == "scratch" and self.repair != "none":
+            raise ValueError(f"repair must be none with init = scratch, got {self.repair!r}: there is no anchor to restore")
+        return self
 
     @field_validator("rungs")
     @classmethod
