@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.asr.slam_asr import Settings, SlamAsr
-from prunesearch.model.encoder import remove_layers
+from prunesearch.model.encoder import remove_layers, with_repaired_maps
 from prunesearch.model.llm import with_lora
 from prunesearch.model.loading import Models, load_models
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import RunRecord, record_folder
+from prunesearch.study.record import ENCODER_FILE, RunRecord, record_folder
 from prunesearch.training.finetune import restore, trainable
 
 
@@ -47,6 +48,20 @@ def require_weights(config: StudyConfig, record: RunRecord) -> None:
         raise StudyError([f"{file} is missing: the weights of {record.candidate.key} were deleted, or are on another machine"])
 
 
+def encoder_of(config: StudyConfig, record: RunRecord, unpruned: WhisperEncoder) -> WhisperEncoder:
+    """The record's pruned encoder, with the maps that its repair refitted.
+
+    Raises StudyError where these are not kept: `training.repair.keep_maps_of` makes them again.
+    """
+    encoder = remove_layers(unpruned, record.removed_layers)
+    if record.repair is None or record.repair.method != "layers":
+        return encoder
+    file = record_folder(config.run_folder / "records", record.candidate) / ENCODER_FILE
+    if not file.exists():
+        raise StudyError([f"{file} is missing: the repaired encoder of {record.candidate.key} was not kept; export it again"])
+    return with_repaired_maps(encoder, load_file(file))
+
+
 def recorded_dtype(record: RunRecord) -> str:
     """The dtype that the record's system was trained and decoded in."""
     return str(record.provenance.get("dtype", "float32"))
@@ -72,7 +87,7 @@ def assemble(config: StudyConfig, record: RunRecord, loaded: StudyModels, model:
     `model` is their LLM, with a LoRA of the record's rank if that is not 0; its weights are replaced by the record's. The
     pruned encoder shares its weights with the unpruned one and moves them to the device.
     """
-    encoder = remove_layers(loaded.models.encoder, record.removed_layers).to(loaded.device)
+    encoder = encoder_of(config, record, loaded.models.encoder).to(loaded.device)
     llm = loaded.models.llm
     width = llm.model.get_input_embeddings().embedding_dim
     projector = Projector.for_models(config.projector, encoder.config.d_model, width).to(loaded.device)

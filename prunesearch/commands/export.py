@@ -12,6 +12,7 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 from prunesearch.study.front import complete_records, knee, study_front
 from prunesearch.study.record import RunRecord, read_record
+from prunesearch.training.repair import keep_maps_of
 from prunesearch.workers.final_test import fetch_records
 from prunesearch.workers.optuna_study import open_existing_study
 
@@ -40,6 +41,7 @@ def export(
         raise StudyError([f"--out: {out} exists already and is not empty"])
     fetch_records(config, storage)
     record = choose_record(config, candidate, trial, best_under_params, storage)
+    keep_maps_of(config, [record])
     asr = load_candidate(config, record, merge)
     llm_is_local = is_local(config.locate(config.llm.model))
     asr.save_pretrained(out, with_llm=llm_is_local if with_llm is None else with_llm)

@@ -32,6 +32,7 @@ from prunesearch.study.progress import NullListener, ProgressListener
 from prunesearch.study.record import RunRecord
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import device_name, peak_memory_bytes, reset_peak_memory
+from prunesearch.training.repair import keep_maps_of
 from prunesearch.workers.final_test import fetch_records
 
 UNPRUNED = Candidate()
@@ -67,6 +68,7 @@ def measure(
     config = load_study(source)
     fetch_records(config, storage)
     unpruned, others = _records_to_measure(config, candidates, listener)
+    keep_maps_of(config, [unpruned, *others])
     recordings = _read_recordings(config, utterances, listener)
     loaded = StudyModels.load(config, recorded_dtype(unpruned))
 

@@ -43,6 +43,7 @@ a search of the kind that [arXiv 2603.27981](https://arxiv.org/abs/2603.27981) s
 | encoder | `{encoder}`, {record.encoder_layers} layers, of which removed: {removed} |
 | LLM | `{llm}`{missing}, LoRA of rank {record.lora_rank}{", merged into it" if merged else ""} |
 | parameters | encoder {p.encoder:,}, projector {p.projector:,}, LoRA {p.lora:,}, LLM {p.llm:,} |
+| repair | {_repair(record)} |
 | training | {record.steps} steps of {config.training.batch_size}, seed {record.seed}, from {config.training.init} |
 | data | train {", ".join(data_name(config, source) for source in config.data.train)} |
 
@@ -52,6 +53,16 @@ a search of the kind that [arXiv 2603.27981](https://arxiv.org/abs/2603.27981) s
 
 Texts are normalised before they are compared.
 """
+
+
+def _repair(record: RunRecord) -> str:
+    """How far weights were changed before training."""
+    if record.repair is None:
+        return "none"
+    maps = [name for name in record.repair.ridge if not name.startswith("projector")]
+    layers = f"{len(maps)} linear maps of the encoder ({', '.join(maps)}) and " if maps else ""
+    fitted = f"refitted by least squares on {record.repair.utterances} utterances, without transcripts"
+    return f"{layers}the projector's first one, {fitted}"
 
 
 def _error_rows(record: RunRecord) -> str:

@@ -4,7 +4,7 @@ Shapes: B batch, M mel bins, F mel frames, T encoder positions (F / 2, rounded u
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -54,12 +54,26 @@ def remove_layers(encoder: WhisperEncoder, removed_layers: Iterable[int]) -> Whi
     return pruned.train(encoder.training)
 
 
+def with_repaired_maps(encoder: WhisperEncoder, maps: Mapping[str, Tensor]) -> WhisperEncoder:
+    """A pruned encoder with some of its tensors replaced, by name; the layers that hold them are copied first.
+
+    Raises ValueError for a tensor that the encoder does not have, or of another shape.
+    """
+    state = encoder.state_dict()
+    if wrong := [name for name, tensor in maps.items() if name not in state or state[name].shape != tensor.shape]:
+        raise ValueError(f"these maps belong to another encoder: {wrong[0]}")
+    for place in sorted({int(name.split(".")[1]) for name in maps if name.startswith("layers.")}):
+        encoder.layers[place] = copy.deepcopy(encoder.layers[place])
+    encoder.load_state_dict(dict(maps), strict=False)
+    return encoder
+
+
 def positions_of(frames: Tensor) -> Tensor:
     """Mel frames (B,) -> encoder positions (B,): the second convolution has stride 2."""
     return (frames + 1) // 2
 
 
-def _padding_mask(lengths: Tensor, width: int) -> Tensor | None:
+def padding_mask(lengths: Tensor, width: int) -> Tensor | None:
     """(B,) -> boolean (B, 1, T, T), True where a position may be attended to; None when nothing is padded."""
     if bool((lengths == width).all()):
         return None
@@ -87,7 +101,7 @@ def embed(encoder: WhisperEncoder, features: Tensor, frames: Tensor) -> tuple[Te
 
 def run_layers(encoder: WhisperEncoder, hidden: Tensor, lengths: Tensor, first: int = 0, last: int | None = None) -> Tensor:
     """Layers `first` to `last` (exclusive; default: all that follow): (B, T, D), lengths (B,) -> (B, T, D)."""
-    mask = _padding_mask(lengths, hidden.shape[1])
+    mask = padding_mask(lengths, hidden.shape[1])
     for layer in encoder.layers[first:last]:
         hidden = layer(hidden, mask)
     return hidden

@@ -35,10 +35,14 @@ class Projector(nn.Module):
         return cls(encoder_width, llm_width, config.stack, config.hidden, config.dropout, output_scale)
 
     def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, D_encoder), lengths (B,) -> (B, A, D_llm), lengths (B,). States beyond an utterance's length count as zero."""
+        """(B, T, D_encoder), lengths (B,) -> (B, A, D_llm), lengths (B,)."""
+        stacked, audio_lengths = self.stacked(states, lengths)
+        hidden = self.dropout(nn.functional.relu(self.up(stacked)))
+        return self.norm(self.down(hidden)), audio_lengths
+
+    def stacked(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Concatenated positions (B, A, stack * D_encoder), lengths (B,). States beyond an utterance's length count as 0."""
         inside = torch.arange(states.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
         states = states * inside[..., None]
         states = nn.functional.pad(states, (0, 0, 0, -states.shape[1] % self.stack))
-        stacked = states.reshape(states.shape[0], -1, self.stack * states.shape[2])  # (B, A, stack * D_encoder)
-        hidden = self.dropout(nn.functional.relu(self.up(stacked)))
-        return self.norm(self.down(hidden)), -(-lengths // self.stack)
+        return states.reshape(states.shape[0], -1, self.stack * states.shape[2]), -(-lengths // self.stack)

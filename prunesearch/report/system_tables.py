@@ -70,6 +70,26 @@ def systems_table(comparison: Comparison) -> Table:
     )
 
 
+def repair_table(comparison: Comparison) -> Table:
+    """How far the closed-form repair alone goes, beside the result after training."""
+    rows = []
+    for record in comparison.front_and_baselines:
+        start = next((rung.errors for rung in record.rungs if rung.step == 0), None)
+        if start is not None and record.steps:
+            repaired = "–" if record.repair is None else record.repair.method
+            rows.append(
+                (title(record), layers(record), rank(record), repaired, f"{100 * start.wer:.2f}", wer_percent(record.dev))
+            )
+    return Table(
+        "repair",
+        "Before and after training, dev WER in %",
+        ("system", "removed layers", "rank", "repaired", "before training", "after training"),
+        tuple(rows),
+        "Before training: layers removed, encoder and projector refitted by least squares, no step taken.",
+        text_columns=("removed layers", "repaired"),
+    )
+
+
 def parameters_table(comparison: Comparison) -> Table:
     """The sizes of front and baselines, and their change under three denominators."""
     return Table(

@@ -16,6 +16,7 @@ from prunesearch.study.errors import StudyError
 
 TABLES: dict[str, Callable[[Comparison], Table]] = {
     "systems": system_tables.systems_table,
+    "repair": system_tables.repair_table,
     "parameters": system_tables.parameters_table,
     "removed": system_tables.removed_table,
     "contrasts": system_tables.contrasts_table,

@@ -41,13 +41,15 @@ class SearchSpace:
 
     @classmethod
     def of(cls, config: StudyConfig, encoder_layers: int) -> "SearchSpace":
+        trained = config.training.steps > 0  # without training, a LoRA changes nothing
         named = baselines(encoder_layers, config.search.baseline_lora_rank)
+        named = {name: c for name, c in named.items() if trained or not c.lora_rank}
         taken = set(named.values())
         named |= {c.key: c for c in config.fixed_candidates() if c not in taken}
         return cls(
             config.removable(encoder_layers),
             config.max_removed(encoder_layers),
-            config.search.lora_ranks,
+            config.search.lora_ranks if trained else (0,),
             named,
             config.search.repeats,
         )

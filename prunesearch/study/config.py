@@ -121,7 +121,13 @@ class TrainingConfig(Section):
     """The short fine-tune of every candidate and baseline. All see the same data in the same order."""
 
     init: Literal["anchor", "scratch"] = "anchor"
-    steps: Count = 100
+    repair: Literal["layers", "projector", "none"] = Field(
+        "none",
+        description="what is refitted in closed form before training: the encoder's layers and the projector, the projector "
+        "only, or nothing",
+    )
+    repair_utterances: Count = Field(1000, description="utterances of train that the repair is fitted on, at most")
+    steps: Annotated[int, Field(ge=0)] = Field(100, description="0: no training; candidates are repaired and decoded")
     batch_size: Count = 8
     micro_batch: Count | None = Field(
         None, description="utterances in memory at once; default: batch_size. Halved when memory runs out"
@@ -140,6 +146,13 @@ class TrainingConfig(Section):
     rung_confidence: Fraction = Field(
         0.95, description="end a trial at a rung if it will end dominated with at least this probability; never a baseline"
     )
+
+    @model_validator(mode="after")
+    def _check_repair(self) -> "TrainingConfig":
+        """A projector from random weights has computed nothing before that a repair could restore."""
+        if self.init == "scratch" and self.repair != "none":
+            raise ValueError(f"repair must be none with init = scratch, got {self.repair!r}: there is no anchor to restore")
+        return self
 
     @field_validator("rungs")
     @classmethod
@@ -248,7 +261,9 @@ class StudyConfig(Section):
     def shared_layers(self, encoder_layers: int) -> int:
         """Number of layers below the first one that any candidate may lose. Their states are the same for all candidates."""
         fixed = [*baselines(encoder_layers, 0).values(), *self.fixed_candidates()]
-        return min([*self.removable(encoder_layers), *(i for c in fixed for i in c.removed_layers)])
+        first = min([*self.removable(encoder_layers), *(i for c in fixed for i in c.removed_layers)])
+        refits_below_a_cut = self.training.repair == "layers"  # the layer below a cut is refitted: it is no longer shared
+        return max(0, first - 1) if refits_below_a_cut else first
 
     def fixed_candidates(self) -> list[Candidate]:
         """The candidates of `search.fixed`."""
@@ -278,6 +293,16 @@ class StudyConfig(Section):
         """A digest of `definition`, 16 hexadecimal digits."""
         text = json.dumps(self.definition(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# What earlier versions did where their definitions lack a key.
+_BEFORE: dict[str, dict[str, Any]] = {"training": {"repair": "none", "repair_utterances": 1000}}
+
+
+def completed_definition(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored definition, with the keys that it lacks because an earlier version wrote it: they get the values that reproduce
+    what that version did."""
+    return {**stored, **{section: {**values, **stored.get(section, {})} for section, values in _BEFORE.items()}}
 
 
 def load_study(path: str | Path, data_must_exist: bool = True) -> StudyConfig:

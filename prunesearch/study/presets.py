@@ -11,6 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text": {"normalizer": "paper"},
         "training": {
             "init": "scratch",
+            "repair": "none",
             "learning_rate": 1e-4,
             "weight_decay": 0.01,
             "clip": 1.0,

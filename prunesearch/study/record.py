@@ -16,6 +16,7 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 
 SCHEMA_VERSION = 1  # of record.json; a reader refuses any other
+ENCODER_FILE = "encoder.safetensors"  # in a record's folder: the refitted maps of its encoder
 
 _RESTORE = "restore the file from a copy, or delete it"
 
@@ -158,8 +159,23 @@ class RunCost(_Frozen):
     train_seconds: float = 0.0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
+    repair_seconds: float = 0.0
     peak_memory_bytes: int = 0
     micro_batch: int = 0
+
+
+class RepairSummary(_Frozen):
+    """How the encoder and the projector were refitted in closed form before training, and what makes the weights again.
+
+    The weights follow from the removed layers, the study's train split and these settings. `ridge` and `unexplained` are by the
+    name of the map (`7.fc2`, `9.out_proj`, `projector.up`): the relative strength that was chosen on held-out utterances, and
+    the squared error left there, as a fraction of the error before.
+    """
+
+    method: Literal["layers", "projector"]
+    utterances: int
+    ridge: dict[str, float]
+    unexplained: dict[str, float]
 
 
 class RunRecord(_Frozen):
@@ -184,7 +200,8 @@ class RunRecord(_Frozen):
     steps: int
     dev: SplitResult | None
     test: SplitResult | None = None
-    rungs: tuple[Rung, ...] = ()
+    repair: RepairSummary | None = None  # None: nothing was refitted
+    rungs: tuple[Rung, ...] = ()  # the one at step 0 tells how far the repair alone goes
     losses: tuple[float, ...] = ()  # training cross-entropy per target token, nats, every tenth step
     parameters: Parameters
     cost: RunCost = RunCost()

@@ -1,6 +1,7 @@
 """What all candidates of a study share: models, corpora, cached states, and the budget."""
 
 import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,16 +137,24 @@ class TrainingContext:
         anchor = self.config.anchor
         return self._budget(anchor.steps, anchor.learning_rate, anchor.learning_rate, "anchor")
 
+    @cached_property
+    def repair_utterances(self) -> list[int]:
+        """The utterances of train that repairs are fitted on, drawn by the study's seed; none if nothing is repaired."""
+        training, count = self.config.training, len(self.corpora["train"])
+        if training.repair == "none":
+            return []
+        return random.Random(f"{self.config.seed} repair").sample(range(count), min(training.repair_utterances, count))
+
     def drawn(self, budget: Budget) -> list[int]:
         """The utterances of train that this process's steps need, each once."""
         return sorted({i for batch in budget.batches for i in self.group.shard(batch)})
 
     def used(self, split: Split) -> list[int]:
-        """The utterances that the study uses: all of dev and test; those of train that a step draws."""
+        """The utterances that the study uses: all of dev and test; those of train that a step or a repair draws."""
         if split != "train":
             return list(range(len(self.corpora[split])))
         budgets = [self.budget(), self.anchor_budget] if self.config.training.init == "anchor" else [self.budget()]
-        return sorted({i for budget in budgets for batch in budget.batches for i in batch})
+        return sorted({*self.repair_utterances, *(i for budget in budgets for batch in budget.batches for i in batch)})
 
     # Encoder states
 

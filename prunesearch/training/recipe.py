@@ -1,4 +1,4 @@
-"""From a candidate to its record, top to bottom: prepare, fine-tune, score, write."""
+"""From a candidate to its record, top to bottom: prepare (prune and repair), fine-tune, score, write."""
 
 import platform
 import subprocess
@@ -23,6 +23,7 @@ from prunesearch.study.candidate import Candidate
 from prunesearch.study.interrupt import LeaseLost
 from prunesearch.study.record import (
     Parameters,
+    RepairSummary,
     RunCost,
     Rung,
     RunRecord,
@@ -33,7 +34,6 @@ from prunesearch.study.record import (
     write_record,
     write_utterances,
 )
-from prunesearch.training.anchor import starting_projector
 from prunesearch.training.context import TrainingContext, write_tensors
 from prunesearch.training.curve import LearningCurve
 from prunesearch.training.device import device_name, peak_memory_bytes, reset_peak_memory
@@ -46,6 +46,7 @@ from prunesearch.training.finetune import (
     restore,
     trainable,
 )
+from prunesearch.training.repair import keep_repaired_maps, repaired_encoder, start_of
 from prunesearch.training.states import StateStore
 
 
@@ -85,6 +86,8 @@ class Prepared:
     parameters: Parameters
     train: StateStore
     dev: StateStore | None  # of the main process, which decodes
+    repair: RepairSummary | None
+    repair_seconds: float
     encode_seconds: float
 
 
@@ -126,17 +129,21 @@ def train_and_score(context: TrainingContext, candidate: Candidate, monitor: Tri
 
 @contextmanager
 def prepare(context: TrainingContext, candidate: Candidate) -> Iterator[Prepared]:
-    """Remove the layers, compute the encoder states, start the projector, and put LoRA on the LLM until the end."""
+    """Remove the layers, repair what is left, compute the encoder states, start the projector, and put LoRA on the LLM until
+    the end.
+    """
     config, group = context.config, context.group
-    encoder = context.pruned_encoder(candidate)
-    projector = starting_projector(context, candidate.repeat)
+    started = time.perf_counter()
+    encoder, projector, repair = start_of(context, candidate)
+    repair_seconds = time.perf_counter() - started
     with lora(context.llm, candidate.lora_rank, config.llm, config.seed + candidate.repeat) as model:
         slam = SpeechLlm(projector, context.llm, model)
         started = time.perf_counter()
         train = context.encoded(encoder, "train", context.drawn(context.budget(candidate.repeat)))
         dev = context.encoded(encoder, "dev", context.used("dev")) if group.is_main_process else None
         seconds = time.perf_counter() - started
-        yield Prepared(candidate, slam, count_parameters(encoder, projector, model), train, dev, seconds)
+        parameters = count_parameters(encoder, projector, model)
+        yield Prepared(candidate, slam, parameters, train, dev, repair, repair_seconds, seconds)
 
 
 def fine_tune(context: TrainingContext, system: Prepared, monitor: TrialMonitor) -> Run:
@@ -144,20 +151,23 @@ def fine_tune(context: TrainingContext, system: Prepared, monitor: TrialMonitor)
     config, budget = context.config, context.budget(system.candidate.repeat)
     folder = record_folder(context.records, system.candidate)
     label = monitor.name or system.candidate.key
-    rungs = sorted({round(fraction * budget.steps) or 1 for fraction in config.training.rungs})
+    rungs = sorted({round(fraction * budget.steps) or 1 for fraction in config.training.rungs if budget.steps})
     with LearningCurve(folder, context, label, budget.steps) as curve:
         settings = FineTuneSettings(config.training, context.group, context.dtype, folder / "checkpoint.pt", curve.add)
         tuning = FineTune(system.slam, TrainingSet(system.train, context.targets), budget, settings)
         run = Run(tuning.progress)
         try:
             with tuning.checkpoint_when_interrupted():
+                if not tuning.progress.step and not tuning.progress.rungs:
+                    _score_start(context, system, run, monitor)
                 for step in [r for r in rungs if r not in {passed for passed, _ in tuning.progress.rungs}]:
                     tuning.run_to(step)
                     score(context, system, run, monitor)
                     if _ends_here(context, run, step, monitor):
                         return run
-                tuning.run_to(budget.steps)
-                score(context, system, run, monitor)
+                if budget.steps:
+                    tuning.run_to(budget.steps)
+                    score(context, system, run, monitor)
         except Diverged as error:
             run.state, run.reason = "failed", str(error)
         except torch.OutOfMemoryError as error:
@@ -180,6 +190,15 @@ def score(context: TrainingContext, system: Prepared, run: Run, monitor: TrialMo
     write_utterances(context.records, system.candidate, "dev", results)
     run.dev = SplitResult.of(results)
     run.decode_seconds += time.perf_counter() - started
+
+
+def _score_start(context: TrainingContext, system: Prepared, run: Run, monitor: TrialMonitor) -> None:
+    """Score the candidate before its first step, and keep the dev errors as a rung at step 0, which ends no trial."""
+    if context.config.training.repair == "none" and context.config.training.steps:
+        return
+    score(context, system, run, monitor)
+    if run.dev is not None:
+        run.progress.rungs.append((0, run.dev.errors.model_dump()))
 
 
 def _ends_here(context: TrainingContext, run: Run, step: int, monitor: TrialMonitor) -> bool:
@@ -239,6 +258,7 @@ def write(context: TrainingContext, system: Prepared, run: Run, name: str | None
         reason=run.reason,
         steps=progress.step,
         dev=run.dev if run.state != "failed" else None,
+        repair=system.repair,
         rungs=tuple(Rung(step=step, errors=WordErrors(**errors)) for step, errors in progress.rungs),
         losses=tuple(progress.losses),
         parameters=system.parameters,
@@ -246,6 +266,7 @@ def write(context: TrainingContext, system: Prepared, run: Run, name: str | None
             train_seconds=round(progress.seconds, 2),
             encode_seconds=round(system.encode_seconds, 2),
             decode_seconds=round(run.decode_seconds, 2),
+            repair_seconds=round(system.repair_seconds, 2),
             trial_seconds=round(trial_seconds, 2),
             peak_memory_bytes=peak_memory_bytes(context.device),
             micro_batch=progress.micro_batch,
@@ -266,7 +287,8 @@ def decode_test(context: TrainingContext, record: RunRecord) -> RunRecord:
     if record.test is not None:
         return record
     config, candidate = context.config, record.candidate
-    encoder = context.pruned_encoder(candidate)
+    encoder = repaired_encoder(context, candidate)
+    keep_repaired_maps(context, candidate, encoder)
     with lora(context.llm, record.lora_rank, config.llm, config.seed) as model:
         slam = SpeechLlm(context.fresh_projector(), context.llm, model)
         restore(trainable(slam), load_file(record_folder(context.records, candidate) / "weights.safetensors"))

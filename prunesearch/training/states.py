@@ -57,6 +57,12 @@ class StateStore:
             row[:length] = self.values[first : first + length]
         return states.to(device), torch.tensor(lengths, device=device)
 
+    def write(self, indices: Sequence[int], states: Tensor) -> None:
+        """Keep the states (B, T, D) of some utterances, each cut to its length."""
+        for row, i in zip(states.to("cpu", self.values.dtype), indices, strict=True):
+            first, length = self.spans[i]
+            self.values[first : first + length] = row[:length]
+
 
 @dataclass(frozen=True)
 class Fetched:
@@ -229,23 +235,29 @@ class StateCache:
         """
         order = sorted(set(wanted))
         lengths = {i: prefix.length(i) for i in order}
-        spans, width, dtype = _spans(lengths), prefix.values.shape[1], prefix.values.dtype
-        values = _nameless_file(self.scratch, sum(lengths.values()), width, dtype)
+        store, dtype = nameless_store(self.scratch, lengths, prefix), prefix.values.dtype
         batches = by_length([lengths[i] for i in order], ENCODING_BATCH)
         for done, batch in enumerate(batches):
             indices = [order[j] for j in batch]
             hidden, positions = prefix.batch(indices, self.device)
             with arithmetic(self.device, dtype):
                 hidden = last_layers(encoder, hidden, positions, self.depth)
-            for row, i in zip(hidden.to("cpu", dtype), indices, strict=True):
-                first, length = spans[i]
-                values[first : first + length] = row[:length]
+            store.write(indices, hidden)
             self.progress("encoding", done, len(batches))
-        return StateStore(values, spans)
+        return store
 
 
 def _mapped(path: str | Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=positions * width, dtype=dtype).view(positions, width)
+
+
+def nameless_store(folder: Path, lengths: dict[int, int], like: StateStore) -> StateStore:
+    """An empty store for utterances of these lengths, with the width and dtype of another one. Its file disappears with it.
+
+    Raises OSError when the disk is full.
+    """
+    values = _nameless_file(folder, sum(lengths.values()), like.values.shape[1], like.values.dtype)
+    return StateStore(values, _spans(lengths))
 
 
 def _nameless_file(folder: Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:

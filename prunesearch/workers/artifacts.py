@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 ATTEMPTS = 6
 DIGEST_BYTES = 32  # SHA-256
-RECORD_FILES = ("record.json", "dev.jsonl", "test.jsonl", "weights.safetensors", "curve.jsonl")
+RECORD_FILES = ("record.json", "dev.jsonl", "test.jsonl", "weights.safetensors", "encoder.safetensors", "curve.jsonl")
 CHECKPOINT = "checkpoint.pt"
 
 

@@ -18,7 +18,7 @@ from prunesearch.search.layer_sets import LayerSetSampler
 from prunesearch.search.samplers import CandidateSampler, optuna_sampler
 from prunesearch.search.space import ParamsOf, SearchSpace
 from prunesearch.study.candidate import Candidate
-from prunesearch.study.config import StudyConfig
+from prunesearch.study.config import StudyConfig, completed_definition
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 from prunesearch.study.importance import Scan
@@ -62,7 +62,7 @@ def open_study(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             stored.study.set_metric_names(["dev_wer", config.search.params_objective])
-    if definition and (changed := _differences(json.loads(definition), config.definition())):
+    if definition and (changed := _differences(completed_definition(json.loads(definition)), config.definition())):
         raise StudyError(
             [f"{path}: this study was started with {old!r}, the study file now says {new!r}" for path, old, new in changed]
             + ["records of two definitions cannot be compared: restore the old values, or rename the study and its folder"]

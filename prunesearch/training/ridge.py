@@ -1,0 +1,100 @@
+"""Ridge regression of one linear map, from sums that are collected batch by batch. Shapes: N rows, I inputs, O outputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# relative ridge strengths that are tried; the last one keeps the weights as they are
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 1e9)
+
+
+class NormalEquations:
+    """Sums over rows of inputs x and residuals r = y - (W x + b), batch by batch: no corpus is in memory.
+
+    A batch's products are computed in fp32 and added up in float64, in the order of the batches."""
+
+    def __init__(self, linear: nn.Linear):
+        device, inputs, outputs = linear.weight.device, linear.in_features, linear.out_features
+        self.linear = linear
+        self._weight = linear.weight.detach().float()
+        self._bias = linear.bias.detach().float()
+        self.rows = 0
+        self.x = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self.r = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xr = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.rr = torch.zeros((), dtype=torch.float64, device=device)
+        self.x_origin, self.r_origin = torch.zeros_like(self.x), torch.zeros_like(self.r)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Inputs (N, I) and what the map should put out for them (N, O)."""
+        x = x.float()
+        residual = y.float() - torch.addmm(self._bias, x, self._weight.T)
+        if not self.rows:  # sums about a nearby point keep their precision in fp32
+            self.x_origin, self.r_origin = x.mean(0), residual.mean(0)
+        x, residual = x - self.x_origin, residual - self.r_origin
+        self.rows += len(x)
+        self.x += x.sum(0)
+        self.r += residual.sum(0)
+        self.xx += x.T @ x
+        self.xr += x.T @ residual
+        self.rr += residual.square().sum()
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of the inputs (I,) and of the residuals (O,)."""
+        return self.x_origin + self.x / self.rows, self.r_origin + self.r / self.rows
+
+    def centred(self, x_mean: Tensor, r_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums of products (I, I), (I, O) and () about the given means."""
+        n, x_mean, r_mean = self.rows, x_mean - self.x_origin, r_mean - self.r_origin
+        xx = self.xx - torch.outer(self.x, x_mean) - torch.outer(x_mean, self.x) + n * torch.outer(x_mean, x_mean)
+        xr = self.xr - torch.outer(self.x, r_mean) - torch.outer(x_mean, self.r) + n * torch.outer(x_mean, r_mean)
+        rr = self.rr - 2 * self.r @ r_mean + n * r_mean @ r_mean
+        return xx, xr, rr
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A refitted linear map: weight (O, I), bias (O,). `ridge`: the relative strength that was chosen. `unexplained`: the
+    squared error on the held-out rows, as a fraction of the error before.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    ridge: float
+    unexplained: float
+
+
+@torch.no_grad()
+def solve(fit: NormalEquations, held_out: NormalEquations, ladder: Sequence[float] = LADDER) -> Solution:
+    """Minimise ||Y - X V - c||² + λ s ||V - W||²: least squares with a ridge towards the map's own weights W.
+
+    s is the mean of the inputs' sums of squares, so that λ does not depend on their scale. The λ of the ladder with the
+    smallest error on the held-out rows is taken. One eigendecomposition of the inputs' products serves all λ.
+    """
+    x_mean, r_mean = fit.means
+    xx, xr, _ = fit.centred(x_mean, r_mean)
+    scale = xx.diagonal().mean()
+    values, vectors = torch.linalg.eigh(xx)
+    rotated = vectors.T @ xr  # (I, O)
+    held_xx, held_xr, held_rr = held_out.centred(x_mean, r_mean)
+    held_xx, held_xr = vectors.T @ held_xx @ vectors, vectors.T @ held_xr
+
+    def change(ridge: float) -> Tensor:
+        """The change of the weights, transposed and in the eigenvectors' coordinates: (I, O)."""
+        return rotated / (values.clamp(min=0) + ridge * scale)[:, None]
+
+    def error(ridge: float) -> float:
+        v = change(ridge)
+        return float(held_rr - 2 * (v * held_xr).sum() + (v * (held_xx @ v)).sum())
+
+    best = min(ladder, key=error)
+    delta = (vectors @ change(best)).T
+    weight = fit.linear.weight.detach().double() + delta
+    bias = fit.linear.bias.detach().double() + r_mean - delta @ x_mean
+    zero = torch.zeros_like
+    before = float(held_out.centred(zero(x_mean), zero(r_mean))[2])  # without any change of weights or bias
+    return Solution(weight, bias, best, error(best) / before if before else 1.0)
