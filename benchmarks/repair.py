@@ -95,7 +95,9 @@ def trained(context: TrainingContext, start: Start, rate: float) -> list[float]:
 def main(study: Path, sets: Sequence[tuple[int, ...]], rates: Sequence[float]) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    context = TrainingContext.open(load_study(study))
+    config = load_study(study)
+    training = config.training.model_copy(update={"repair": "layers"})
+    context = TrainingContext.open(config.model_copy(update={"training": training}))
     title = f"{context.config.name}: dev WER in %, {len(context.repair_utterances)} utterances for the fit, {context.dtype}"
     repairs = Table("removed", "refitted", "layers only", "and projector", "seconds (with decoding)", title=title)
     steps = [f"{share:.0%}" for share in SHARES]
