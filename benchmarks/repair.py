@@ -63,15 +63,16 @@ def repaired(context: TrainingContext, removed: tuple[int, ...], table: Table) -
     name = " ".join(map(str, removed))
     table.add_row(name, "nothing", f"{dev_wer(context, plain):.1f}", "", "")
     begin = time.perf_counter()
-    Repair(context).projector(plain.projector, plain.encoder)
+    Repair(context, removed).projector(plain.projector)
     seconds = time.perf_counter() - begin
     table.add_row("", "projector", "", f"{dev_wer(context, plain):.1f}", f"{seconds:.1f}")
     for variant, (attention, above) in VARIANTS.items():
         begin = time.perf_counter()
-        repair = Repair(context, attention, above)
-        start = Start(repair.encoder(removed), starting_projector(context))
+        repair = Repair(context, removed, attention, above)
+        repair.layers()
+        start = Start(repair.encoder, starting_projector(context))
         without = dev_wer(context, start)
-        repair.projector(start.projector, start.encoder)
+        repair.projector(start.projector)
         seconds = time.perf_counter() - begin
         table.add_row("", variant, f"{without:.1f}", f"{dev_wer(context, start):.1f}", f"{seconds:.1f}")
     return start

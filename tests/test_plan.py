@@ -31,8 +31,9 @@ def test_counted_operations_equal_those_of_a_real_step(toy: Path, tmp_path: Path
 
 def test_memory_follows_the_micro_batch_and_hours_the_steps(toy: Path, tmp_path: Path) -> None:
     def estimated(name: str, **training: int | bool) -> tuple[float, ...]:
+        settings = {"repair": "none", **training}
         found = estimate(
-            load_study(write_study(tmp_path / name, toy, training=training, data={"max_seconds": 2.0})), seconds=1.0
+            load_study(write_study(tmp_path / name, toy, training=settings, data={"max_seconds": 2.0})), seconds=1.0
         )
         return found.memory_bytes, found.memory_bytes_longest, found.step_operations, found.candidate_hours
 
@@ -55,3 +56,18 @@ def test_the_published_systems_estimate_equals_arithmetic() -> None:
     assert weights < found.memory_bytes < found.memory_bytes_longest < 40 * 2**30
     assert found.encoding_operations == pytest.approx(2 * 636_784_640 * 250, rel=0.05)
     assert found.study_hours == pytest.approx(config.search.trials * found.candidate_hours)
+
+
+def test_a_repairs_estimate_equals_arithmetic() -> None:
+    config = load_study(PAPER / "large-v2-nl.toml", data_must_exist=False)
+    assert estimate(config).repair_seconds == 0, "the published recipe repairs nothing"
+    training = config.training.model_copy(update={"repair": "layers", "repair_utterances": 300})
+    found = estimate(config.model_copy(update={"training": training}), seconds=5.0, teraflops=100.0)
+    rows, width, inner = 300 * 250, 1280, 5120
+    sums = 2 * rows * (inner**2 + 2 * inner * width) + 2 * rows * (width**2 + 2 * width**2)
+    solves = 11 * (inner**3 / 3 + 4 * inner**2 * width + width**3 / 3 + 4 * width**3)
+    widest, out, stacked = 6400, 2048, rows // 5  # the projector's map
+    last = 2 * stacked * (widest**2 + 2 * widest * out) + 11 * (widest**3 / 3 + 4 * widest**2 * out)
+    passes = 3 * 300 * found.encoding_operations / 100e12
+    assert found.repair_seconds == pytest.approx(passes + (32 * (sums + solves) + last) / 25e12, rel=0.1)
+    assert found.repair_memory_bytes > 8 * 8 * 6400**2 + 2 * 2 * 636_784_640

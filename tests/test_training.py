@@ -69,7 +69,7 @@ def test_the_learning_rate_warms_up_then_decays_to_its_final_fraction() -> None:
 
 @torch.no_grad()
 def test_cached_states_equal_recomputed_ones(open_context: Callable[..., TrainingContext]) -> None:
-    context = open_context(search={"removable_layers": [2, 3]})
+    context = open_context(search={"removable_layers": [2, 3]}, training={"repair": "none"})
     assert context.shared_depth == 2
     encoder = context.pruned_encoder(Candidate((3,)))
     store = context.encoded(encoder, "dev", context.used("dev"))
@@ -85,7 +85,8 @@ def test_cached_states_equal_recomputed_ones(open_context: Callable[..., Trainin
 
 
 def test_only_the_utterances_that_some_step_draws_are_encoded(open_context: Callable[..., TrainingContext]) -> None:
-    context = open_context(anchor={"steps": 1}, training={"steps": 2, "batch_size": 3})
+    nothing_else = {"repair": "none", "interpolate": False}
+    context = open_context(anchor={"steps": 1}, training={"steps": 2, "batch_size": 3, **nothing_else})
     assert len(context.used("train")) <= 9 < len(context.corpora["train"])
     assert set(context.prefix("train").spans) == set(context.used("train"))
 
@@ -283,7 +284,8 @@ def test_a_rung_can_end_a_trial_and_its_partial_record_is_kept(open_context: Cal
     record = train_and_score(context, Candidate((0, 1)), EndsAtSecond())
     assert [step for step, _ in seen] == [2, 4]
     assert (record.state, record.steps, record.reason) == ("pruned", 4, "dominated at step 4")
-    assert [(r.step, r.errors) for r in record.rungs] == seen
+    assert [(r.step, r.errors) for r in record.rungs if r.step] == seen
+    assert record.rungs[0].step == 0, "before the first step, where no trial ends"
 
 
 def test_decoding_the_test_split_uses_the_candidates_own_weights(toy: Path, tmp_path: Path) -> None:
@@ -330,7 +332,9 @@ def test_a_decoding_batch_that_does_not_fit_in_memory_is_halved(
     monkeypatch.setattr(SpeechLlm, "prefix", only_three)
     other = open_context("other")
     assert train_and_score(other, Candidate()).dev == calm.dev
-    assert sizes == [8, 4, 2, 2, 4, 2, 2] * 2  # the anchor's dev, then the candidate's
+    dev = [8, 4, 2, 2, 4, 2, 2]
+    held_out = [3] * 5  # at five points between start and end
+    assert sizes == [*dev, *dev, *held_out, *dev]  # the anchor, the candidate before its first step, and after its last
 
 
 def test_dev_counts_are_the_sum_of_the_utterances(open_context: Callable[..., TrainingContext]) -> None:

@@ -31,6 +31,8 @@ def plan_tables(plan: Plan, cost: Estimate) -> Group:
     ):
         run.add_row(label, value)
     needs = Table(title="estimated cost on one GPU", show_header=False)
+    at_most = f"at most {cost.repair_seconds:.1f} s per candidate, peak memory {_gib(cost.repair_memory_bytes)}"
+    repair = [("repair", at_most)] if cost.repair_seconds else []
     for label, value in (
         ("assumptions", f"recordings of {cost.seconds:g} s, {cost.teraflops:g} x 10^12 operations per second, no decoding"),
         ("peak memory", f"{_gib(cost.memory_bytes)}; {_gib(cost.memory_bytes_longest)} with recordings of data.max_seconds"),
@@ -39,6 +41,7 @@ def plan_tables(plan: Plan, cost: Estimate) -> Group:
             f"{cost.step_operations / 1e12:.2f} x 10^12 operations in {cost.step_calls:,} calls: {cost.step_seconds:.3f} s",
         ),
         ("encoding", f"{cost.encoding_operations / 1e12:.3f} x 10^12 operations per utterance"),
+        *repair,
         ("time", f"{_duration(cost.candidate_hours)} per candidate, {_duration(cost.study_hours)} in total"),
     ):
         needs.add_row(label, value)

@@ -12,7 +12,7 @@ import tomli_w
 from prunesearch.commands.launch import launch
 from prunesearch.report.confirmation import confirmation_file
 from prunesearch.study.candidate import Candidate
-from prunesearch.study.config import StudyConfig, load_study
+from prunesearch.study.config import SPLITS, StudyConfig, TrainingConfig, load_study
 from prunesearch.study.files import write_atomically
 from prunesearch.study.front import baseline_and_front_systems, complete_records
 from prunesearch.study.progress import ProgressListener
@@ -35,7 +35,8 @@ def confirm(
 ) -> StudyConfig:
     """Train the front and the baselines again, `seeds` times each, and return the confirmation's own study.
 
-    `steps`: of each training; default: five times the search's. `init`: the projectors' start; default: as in the search. The
+    `steps`: of each training; default: five times the search's, or 500 if that does
+    not train. `init`: the projectors' start; default: as in the search. The
     study can be resumed and distributed like any other. A confirmation that exists already keeps its file: its seeds, steps and
     systems do not change. Raises StudyError for errors in the user's input.
     """
@@ -58,7 +59,10 @@ def write_confirmation(config: StudyConfig, seeds: int, steps: int | None, init:
     again = [Candidate(c.removed_layers, c.lora_rank, repeat) for repeat in range(seeds) for c in systems]
     table = _standalone(config)
     table["name"] = f"{config.name}-confirm"
-    table["training"] |= {"steps": steps or STEPS_FACTOR * config.training.steps, "rungs": []}
+    short = config.training.steps or TrainingConfig().steps  # a study without training is confirmed by training
+    table["training"] |= {"steps": steps or STEPS_FACTOR * short, "rungs": []}
+    if init == "scratch" and config.training.repair == "projector":
+        table["training"]["repair"] = "none"  # a projector from random weights has nothing to restore
     if init:
         table["training"]["init"] = init
     fixed = [{"removed_layers": list(c.removed_layers), "lora_rank": c.lora_rank, "repeat": c.repeat} for c in again]
@@ -71,7 +75,7 @@ def _standalone(config: StudyConfig) -> dict[str, Any]:
     table = config.model_dump(mode="json", exclude={"preset"})
     for section in ("encoder", "llm"):
         table[section]["model"] = _absolute(config, table[section]["model"])
-    for split in ("train", "dev", "test"):
+    for split in SPLITS:
         table["data"][split] = [_source(config, s) for s in table["data"][split]]
     if config.artifacts and "://" not in config.artifacts:
         table["storage"]["artifacts"] = str(Path(config.artifacts).resolve())

@@ -30,6 +30,7 @@ dev = "data/dev.jsonl"                # used to choose candidates
 test = "data/test.jsonl"              # decoded once, at the end
 # group = "speaker"                   # column of the manifest to group results by
 # max_train_utterances = 5000
+# repair = "data/more.jsonl"          # recordings without transcripts, to fit the repair on; default: train
 
 [text]
 normalizer = "paper"                  # paper | whisper | none
@@ -39,9 +40,10 @@ steps = 1000
 learning_rate = 1e-3
 
 [training]                            # the same for every candidate and every baseline
-steps = 200
+repair = "layers"                     # least squares before training: layers | projector | none
+steps = 100                           # 0: repair only
 batch_size = 8
-learning_rate = 1e-3
+learning_rate = 3e-4                  # small: training starts from a repaired system
 rungs = []                            # e.g. [0.5]: after half of the steps, stop candidates that are clearly dominated
 
 [search]

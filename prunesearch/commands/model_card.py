@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prunesearch.model.hub import name_without_path
-from prunesearch.speech.corpus import SPLITS
-from prunesearch.study.config import StudyConfig
+from prunesearch.study.config import SPLITS, StudyConfig
 from prunesearch.study.record import RunRecord
 from prunesearch.study.sources import CommonVoiceSource, FleursSource, Source
 
@@ -44,7 +43,7 @@ a search of the kind that [arXiv 2603.27981](https://arxiv.org/abs/2603.27981) s
 | LLM | `{llm}`{missing}, LoRA of rank {record.lora_rank}{", merged into it" if merged else ""} |
 | parameters | encoder {p.encoder:,}, projector {p.projector:,}, LoRA {p.lora:,}, LLM {p.llm:,} |
 | repair | {_repair(record)} |
-| training | {record.steps} steps of {config.training.batch_size}, seed {record.seed}, from {config.training.init} |
+| training | {record.steps} steps of {config.training.batch_size}, {_training(record, config)} |
 | data | train {", ".join(data_name(config, source) for source in config.data.train)} |
 
 | split | language | WER, % | substitutions | deletions | insertions | reference words |
@@ -63,6 +62,12 @@ def _repair(record: RunRecord) -> str:
     layers = f"{len(maps)} linear maps of the encoder ({', '.join(maps)}) and " if maps else ""
     fitted = f"refitted by least squares on {record.repair.utterances} utterances, without transcripts"
     return f"{layers}the projector's first one, {fitted}"
+
+
+def _training(record: RunRecord, config: StudyConfig) -> str:
+    """Seed, start, and how far the weights went from there."""
+    kept = "" if record.share is None else f"; kept: {record.share:.0%} of the way to the trained weights"
+    return f"seed {record.seed}, from {config.training.init}{kept}"
 
 
 def _error_rows(record: RunRecord) -> str:
@@ -99,7 +104,7 @@ def record_without_paths(config: StudyConfig, record: RunRecord) -> RunRecord:
         if key in definition:
             definition[key] = {**definition[key], "model": name_without_path(config.locate(definition[key]["model"]))}
     if "data" in definition:
-        splits = {split: [_source_without_path(config, s) for s in definition["data"][split]] for split in SPLITS}
+        splits = {split: [_source_without_path(config, s) for s in definition["data"].get(split, [])] for split in SPLITS}
         definition["data"] = {**definition["data"], **splits}
     return record.model_copy(update={"provenance": {**record.provenance, "config": definition}})
 

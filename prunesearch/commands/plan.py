@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunesearch.model.skeleton import encoder_layers, params_of_candidates, skeleton
 from prunesearch.search.space import SearchSpace
@@ -14,7 +14,13 @@ from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.record import Parameters
 
+if TYPE_CHECKING:
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    from prunesearch.training.repair_cost import RepairCost
+
 TEXT_TOKENS_PER_SECOND = 4.0  # read speech has 2 to 3 words a second; LLMs' tokenizers make 1.3 (English) to 2 tokens of one
+PRECISE = 0.25  # speed of fp32 and float64 products, as a fraction of the speed in bf16
 CALL_SECONDS = 10e-6  # what starting an operation takes the host in eager PyTorch; small batches wait for this
 
 
@@ -100,6 +106,8 @@ class Estimate:
     encoding_operations: int  # one utterance, all layers
     memory_bytes: int
     memory_bytes_longest: int
+    repair_seconds: float  # a candidate's repair, at most; 0 where nothing is repaired
+    repair_memory_bytes: int
     candidate_hours: float
     study_hours: float
 
@@ -143,6 +151,9 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
     parts = -(-training.batch_size // micro_batch)
     step_seconds = max(whole.operations / (teraflops * 1e12), parts * usual.calls * CALL_SECONDS)
 
+    repair = _repair_cost(config, encoder, round(pace * seconds), encoding)
+    repair_seconds = (repair.operations + repair.precise_operations / PRECISE) / (teraflops * 1e12)
+
     def fine_tune(steps: int) -> float:
         drawn = steps * training.batch_size
         encoded = drawn if hours is None else min(drawn, 3600 * hours / seconds)
@@ -158,6 +169,21 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
         encoding_operations=encoding,
         memory_bytes=usual.peak_bytes + encoder_bytes,
         memory_bytes_longest=longest.peak_bytes + encoder_bytes,
-        candidate_hours=fine_tune(training.steps),
-        study_hours=anchor + config.search.trials * fine_tune(training.steps),
+        repair_seconds=repair_seconds,
+        repair_memory_bytes=repair.memory_bytes + 2 * encoder_bytes if repair.memory_bytes else 0,
+        candidate_hours=repair_seconds / 3600 + fine_tune(training.steps),
+        study_hours=anchor + config.search.trials * (repair_seconds / 3600 + fine_tune(training.steps)),
     )
+
+
+def _repair_cost(config: StudyConfig, encoder: "WhisperEncoder", positions: int, encoding: int) -> "RepairCost":
+    """Of one candidate, at most. `positions` and `encoding`: of one recording."""
+    from prunesearch.training.repair_cost import RepairCost, repair_cost
+
+    training, projector, width = config.training, config.projector, encoder.config.d_model
+    if training.repair == "none":
+        return RepairCost(0, 0, 0)
+    utterances, depth = training.repair_utterances, len(encoder.layers)
+    first = config.shared_layers(depth) if training.repair == "layers" else depth
+    maps = projector.stack, projector.stack * width, projector.hidden
+    return repair_cost(encoder, first, maps, utterances * positions, utterances * encoding)

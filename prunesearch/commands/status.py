@@ -10,7 +10,6 @@ from optuna.trial import FrozenTrial, TrialState
 from prunesearch.search.samplers import WORST_GROUP_WER
 from prunesearch.search.space import candidate_params
 from prunesearch.search.study_progress import StudyProgress, candidate_key, is_finished, is_foreign
-from prunesearch.speech.corpus import SPLITS
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.front import non_dominated
@@ -23,7 +22,7 @@ from prunesearch.workers.optuna_study import open_existing_study
 
 def left_out(config: StudyConfig) -> dict[str, int]:
     """Number of lines of each split's sources that the study does not use; splits without any are left out."""
-    files = {split: config.run_folder / "corpus" / f"{split}.json" for split in SPLITS}
+    files = {split: config.run_folder / "corpus" / f"{split}.json" for split in config.data.splits}
     counts = {split: len(json.loads(f.read_text(encoding="utf-8"))["dropped"]) for split, f in files.items() if f.exists()}
     return {split: count for split, count in counts.items() if count}
 

@@ -6,6 +6,7 @@ Shapes: B batch, M mel bins, F mel frames, T encoder positions (F / 2, rounded u
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,3 +112,41 @@ def encode(encoder: WhisperEncoder, features: Tensor, frames: Tensor) -> tuple[T
     """The whole encoder: (B, M, F), frames (B,) -> states (B, T, D), lengths (B,). States beyond a length are undefined."""
     hidden, lengths = embed(encoder, features, frames)
     return encoder.layer_norm(run_layers(encoder, hidden, lengths)), lengths
+
+
+# The parts of a Whisper layer, as its own `forward` runs them. Dropout is off: encoders are frozen.
+
+
+def attention_heads(layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The concatenated heads of a layer's attention, which its `out_proj` reads: (B, T, D), lengths (B,) -> (B, T, D)."""
+    heads: list[Tensor] = []
+    hook = layer.self_attn.out_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
+    try:
+        normed = layer.self_attn_layer_norm(hidden)
+        layer.self_attn(hidden_states=normed, attention_mask=padding_mask(lengths, hidden.shape[1]))
+    finally:
+        hook.remove()
+    return heads[0]
+
+
+def add_attention(layer: Any, hidden: Tensor, heads: Tensor) -> Tensor:
+    """The stream behind a layer's attention, from the stream before the layer and the heads."""
+    added: Tensor = layer.self_attn.out_proj(heads)
+    return hidden + added
+
+
+def behind_attention(layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The stream behind a layer's attention: (B, T, D), lengths (B,) -> (B, T, D)."""
+    return add_attention(layer, hidden, attention_heads(layer, hidden, lengths))
+
+
+def activations(layer: Any, middle: Tensor) -> Tensor:
+    """What a layer's `fc2` reads, from the stream behind its attention: (B, T, D) -> (B, T, inner width)."""
+    inner: Tensor = layer.activation_fn(layer.fc1(layer.final_layer_norm(middle)))
+    return inner
+
+
+def behind_feed_forward(layer: Any, middle: Tensor, lengths: Tensor) -> Tensor:
+    """The stream behind a layer, from the stream behind its attention. Lengths change nothing here."""
+    added: Tensor = layer.fc2(activations(layer, middle))
+    return middle + added

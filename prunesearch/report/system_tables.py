@@ -77,15 +77,16 @@ def repair_table(comparison: Comparison) -> Table:
         start = next((rung.errors for rung in record.rungs if rung.step == 0), None)
         if start is not None and record.steps:
             repaired = "–" if record.repair is None else record.repair.method
-            rows.append(
-                (title(record), layers(record), rank(record), repaired, f"{100 * start.wer:.2f}", wer_percent(record.dev))
-            )
+            share = "–" if record.share is None else f"{record.share:.0%}"
+            before, after = f"{100 * start.wer:.2f}", wer_percent(record.dev)
+            rows.append((title(record), layers(record), rank(record), repaired, before, after, share))
     return Table(
         "repair",
         "Before and after training, dev WER in %",
-        ("system", "removed layers", "rank", "repaired", "before training", "after training"),
+        ("system", "removed layers", "rank", "repaired", "before training", "after training", "kept"),
         tuple(rows),
-        "Before training: layers removed, encoder and projector refitted by least squares, no step taken.",
+        "Before training: layers removed, encoder and projector refitted by least squares, no step taken. Kept: the share of "
+        "the way from there to the trained weights, by the loss on held-out utterances of train.",
         text_columns=("removed layers", "repaired"),
     )
 

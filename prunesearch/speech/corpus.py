@@ -6,19 +6,17 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock
 
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, Recording, is_there, read_audio, seconds_of, version_of
 from prunesearch.speech.sources import Row, read_source
 from prunesearch.speech.text import normalizer_for
-from prunesearch.study.config import StudyConfig
+from prunesearch.study.config import Split, StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 
-Split = Literal["train", "dev", "test"]
-SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 
@@ -148,7 +146,8 @@ def _require_utterances(utterances: list[Utterance], config: StudyConfig, split:
     if not utterances:
         sources = ", ".join(map(str, getattr(config.data, split)))
         limits = f"{config.data.min_seconds:g} to {config.data.max_seconds:g} s"
-        raise StudyError([f"data.{split}: {sources}: no readable utterance of {limits} with a text"])
+        text = "" if split == "repair" else " with a text"
+        raise StudyError([f"data.{split}: {sources}: no readable utterance of {limits}{text}"])
 
 
 def _select(config: StudyConfig, split: Split) -> tuple[list[Dropped], Corpus]:
@@ -160,7 +159,7 @@ def _select(config: StudyConfig, split: Split) -> tuple[list[Dropped], Corpus]:
     kept: list[Utterance] = []
     ids: set[str] = set()
     for source in sources:
-        for row in read_source(source, config):
+        for row in read_source(source, config, transcribed=split != "repair"):
             utterance = _utterance(row, config)
             if isinstance(utterance, Dropped):
                 problems.append(utterance)
@@ -168,7 +167,7 @@ def _select(config: StudyConfig, split: Split) -> tuple[list[Dropped], Corpus]:
             if utterance.id in ids:
                 utterance = replace(utterance, id=f"{utterance.id}#{len(ids)}")
             ids.add(utterance.id)
-            if not utterance.reference:
+            if not utterance.reference and split != "repair":
                 outside.append(Dropped(utterance.id, "its text is empty after normalisation"))
             elif not data.min_seconds <= utterance.seconds <= data.max_seconds:
                 limits = f"{data.min_seconds:g} to {data.max_seconds:g} s"
@@ -180,7 +179,7 @@ def _select(config: StudyConfig, split: Split) -> tuple[list[Dropped], Corpus]:
 
 def _draw(utterances: list[Utterance], config: StudyConfig, split: Split) -> list[Utterance]:
     """A random subset of the size that the study asks for, in order. With one seed, a smaller draw is part of a larger one."""
-    most = getattr(config.data, f"max_{split}_utterances")
+    most = None if split == "repair" else getattr(config.data, f"max_{split}_utterances")
     hours = config.data.max_train_hours if split == "train" else None
     if (most is None or most >= len(utterances)) and hours is None:
         return utterances

@@ -35,10 +35,13 @@ class Row:
     problem: str | None = None
 
 
-def read_source(source: Source, config: StudyConfig) -> Iterator[Row]:
-    """The source's rows, in its order. Raises StudyError when there is no such source, or it lacks a column."""
+def read_source(source: Source, config: StudyConfig, transcribed: bool = True) -> Iterator[Row]:
+    """The source's rows, in its order. Raises StudyError when there is no such source, or it lacks a column.
+
+    `transcribed`: whether texts are needed. If not, manifests and datasets may do without.
+    """
     if isinstance(source, str):
-        return _manifest_rows(Path(config.locate(source)), config.data.group)
+        return _manifest_rows(Path(config.locate(source)), config.data.group, transcribed)
     if isinstance(source, CommonVoiceSource):
         return _common_voice_rows(Path(config.locate(source.common_voice)), source, config.data.group)
     if isinstance(source, FleursSource):
@@ -48,12 +51,12 @@ def read_source(source: Source, config: StudyConfig) -> Iterator[Row]:
                 dataset="google/fleurs", split=source.split, revision="refs/convert/parquet", text="raw_transcription",
                 language=source.fleurs, data_files=f"{configuration}/{source.split}/*.parquet",
             ),
-            config,
+            config, transcribed,
         )  # fmt: skip
-    return _dataset_rows(source, config)
+    return _dataset_rows(source, config, transcribed)
 
 
-def _manifest_rows(path: Path, group: str | None) -> Iterator[Row]:
+def _manifest_rows(path: Path, group: str | None, transcribed: bool) -> Iterator[Row]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold Unicode's other line ends
     except UnicodeDecodeError as error:
@@ -68,8 +71,10 @@ def _manifest_rows(path: Path, group: str | None) -> Iterator[Row]:
         except ValueError as error:
             rows.append(Row(where, where, path, "", problem=f"is not JSON ({error})"))
             continue
-        if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not isinstance(row.get("text"), str):
-            problem = "a line must be an object with the strings `audio` and `text`"
+        needed = ("audio", "text") if transcribed else ("audio",)
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in needed):
+            names = " and ".join(f"`{key}`" for key in needed)
+            problem = f"a line must be an object with the string{'s' if len(needed) > 1 else ''} {names}"
             rows.append(Row(where, where, path, "", problem=problem))
             continue
         rows.append(
@@ -77,13 +82,13 @@ def _manifest_rows(path: Path, group: str | None) -> Iterator[Row]:
                 where=where,
                 id=str(row.get("id", row["audio"])),
                 audio=path.parent / row["audio"],
-                text=row["text"],
+                text=row["text"] if transcribed else "",
                 language=row.get("language"),
                 group=None if group is None or row.get(group) is None else str(row[group]),
                 seconds=float(row["duration"]) if isinstance(row.get("duration"), int | float) else None,
             )
         )
-    if group and rows and not any(row.group or row.problem for row in rows):
+    if group and transcribed and rows and not any(row.group or row.problem for row in rows):
         raise StudyError([f"data.group: no line of {path} has the column {group!r}"])
     return iter(rows)
 
@@ -116,23 +121,23 @@ def _common_voice_rows(folder: Path, source: CommonVoiceSource, group: str | Non
         )
 
 
-def _dataset_rows(source: DatasetSource, config: StudyConfig) -> Iterator[Row]:
+def _dataset_rows(source: DatasetSource, config: StudyConfig, transcribed: bool) -> Iterator[Row]:
     from datasets import Audio
 
     data = _open_dataset(source, config)
-    group = config.data.group
-    _check_columns(source.dataset, data.column_names, source.audio, source.text, group, source.language_column)
+    group, text = (config.data.group, source.text) if transcribed else (None, None)
+    _check_columns(source.dataset, data.column_names, source.audio, text, group, source.language_column)
     data = data.cast_column(source.audio, Audio(decode=False))  # the bytes; soundfile decodes them
     names = next((n for n in ("id", "path", "file") if n in data.column_names and n != source.audio), None)
-    kept = [c for c in (source.text, group, source.language_column, names) if c]
+    kept = [c for c in (text, group, source.language_column, names) if c]
     cells = data.select_columns([source.audio])
-    for i, row in enumerate(data.select_columns(kept)):
+    for i, row in enumerate(data.select_columns(kept or [source.audio])):
         language = row[source.language_column] if source.language_column else source.language
         yield Row(
             where=f"{source.dataset}, row {i} of {source.split}",
             id=f"{source.split}/{i}" if names is None else str(row[names]),
             audio=Cell(cells, i, source.audio),
-            text=row[source.text] or "",
+            text=(row[text] or "") if text else "",
             language=language,
             group=None if group is None or row[group] is None else str(row[group]),
         )

@@ -18,6 +18,8 @@ from prunesearch.study.search_config import SearchConfig, most_removed
 from prunesearch.study.section import Count, Fraction, ModelSource, Positive, Section, context_of, locate
 from prunesearch.study.sources import Source
 
+Split = Literal["train", "dev", "test", "repair"]
+SPLITS: tuple[Split, ...] = ("train", "dev", "test", "repair")
 LEAST_ENCODER_LAYERS = 3  # the baseline `top2` removes two, and one must stay
 
 
@@ -64,12 +66,15 @@ class ProjectorConfig(Section):
 
 
 class DataConfig(Section):
-    """The three splits. Each is a source or a list of sources: a JSONL manifest (`audio`, `text`, and optionally `language`,
-    `duration`, `id`), a Hugging Face dataset, a Common Voice release, or FLEURS."""
+    """The three splits, and recordings for repairs. Each is a source or a list of sources: a JSONL manifest (`audio`, `text`,
+    and optionally `language`, `duration`, `id`), a Hugging Face dataset, a Common Voice release, or FLEURS."""
 
     train: tuple[Source, ...]
     dev: tuple[Source, ...]
     test: tuple[Source, ...]
+    repair: tuple[Source, ...] = Field(
+        (), description="recordings that repairs are fitted on; transcripts are not needed; default: train"
+    )
     min_seconds: Annotated[float, Field(ge=0)] = 0.1
     max_seconds: Positive = 30.0
     max_train_hours: Positive | None = None
@@ -80,19 +85,26 @@ class DataConfig(Section):
     group: str | None = Field(None, description="column of the sources to group results by, such as speaker, accent or gender")
     skip_unreadable: bool = False
 
-    @field_validator("train", "dev", "test", mode="before")
+    @field_validator(*SPLITS, mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list | tuple) else (value,)
 
     @model_validator(mode="after")
     def _check_splits_differ(self) -> "DataConfig":
-        splits = {"train": self.train, "dev": self.dev, "test": self.test}
+        splits = {split: getattr(self, split) for split in SPLITS}
         for a, b in itertools.combinations(splits, 2):
+            if (a, b) == ("train", "repair"):
+                continue  # a repair may be fitted on train and on more
             if both := [source for source in splits[a] if source in splits[b]]:
                 shown = both[0] if isinstance(both[0], str) else both[0].model_dump(exclude_defaults=True)
                 raise ValueError(f"{a} and {b} must not share a source, got {shown!r} for both: give each its own")
         return self
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Those that have a source."""
+        return tuple(split for split in SPLITS if getattr(self, split))
 
 
 NormalizerName = Literal["paper", "whisper", "none"]
@@ -122,11 +134,16 @@ class TrainingConfig(Section):
 
     init: Literal["anchor", "scratch"] = "anchor"
     repair: Literal["layers", "projector", "none"] = Field(
-        "none",
+        "layers",
         description="what is refitted in closed form before training: the encoder's layers and the projector, the projector "
-        "only, or nothing",
+        "only, or nothing. A projector from scratch is never refitted",
     )
-    repair_utterances: Count = Field(1000, description="utterances of train that the repair is fitted on, at most")
+    repair_utterances: Count = Field(1000, description="utterances that the repair is fitted on, at most")
+    interpolate: bool = Field(
+        True,
+        description="keep the point between a training's start and its end that has the smallest loss on held-out utterances "
+        "of train",
+    )
     steps: Annotated[int, Field(ge=0)] = Field(100, description="0: no training; candidates are repaired and decoded")
     batch_size: Count = 8
     micro_batch: Count | None = Field(
@@ -150,8 +167,10 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check_repair(self) -> "TrainingConfig":
         """A projector from random weights has computed nothing before that a repair could restore."""
-        if self.init == "scratch" and self.repair != "none":
-            raise ValueError(f"repair must be none with init = scratch, got {self.repair!r}: there is no anchor to restore")
+        if self.init == "scratch" and self.repair == "projector":
+            raise ValueError(
+                "repair must be layers or none with init = scratch, got 'projector': there is no anchor to restore"
+            )
         return self
 
     @field_validator("rungs")
@@ -210,6 +229,16 @@ class StudyConfig(Section):
         if context_of(info, "any_name") and value:
             return value
         return check_study_name(value, context_of(info, "name_source") or "")
+
+    @field_validator("training")
+    @classmethod
+    def _check_repair_is_used(cls, value: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        data = info.data.get("data")  # missing if it has errors of its own
+        if value.repair == "none" and data is not None and data.repair:
+            raise ValueError(
+                "repair must be layers or projector with data.repair, got 'none': nothing would read its recordings"
+            )
+        return value
 
     @field_validator("search")
     @classmethod
@@ -296,7 +325,10 @@ class StudyConfig(Section):
 
 
 # What earlier versions did where their definitions lack a key.
-_BEFORE: dict[str, dict[str, Any]] = {"training": {"repair": "none", "repair_utterances": 1000}}
+_BEFORE: dict[str, dict[str, Any]] = {
+    "data": {"repair": []},
+    "training": {"repair": "none", "repair_utterances": 1000, "interpolate": False},
+}
 
 
 def completed_definition(stored: dict[str, Any]) -> dict[str, Any]:

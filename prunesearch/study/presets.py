@@ -12,6 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {
             "init": "scratch",
             "repair": "none",
+            "interpolate": False,
             "learning_rate": 1e-4,
             "weight_decay": 0.01,
             "clip": 1.0,

@@ -178,6 +178,13 @@ class RepairSummary(_Frozen):
     unexplained: dict[str, float]
 
 
+class HeldOutLoss(_Frozen):
+    """Loss on held-out utterances of train (nats per token) at a share of the way from the start to the trained weights."""
+
+    share: float
+    loss: float
+
+
 class RunRecord(_Frozen):
     """The outcome of one candidate.
 
@@ -202,6 +209,7 @@ class RunRecord(_Frozen):
     test: SplitResult | None = None
     repair: RepairSummary | None = None  # None: nothing was refitted
     rungs: tuple[Rung, ...] = ()  # the one at step 0 tells how far the repair alone goes
+    interpolation: tuple[HeldOutLoss, ...] = ()  # the share with the smallest loss was kept; empty: the trained weights were
     losses: tuple[float, ...] = ()  # training cross-entropy per target token, nats, every tenth step
     parameters: Parameters
     cost: RunCost = RunCost()
@@ -210,6 +218,11 @@ class RunRecord(_Frozen):
     @property
     def candidate(self) -> Candidate:
         return Candidate(self.removed_layers, self.lora_rank, self.repeat)
+
+    @property
+    def share(self) -> float | None:
+        """The share of the way from the start to the trained weights that was kept; None if that was not asked."""
+        return min(self.interpolation, key=lambda tried: tried.loss).share if self.interpolation else None
 
     @property
     def reported(self) -> tuple[Literal["test", "dev"], SplitResult] | None:

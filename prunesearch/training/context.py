@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from prunesearch.model.loading import load_models
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import SAMPLE_RATE
-from prunesearch.speech.corpus import SPLITS, Split, Utterance, checked_corpus
+from prunesearch.speech.corpus import Utterance, checked_corpus
 from prunesearch.study.candidate import Candidate
-from prunesearch.study.config import StudyConfig
+from prunesearch.study.config import Split, StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 from prunesearch.study.record import UtteranceResult
@@ -31,7 +31,11 @@ from prunesearch.training.device import pick_dtype
 from prunesearch.training.finetune import Budget
 from prunesearch.training.process_group import ProcessGroup
 from prunesearch.training.states import Progress, StateCache, StateStore
+from prunesearch.training.streams import FitSet, Streams
 from prunesearch.training.tracker import tracker_for
+
+HELD_OUT = 8  # one in so many of the utterances that a repair draws is held out
+MOST_HELD_OUT = 64
 
 
 def _silent(what: str, done: int, of: int) -> None:
@@ -104,8 +108,8 @@ class TrainingContext:
 
     @cached_property
     def corpora(self) -> dict[Split, list[Utterance]]:
-        """The three splits. Raises StudyError for recordings that are longer than the encoder's window."""
-        corpora = {split: checked_corpus(self.config, split, self.progress).utterances for split in SPLITS}
+        """The study's splits. Raises StudyError for recordings that are longer than the encoder's window."""
+        corpora = {split: checked_corpus(self.config, split, self.progress).utterances for split in self.config.data.splits}
         window = self.encoder.max_source_positions * 2 * self.extractor.hop_length / SAMPLE_RATE  # seconds
         block = self.config.data.pad_to_seconds
         for split, utterances in corpora.items():
@@ -122,39 +126,72 @@ class TrainingContext:
         return [self.llm.tokens(u.target) for u in self.corpora["train"]]
 
     def _budget(self, steps: int, rate: float, lora_rate: float, purpose: str, repeat: int = 0) -> Budget:
-        seconds = [u.seconds for u in self.corpora["train"]]
+        held_out = set(self.held_out)
+        pool = [i for i in range(len(self.corpora["train"])) if i not in held_out]
+        seconds = [self.corpora["train"][i].seconds for i in pool]
         seed = int.from_bytes(hashlib.sha256(f"{self.config.seed + repeat} {purpose}".encode()).digest()[:3])
-        return Budget(plan_batches(seconds, self.config.training.batch_size, steps, seed), rate, lora_rate, seed)
+        plan = plan_batches(seconds, self.config.training.batch_size, steps, seed)
+        return Budget([[pool[i] for i in batch] for batch in plan], rate, lora_rate, seed)
 
     def budget(self, repeat: int = 0) -> Budget:
         """The budget of every baseline and candidate; a repeat has as many steps, on batches of its own."""
         training = self.config.training
         lora_rate = training.lora_learning_rate or training.learning_rate
-        return self._budget(training.steps, training.learning_rate, lora_rate, "candidate", repeat)
+        budget = self._budget(training.steps, training.learning_rate, lora_rate, "candidate", repeat)
+        return replace(budget, held_out=self.held_out if training.interpolate and training.steps else ())
 
     @cached_property
     def anchor_budget(self) -> Budget:
         anchor = self.config.anchor
         return self._budget(anchor.steps, anchor.learning_rate, anchor.learning_rate, "anchor")
 
+    @property
+    def repair_split(self) -> Split:
+        """The split that repairs are fitted on."""
+        return "repair" if self.config.data.repair else "train"
+
     @cached_property
     def repair_utterances(self) -> list[int]:
-        """The utterances of train that repairs are fitted on, drawn by the study's seed; none if nothing is repaired."""
-        training, count = self.config.training, len(self.corpora["train"])
-        if training.repair == "none":
+        """The utterances that repairs are fitted on, drawn by the study's seed; none if nothing is repaired."""
+        return [] if self.config.training.repair == "none" else self._sample(self.repair_split)
+
+    @property
+    def ridge_utterances(self) -> list[int]:
+        """Those of the repair's utterances that it is not fitted to: ridges are chosen on them."""
+        return _part_held_out(self.repair_utterances)
+
+    @cached_property
+    def held_out(self) -> list[int]:
+        """Utterances of train that no batch draws. How far a training goes is chosen on them; if repairs are fitted on train,
+        ridges are, too. None where the study chooses neither.
+        """
+        training = self.config.training
+        if not training.interpolate and (training.repair == "none" or self.repair_split != "train"):
             return []
-        return random.Random(f"{self.config.seed} repair").sample(range(count), min(training.repair_utterances, count))
+        return _part_held_out(self._sample("train"))
+
+    def _sample(self, split: Split) -> list[int]:
+        """Utterances of a split, some of which are to be held out. Raises StudyError for a split that is too small for that."""
+        if (count := len(self.corpora[split])) < HELD_OUT:
+            reason = f"training.repair and training.interpolate hold one in {HELD_OUT} out"
+            raise StudyError([f"data.{split}: must have at least {HELD_OUT} utterances, got {count}: {reason}"])
+        most = min(self.config.training.repair_utterances, count)
+        return random.Random(f"{self.config.seed} repair").sample(range(count), most)
 
     def drawn(self, budget: Budget) -> list[int]:
-        """The utterances of train that this process's steps need, each once."""
-        return sorted({i for batch in budget.batches for i in self.group.shard(batch)})
+        """The utterances of train that this process needs, each once: for its steps, and those held out."""
+        return sorted({i for batch in [*budget.batches, budget.held_out] for i in self.group.shard(batch)})
 
     def used(self, split: Split) -> list[int]:
-        """The utterances that the study uses: all of dev and test; those of train that a step or a repair draws."""
+        """The utterances that the study uses: all of dev and test; of the others, those that are drawn or held out."""
+        if split == "repair":
+            return sorted(self.repair_utterances)
         if split != "train":
             return list(range(len(self.corpora[split])))
         budgets = [self.budget(), self.anchor_budget] if self.config.training.init == "anchor" else [self.budget()]
-        return sorted({*self.repair_utterances, *(i for budget in budgets for batch in budget.batches for i in batch)})
+        drawn = {i for budget in budgets for batch in budget.batches for i in batch}
+        fitted = self.repair_utterances if self.repair_split == "train" else []
+        return sorted(drawn | {*fitted, *self.held_out})
 
     # Encoder states
 
@@ -165,6 +202,14 @@ class TrainingContext:
             run / "features", run / "scratch", self.encoder, extractor, self.shared_depth, self.config.data.pad_to_seconds,
             self.model_digests["encoder"], self.device, self.dtype, self.progress,
         )  # fmt: skip
+
+    @cached_property
+    def streams(self) -> Streams:
+        """The unpruned encoder's streams on the utterances that repairs are fitted on."""
+        seconds = [u.seconds for u in self.corpora[self.repair_split]]
+        fit_set = FitSet.of(seconds, self.repair_utterances, self.ridge_utterances)
+        start, scratch, check = self.prefix(self.repair_split), self.states.scratch, self.group.check_anywhere
+        return Streams(self.encoder, fit_set, start, self.shared_depth, scratch, self.device, check)
 
     @cached_property
     def model_digests(self) -> dict[str, str]:
@@ -209,6 +254,10 @@ class TrainingContext:
         decoder = Decoder(slam, self.config.decoding, self.device, self.dtype, beams)
         hypotheses = decoder.decode(states, self.corpora[split], indices, self.progress)
         return scored(hypotheses, self.corpora[split], indices, self.config.text)
+
+
+def _part_held_out(drawn: Sequence[int]) -> list[int]:
+    return list(drawn[::HELD_OUT][:MOST_HELD_OUT])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -18,11 +18,13 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.config import TrainingConfig
 from prunesearch.study.files import write_atomically
 from prunesearch.study.interrupt import Interrupted
+from prunesearch.training.batches import by_length
 from prunesearch.training.device import arithmetic, attention_for_training, peak_memory_bytes, seed_everything
 from prunesearch.training.process_group import ProcessGroup
 from prunesearch.training.states import Fetched, Prefetched, StateStore
 
 LOSS_EVERY = 10  # steps between two points of the recorded loss curve
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the start to the trained weights, that are tried
 EXPLODED = 10.0  # times the loss of a guess among the whole vocabulary
 
 
@@ -36,12 +38,16 @@ class Diverged(RuntimeError):
 
 @dataclass
 class Budget:
-    """The same for every candidate and baseline: batches of utterance indices, peak learning rates, and the seed."""
+    """The same for every candidate and baseline: batches of utterance indices, peak learning rates, and the seed.
+
+    `held_out`: utterances that no batch contains. How far the training goes is chosen on them; none: all the way.
+    """
 
     batches: Sequence[Sequence[int]]
     learning_rate: float
     lora_learning_rate: float
     seed: int
+    held_out: Sequence[int] = ()
 
     @property
     def steps(self) -> int:
@@ -66,6 +72,7 @@ class FineTuneProgress:
     tokens: int = 0  # audio embeddings and text tokens that this process's LLM has read
     losses: list[float] = field(default_factory=list)
     rungs: list[tuple[int, dict[str, int]]] = field(default_factory=list)  # step, dev errors
+    interpolation: dict[float, float] | None = None  # held-out loss by share of the way, once one is chosen
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ class FineTune:
     def __init__(self, slam: SpeechLlm, data: TrainingSet, budget: Budget, settings: FineTuneSettings):
         self.slam, self.data, self.budget, self.settings = slam, data, budget, settings
         self._weights = trainable(slam)
+        self._start = {name: p.detach().clone() for name, p in self._weights.items()} if budget.held_out else {}
         lora = [p for name, p in self._weights.items() if not name.startswith("projector.")]
         projector = [p for name, p in self._weights.items() if name.startswith("projector.")]
         self._parameters = [*projector, *lora]
@@ -117,6 +125,7 @@ class FineTune:
         self.progress = self._resumed() or FineTuneProgress(micro_batch)
         self._saved = time.perf_counter()
         self._loss_limit = EXPLODED * math.log(slam.llm.model.get_input_embeddings().num_embeddings)
+        self._train_mode(False)  # until `run_to`: dropout is off where the start is scored
         self._first_bad_step: Tensor | None = None  # on the device, so that the host need not wait for it at every step
 
     def run_to(self, last: int) -> None:
@@ -135,6 +144,42 @@ class FineTune:
             if time.perf_counter() - self._saved > self.settings.config.checkpoint_seconds:
                 self.save_checkpoint()
         self._train_mode(False)
+
+    @torch.no_grad()
+    def interpolate(self) -> None:
+        """Take the point between the start and the trained weights that has the smallest loss on the held-out utterances.
+
+        Training from a good start first destroys; the start itself is one of the points, so that it never has to end worse.
+        Without held-out utterances, and when called again, this does nothing. All processes of a group call it.
+        Source: weight-space ensembles of a model before and after its fine-tuning (WiSE-FT, arXiv 2109.01903).
+        """
+        progress, begin = self.progress, time.perf_counter()
+        if not self.budget.held_out or progress.interpolation is not None:
+            return
+        self._train_mode(False)
+        end = {name: p.detach().clone() for name, p in self._weights.items()}
+        losses = {}
+        for share in SHARES:
+            self._go(end, share)
+            losses[share] = round(self._held_out_loss(), 6)
+        self._go(end, min(losses, key=losses.__getitem__))  # of equals, the one nearest to the start
+        progress.interpolation = losses
+        progress.seconds += time.perf_counter() - begin
+
+    def _go(self, end: dict[str, Tensor], share: float) -> None:
+        """Set the weights to a point between the start and the end."""
+        restore(self._weights, {name: torch.lerp(start, end[name], share) for name, start in self._start.items()})
+
+    def _held_out_loss(self) -> float:
+        """Cross-entropy on the held-out utterances, in nats per token; the same in all processes."""
+        group, targets, states = self.settings.group, self.data.targets, self.data.states
+        shard, total = group.shard(self.budget.held_out), 0.0
+        for rows in by_length([states.length(i) for i in shard], self.progress.micro_batch):
+            indices = [shard[row] for row in rows]
+            hidden, lengths = states.batch(indices, group.device)
+            with arithmetic(group.device, self.settings.dtype):
+                total += float(self.slam.loss_sum(hidden, lengths, [targets[i] for i in indices]))
+        return group.total(total) / sum(len(targets[i]) for i in self.budget.held_out)
 
     @contextmanager
     def checkpoint_when_interrupted(self) -> Iterator[None]:

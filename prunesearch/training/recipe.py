@@ -22,6 +22,7 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.interrupt import LeaseLost
 from prunesearch.study.record import (
+    HeldOutLoss,
     Parameters,
     RepairSummary,
     RunCost,
@@ -167,6 +168,7 @@ def fine_tune(context: TrainingContext, system: Prepared, monitor: TrialMonitor)
                         return run
                 if budget.steps:
                     tuning.run_to(budget.steps)
+                    tuning.interpolate()
                     score(context, system, run, monitor)
         except Diverged as error:
             run.state, run.reason = "failed", str(error)
@@ -260,6 +262,7 @@ def write(context: TrainingContext, system: Prepared, run: Run, name: str | None
         dev=run.dev if run.state != "failed" else None,
         repair=system.repair,
         rungs=tuple(Rung(step=step, errors=WordErrors(**errors)) for step, errors in progress.rungs),
+        interpolation=tuple(HeldOutLoss(share=share, loss=loss) for share, loss in (progress.interpolation or {}).items()),
         losses=tuple(progress.losses),
         parameters=system.parameters,
         cost=RunCost(

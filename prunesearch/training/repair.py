@@ -22,56 +22,31 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.encoder import padding_mask, remove_layers, with_repaired_maps
+from prunesearch.model.encoder import (
+    activations,
+    add_attention,
+    attention_heads,
+    behind_attention,
+    behind_feed_forward,
+    remove_layers,
+    run_layers,
+    with_repaired_maps,
+)
 from prunesearch.model.projector import Projector
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.record import ENCODER_FILE, RepairSummary, RunRecord, record_folder
 from prunesearch.training.anchor import starting_projector
-from prunesearch.training.batches import by_length
 from prunesearch.training.context import TrainingContext, write_tensors
 from prunesearch.training.device import arithmetic
 from prunesearch.training.ridge import NormalEquations, Solution, solve
-from prunesearch.training.states import StateStore, nameless_store
-
-Batches = Sequence[Sequence[int]]
-
-BATCH = 32
-HELD_OUT = 8  # one in so many utterances is held out, to choose the ridge on
-
-
-@dataclass(frozen=True)
-class FitSet:
-    """Utterances of train that a repair is fitted on, in batches of similar length, and those that its ridge is chosen on."""
-
-    fit: tuple[tuple[int, ...], ...]
-    held_out: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, context: TrainingContext) -> "FitSet":
-        """The utterances that the study draws for repairs; one in `HELD_OUT` of them is held out."""
-        seconds, drawn = [u.seconds for u in context.corpora["train"]], context.repair_utterances
-
-        def batches(indices: list[int]) -> tuple[tuple[int, ...], ...]:
-            return tuple(tuple(indices[i] for i in b) for b in by_length([seconds[i] for i in indices], BATCH))
-
-        return cls(batches([i for n, i in enumerate(drawn) if n % HELD_OUT]), batches(drawn[::HELD_OUT]))
-
-    @property
-    def batches(self) -> tuple[tuple[int, ...], ...]:
-        return self.fit + self.held_out
-
-    @property
-    def indices(self) -> list[int]:
-        return sorted(i for batch in self.batches for i in batch)
-
+from prunesearch.training.states import StateStore
 
 Rows = tuple[Tensor, Tensor, Tensor]
 """Inputs of a map (B, T, I), what it should put out (B, T, O), and lengths (B,)."""
@@ -79,140 +54,92 @@ Rows = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class Repair:
-    """Repairs one candidate's encoder and projector. `solutions`: what was found, by the name of the map.
+    """Repairs the system that is left when some layers are removed.
 
-    `attention`: whether `out_proj` is refitted as well as `fc2`; `above`: whether layers that do not border on a cut are, too.
+    `attention`: whether `out_proj` is refitted as well as `fc2`. `above`: whether layers that do not border on a cut are, too.
+    `encoder`: the pruned encoder; layers that are not refitted are shared with the unpruned one. `solutions`: what was found,
+    by the name of the map.
     """
 
     context: TrainingContext
+    removed_layers: Sequence[int]
     attention: bool = True
     above: bool = True
+    encoder: WhisperEncoder = field(init=False)
     solutions: dict[str, Solution] = field(default_factory=dict)
+    _behind: StateStore | None = None  # the stream behind the pruned encoder's last layer
 
     def __post_init__(self) -> None:
-        self._set = FitSet.of(self.context)
+        self.encoder = remove_layers(self.context.encoder, self.removed_layers)
+        self._streams, self._removed = self.context.streams, set(self.removed_layers)
+        self._kept = [i for i in range(self.context.depth) if i not in self._removed]
+        # the lowest layer whose output changes: the one below the lowest cut is refitted
+        self._lowest = max(min(self._removed, default=self.context.depth) - 1, 0)
 
     @torch.no_grad()
-    def encoder(self, removed_layers: Sequence[int]) -> WhisperEncoder:
-        """The encoder without these layers, repaired from the lowest cut upwards.
-
-        Layers that are not refitted are shared with the unpruned encoder.
-        """
-        context, removed = self.context, set(removed_layers)
-        pruned, layers = remove_layers(context.encoder, removed), context.encoder.layers
-        if not removed:
-            return pruned
-        lowest, kept = min(removed), [i for i in range(context.depth) if i not in removed]
-        at = max(lowest - 1, 0)
-        stream = full = self._behind(layers[context.shared_depth : at], context.prefix("train"))  # full: before layer `at`
-        for place, (i, following) in enumerate(zip(kept, [*kept[1:], context.depth], strict=True)):
-            if i < at:
+    def layers(self) -> None:
+        """Refit the encoder's layers, from the lowest cut upwards."""
+        streams, following_layers = self._streams, [*self._kept[1:], self.context.depth]
+        stream = streams.before(self._lowest)
+        for place, (i, following) in enumerate(zip(self._kept, following_layers, strict=True)):
+            if i < self._lowest:
                 continue
-            full = self._behind(layers[at:i], full)
-            middle = self._map(partial(_behind_attention, layers[i]), full)  # M_i
-            full = self._behind(layers[i + 1 : following], self._map(partial(_behind_feed_forward, layers[i]), middle))  # X_j
-            at = following
-            if not (self.above or following > i + 1):
-                stream = self._behind([layers[i]], stream)
-                continue
-            pruned.layers[place] = layer = copy.deepcopy(layers[i])
-            heads = self._map(partial(_heads, layer), stream)
-            if self.attention and i > lowest:
-                self._refit(f"{i}.out_proj", layer.self_attn.out_proj, _attention_rows, heads, middle, stream)
-            m = self._map(partial(_add_attention, layer), stream, heads)
-            self._refit(f"{i}.fc2", layer.fc2, partial(_feed_forward_rows, layer), m, full)
-            stream = self._map(partial(_behind_feed_forward, layer), m)
-        return pruned
+            middle, target = streams.behind_attention(i), streams.before(following)
+            layer = self.encoder.layers[place]
+            if self.above or following > i + 1:
+                layer = self.encoder.layers[place] = copy.deepcopy(layer)
+                heads = streams.map(partial(attention_heads, layer), stream)
+                if self.attention and i > min(self._removed):
+                    self._refit(f"{i}.out_proj", layer.self_attn.out_proj, _attention_rows, heads, middle, stream)
+                stream = streams.map(partial(_add_attention, layer), stream, heads)
+                self._refit(f"{i}.fc2", layer.fc2, partial(_feed_forward_rows, layer), stream, target)
+                stream = streams.map(partial(behind_feed_forward, layer), stream)
+            else:
+                stream = streams.map(partial(_layer, layer), stream)
+        self._behind = stream
 
     @torch.no_grad()
-    def projector(self, projector: Projector, encoder: WhisperEncoder) -> None:
+    def projector(self, projector: Projector) -> None:
         """Refit the projector's first linear map in place.
 
-        On the states of `encoder`, it shall compute what it computed on those of the unpruned encoder.
+        On the states of the pruned encoder, it shall compute what it computed on those of the unpruned one.
         """
-        states, prefix = self.context.states, self.context.prefix("train")
-        full = states.finish(prefix, self.context.encoder, self._set.indices)
-        pruned = states.finish(prefix, encoder, self._set.indices)
-        rows = partial(_projector_rows, projector, copy.deepcopy(projector.up))
-        self._refit("projector.up", projector.up, rows, pruned, full)
+        full = self._streams.before(self.context.depth)
+        if self._behind is None:
+            cut = min(self._removed)  # below it, both encoders have the same layers
+            upper = partial(run_layers, self.encoder, first=cut)
+            self._behind = self._streams.map(upper, self._streams.before(cut))
+        rows = partial(_projector_rows, projector, copy.deepcopy(projector.up), self.encoder.layer_norm)
+        self._refit("projector.up", projector.up, rows, self._behind, full)
 
     def _refit(self, name: str, linear: nn.Linear, rows: Callable[..., Rows], *streams: StateStore) -> None:
         """Refit a linear map in place. `rows`: of the streams' states of a batch, and their lengths."""
-        fit, held_out = (self._sums(linear, rows, batches, streams) for batches in (self._set.fit, self._set.held_out))
+        fit_set = self._streams.fit_set
+        fit, held_out = (self._sums(linear, rows, batches, streams) for batches in (fit_set.fit, fit_set.held_out))
         solution = self.solutions[name] = solve(fit, held_out)
         linear.weight.data = solution.weight.to(linear.weight.dtype)
         linear.bias.data = solution.bias.to(linear.bias.dtype)
 
     def _sums(
-        self, linear: nn.Linear, rows: Callable[..., Rows], batches: Batches, streams: Sequence[StateStore]
+        self, linear: nn.Linear, rows: Callable[..., Rows], batches: Sequence[Sequence[int]], streams: Sequence[StateStore]
     ) -> NormalEquations:
-        sums = NormalEquations(linear)
+        sums, maps = NormalEquations(linear), 2 * len([i for i in self._kept if i >= self._lowest])
         for batch in batches:
             with arithmetic(self.context.device, self.context.dtype):
-                inputs, outputs, lengths = rows(*self._read(batch, streams))
+                inputs, outputs, lengths = rows(*self._streams.read(batch, streams))
             inside = torch.arange(inputs.shape[1], device=lengths.device) < lengths[:, None]
             sums.add(inputs[inside], outputs[inside])
-            self.context.progress("repairing", len(self.solutions), 2 * self.context.depth)
+            self.context.progress("repairing", len(self.solutions), maps)
         return sums
 
-    def _map(self, function: Callable[..., Tensor], *streams: StateStore) -> StateStore:
-        """A new stream: the function of the streams' states of a batch, and their lengths."""
-        out = nameless_store(self.context.states.scratch, {i: streams[0].length(i) for i in self._set.indices}, streams[0])
-        for batch in self._set.batches:
-            with arithmetic(self.context.device, self.context.dtype):
-                out.write(batch, function(*self._read(batch, streams)))
-        return out
 
-    def _behind(self, layers: Sequence[nn.Module], stream: StateStore) -> StateStore:
-        """The stream behind some layers."""
-        return self._map(partial(_behind_layers, layers), stream) if len(layers) else stream
-
-    def _read(self, batch: Sequence[int], streams: Sequence[StateStore]) -> list[Tensor]:
-        """The streams' states (B, T, D), and the lengths (B,)."""
-        read = [stream.batch(batch, self.context.device) for stream in streams]
-        return [*(states for states, _ in read), read[0][1]]
+def _layer(layer: nn.Module, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """A layer that is not refitted."""
+    return behind_feed_forward(layer, behind_attention(layer, hidden, lengths), lengths)
 
 
-# The parts of a Whisper layer, as its own `forward` runs them. Dropout is off: encoders are frozen.
-
-
-def _behind_layers(layers: Sequence[nn.Module], hidden: Tensor, lengths: Tensor) -> Tensor:
-    mask = padding_mask(lengths, hidden.shape[1])
-    for layer in layers:
-        hidden = layer(hidden, mask)
-    return hidden
-
-
-def _heads(layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The concatenated heads, which `out_proj` reads."""
-    heads: list[Tensor] = []
-    hook = layer.self_attn.out_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
-    try:
-        normed = layer.self_attn_layer_norm(hidden)
-        layer.self_attn(hidden_states=normed, attention_mask=padding_mask(lengths, hidden.shape[1]))
-    finally:
-        hook.remove()
-    return heads[0]
-
-
-def _add_attention(layer: Any, hidden: Tensor, heads: Tensor, lengths: Tensor) -> Tensor:
-    added: Tensor = layer.self_attn.out_proj(heads)
-    return hidden + added
-
-
-def _behind_attention(layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
-    return _add_attention(layer, hidden, _heads(layer, hidden, lengths), lengths)
-
-
-def _activations(layer: Any, middle: Tensor) -> Tensor:
-    """The inputs of `fc2`."""
-    activations: Tensor = layer.activation_fn(layer.fc1(layer.final_layer_norm(middle)))
-    return activations
-
-
-def _behind_feed_forward(layer: Any, middle: Tensor, lengths: Tensor) -> Tensor:
-    added: Tensor = layer.fc2(_activations(layer, middle))
-    return middle + added
+def _add_attention(layer: nn.Module, hidden: Tensor, heads: Tensor, lengths: Tensor) -> Tensor:
+    return add_attention(layer, hidden, heads)
 
 
 # The rows that maps are refitted on
@@ -223,16 +150,18 @@ def _attention_rows(heads: Tensor, middle: Tensor, hidden: Tensor, lengths: Tens
     return heads, middle.float() - hidden.float(), lengths
 
 
-def _feed_forward_rows(layer: Any, middle: Tensor, target: Tensor, lengths: Tensor) -> Rows:
+def _feed_forward_rows(layer: nn.Module, middle: Tensor, target: Tensor, lengths: Tensor) -> Rows:
     """`fc2` should add to the pruned stream what leads to the unpruned stream before the next kept layer."""
-    return _activations(layer, middle), target.float() - middle.float(), lengths
+    return activations(layer, middle), target.float() - middle.float(), lengths
 
 
-def _projector_rows(projector: Projector, before: nn.Linear, pruned: Tensor, full: Tensor, lengths: Tensor) -> Rows:
+def _projector_rows(
+    projector: Projector, before: nn.Linear, norm: nn.Module, pruned: Tensor, full: Tensor, lengths: Tensor
+) -> Rows:
     """The first map should compute from the pruned encoder's states what it computed (`before`) from the unpruned one's."""
-    stacked, audio_lengths = projector.stacked(pruned, lengths)
+    stacked, audio_lengths = projector.stacked(norm(pruned), lengths)
     with torch.autocast(stacked.device.type, enabled=False):
-        wanted = before(projector.stacked(full, lengths)[0].float())
+        wanted = before(projector.stacked(norm(full), lengths)[0].float())
     return stacked, wanted, audio_lengths
 
 
@@ -242,9 +171,11 @@ def start_of(context: TrainingContext, candidate: Candidate) -> tuple[WhisperEnc
     projector = starting_projector(context, candidate.repeat)
     if method == "none" or not removed:
         return context.pruned_encoder(candidate), projector, None
-    repair = Repair(context)
-    encoder = repair.encoder(removed) if method == "layers" else context.pruned_encoder(candidate)
-    repair.projector(projector, encoder)
+    repair = Repair(context, removed)
+    if method == "layers":
+        repair.layers()
+    if context.config.training.init == "anchor":
+        repair.projector(projector)
     found = repair.solutions.items()
     summary = RepairSummary(
         method=method,
@@ -252,7 +183,7 @@ def start_of(context: TrainingContext, candidate: Candidate) -> tuple[WhisperEnc
         ridge={name: s.ridge for name, s in found},
         unexplained={name: round(s.unexplained, 6) for name, s in found},
     )
-    return encoder, projector, summary
+    return repair.encoder, projector, summary
 
 
 def repaired_encoder(context: TrainingContext, candidate: Candidate) -> WhisperEncoder:
@@ -262,7 +193,9 @@ def repaired_encoder(context: TrainingContext, candidate: Candidate) -> WhisperE
     file = record_folder(context.records, candidate) / ENCODER_FILE
     if file.exists():
         return with_repaired_maps(context.pruned_encoder(candidate), load_file(file))
-    return Repair(context).encoder(candidate.removed_layers)
+    repair = Repair(context, candidate.removed_layers)
+    repair.layers()
+    return repair.encoder
 
 
 def keep_repaired_maps(context: TrainingContext, candidate: Candidate, encoder: WhisperEncoder) -> None:

@@ -1,5 +1,6 @@
 """Ridge regression of one linear map, from sums that are collected batch by batch. Shapes: N rows, I inputs, O outputs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,28 +74,32 @@ def solve(fit: NormalEquations, held_out: NormalEquations, ladder: Sequence[floa
     """Minimise ||Y - X V - c||² + λ s ||V - W||²: least squares with a ridge towards the map's own weights W.
 
     s is the mean of the inputs' sums of squares, so that λ does not depend on their scale. The λ of the ladder with the
-    smallest error on the held-out rows is taken. One eigendecomposition of the inputs' products serves all λ.
+    smallest error on the held-out rows is taken. Each λ takes a Cholesky factorisation: with thousands of inputs, all of them
+    together are several times as fast as the eigendecomposition that would serve every λ.
     """
     x_mean, r_mean = fit.means
     xx, xr, _ = fit.centred(x_mean, r_mean)
-    scale = xx.diagonal().mean()
-    values, vectors = torch.linalg.eigh(xx)
-    rotated = vectors.T @ xr  # (I, O)
+    scale = xx.diagonal().mean().clamp(min=1e-30)  # inputs that never change are left alone
     held_xx, held_xr, held_rr = held_out.centred(x_mean, r_mean)
-    held_xx, held_xr = vectors.T @ held_xx @ vectors, vectors.T @ held_xr
 
     def change(ridge: float) -> Tensor:
-        """The change of the weights, transposed and in the eigenvectors' coordinates: (I, O)."""
-        return rotated / (values.clamp(min=0) + ridge * scale)[:, None]
+        """The change of the weights, transposed: (I, O)."""
+        regular = xx.clone()
+        regular.diagonal().add_(ridge * scale)
+        return torch.cholesky_solve(xr, torch.linalg.cholesky(regular))
 
-    def error(ridge: float) -> float:
-        v = change(ridge)
-        return float(held_rr - 2 * (v * held_xr).sum() + (v * (held_xx @ v)).sum())
+    def error(change: Tensor) -> float:
+        """The squared error on the held-out rows."""
+        return float(held_rr - 2 * (change * held_xr).sum() + (change * (held_xx @ change)).sum())
 
-    best = min(ladder, key=error)
-    delta = (vectors @ change(best)).T
+    least, best, delta = math.inf, ladder[0], torch.zeros_like(xr)
+    for ridge in ladder:
+        tried = change(ridge)
+        if (wrong := error(tried)) < least:
+            least, best, delta = wrong, ridge, tried
+    delta = delta.T
     weight = fit.linear.weight.detach().double() + delta
     bias = fit.linear.bias.detach().double() + r_mean - delta @ x_mean
     zero = torch.zeros_like
     before = float(held_out.centred(zero(x_mean), zero(r_mean))[2])  # without any change of weights or bias
-    return Solution(weight, bias, best, error(best) / before if before else 1.0)
+    return Solution(weight, bias, best, least / before if before else 1.0)

@@ -4,7 +4,7 @@ from optuna.storages import BaseStorage
 
 from prunesearch.model.skeleton import encoder_layers
 from prunesearch.search.space import SearchSpace
-from prunesearch.speech.corpus import SPLITS, load_corpus
+from prunesearch.speech.corpus import load_corpus
 from prunesearch.study.config import StudyConfig
 from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.optuna_study import annotate, open_study
@@ -12,7 +12,7 @@ from prunesearch.workers.optuna_study import annotate, open_study
 
 def check_corpora(config: StudyConfig) -> None:
     """Read the study's manifests, so that an error in one is reported before anything is created. Raises StudyError."""
-    for split in SPLITS:
+    for split in config.data.splits:
         load_corpus(config, split)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunesearch.model.skeleton import params_of_candidates
 from prunesearch.search.space import SearchSpace
-from prunesearch.speech.corpus import SPLITS, fingerprint
+from prunesearch.speech.corpus import fingerprint
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.importance import Scan, read_scan
@@ -96,7 +96,7 @@ class Worker:
         worker.space = SearchSpace.of(config, worker.context.depth)
         corpora = worker.context.corpora  # an error in a manifest is reported before anything is created
         if worker.context.group.is_main_process:
-            worker._open_study({split: fingerprint(corpora[split]) for split in SPLITS})
+            worker._open_study({split: fingerprint(corpora[split]) for split in config.data.splits})
         return worker
 
     def _open_study(self, data: dict[str, Any]) -> None:
