@@ -70,4 +70,4 @@ def test_a_repairs_estimate_equals_arithmetic() -> None:
     last = 2 * stacked * (widest**2 + 2 * widest * out) + 11 * (widest**3 / 3 + 4 * widest**2 * out)
     passes = 3 * 300 * found.encoding_operations / 100e12
     assert found.repair_seconds == pytest.approx(passes + (32 * (sums + solves) + last) / 25e12, rel=0.1)
-    assert found.repair_memory_bytes > 8 * 8 * 6400**2 + 2 * 2 * 636_784_640
+    assert found.repair_memory_bytes == 8 * 8 * 6400**2 + 2 * 2 * 636_784_640
