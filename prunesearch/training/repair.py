@@ -45,7 +45,7 @@ from prunesearch.study.record import ENCODER_FILE, RepairSummary, RunRecord, rec
 from prunesearch.training.anchor import starting_projector
 from prunesearch.training.context import TrainingContext, write_tensors
 from prunesearch.training.device import arithmetic
-from prunesearch.training.ridge import NormalEquations, Solution, solve
+from prunesearch.training.ridge import LADDER, NormalEquations, Solution, solve
 from prunesearch.training.states import StateStore
 
 Rows = tuple[Tensor, Tensor, Tensor]
@@ -57,14 +57,15 @@ class Repair:
     """Repairs the system that is left when some layers are removed.
 
     `attention`: whether `out_proj` is refitted as well as `fc2`. `above`: whether layers that do not border on a cut are, too.
-    `encoder`: the pruned encoder; layers that are not refitted are shared with the unpruned one. `solutions`: what was found,
-    by the name of the map.
+    `ladder`: ridges that are tried. `encoder`: the pruned encoder; layers that are not refitted are shared with the unpruned
+    one. `solutions`: what was found, by the name of the map.
     """
 
     context: TrainingContext
     removed_layers: Sequence[int]
     attention: bool = True
     above: bool = True
+    ladder: Sequence[float] = LADDER
     encoder: WhisperEncoder = field(init=False)
     solutions: dict[str, Solution] = field(default_factory=dict)
     _behind: StateStore | None = None  # the stream behind the pruned encoder's last layer
@@ -116,7 +117,7 @@ class Repair:
         """Refit a linear map in place. `rows`: of the streams' states of a batch, and their lengths."""
         fit_set = self._streams.fit_set
         fit, held_out = (self._sums(linear, rows, batches, streams) for batches in (fit_set.fit, fit_set.held_out))
-        solution = self.solutions[name] = solve(fit, held_out)
+        solution = self.solutions[name] = solve(fit, held_out, self.ladder)
         linear.weight.data = solution.weight.to(linear.weight.dtype)
         linear.bias.data = solution.bias.to(linear.bias.dtype)
 
