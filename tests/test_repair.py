@@ -19,7 +19,9 @@ from prunesearch.commands.status import status
 from prunesearch.model.encoder import with_repaired_maps
 from prunesearch.model.llm import lora
 from prunesearch.model.slam import SpeechLlm
+from prunesearch.report import write_report
 from prunesearch.report.confirmation import confirmation_file
+from prunesearch.report.verdict import verdict
 from prunesearch.speech.text import paper
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import completed_definition, load_study
@@ -186,6 +188,9 @@ def test_a_study_without_training_is_a_front_of_repaired_candidates(toy: Path, t
         assert [rung.step for rung in record.rungs] == [0]
         assert record.dev is not None
         assert record.rungs[0].errors == record.dev.errors
+    said = " ".join(verdict(write_report(load_study(file))))
+    assert "top2+lora" not in said, "nothing here has LoRA"
+    assert "top2" in said
 
 
 def test_every_trained_record_keeps_the_errors_before_training(context: TrainingContext) -> None:

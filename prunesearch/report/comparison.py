@@ -31,8 +31,6 @@ from prunesearch.study.importance import Scan
 from prunesearch.study.measurement import Measurement
 from prunesearch.study.record import Parameters, RunRecord, read_records
 
-TO_BEAT = "top2+lora"
-
 
 @dataclass(frozen=True)
 class Contrast:
@@ -83,7 +81,8 @@ class Comparison:
     others: tuple[RunRecord, ...]  # complete, off the front
     pruned: tuple[RunRecord, ...]  # ended at a rung
     failed: tuple[RunRecord, ...]
-    dominating: tuple[Contrast, ...]  # no more parameters than top2+lora, lower dev WER
+    to_beat: str  # the baseline: top2+lora, or top2 in a study without training
+    dominating: tuple[Contrast, ...]  # no more parameters than it, lower dev WER
     best_by_removed: dict[int, Best]
     differences: tuple[Contrast, ...]  # between baselines: PAPER_CONTRASTS
     paper_claims: tuple[PaperClaim, ...]
@@ -114,7 +113,7 @@ class Comparison:
 
     @property
     def chosen(self) -> RunRecord | None:
-        """The winner or, if nothing beats top2+lora, the front's knee."""
+        """The winner or, if nothing beats the baseline, the front's knee."""
         return self.winner.system if self.winner else self.knee
 
     @property
@@ -162,7 +161,8 @@ def compare(
     on_front = {r.candidate for r in front}
     named = {r.name: r for r in complete}
     baselines = {name: named[name] for name in BASELINE_NAMES if name in named}
-    to_beat = baselines.get(TO_BEAT)
+    to_beat_name = "top2" if systems and not any(r.steps for r in systems) else "top2+lora"
+    to_beat = baselines.get(to_beat_name)
     beating = [r for r in complete if to_beat and within_group_limit(r, max_worst_group_wer) and beats(r, to_beat, objective)]
     best_value = knee(front, objective) if front else None
     chosen = _lowest_dev_wer(beating) or best_value
@@ -177,6 +177,7 @@ def compare(
         others=tuple(r for r in complete if r.candidate not in on_front),
         pruned=pruned,
         failed=failed,
+        to_beat=to_beat_name,
         dominating=tuple(_contrast(r, to_beat, decodings) for r in beating if to_beat),
         best_by_removed=_best_by_removed(complete, pruned),
         differences=tuple(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from prunesearch.report.comparison import TO_BEAT, Comparison
+from prunesearch.report.comparison import Comparison
 from prunesearch.report.table import Table
 from prunesearch.report.values import (
     PARAMETER_GROUPS,
@@ -21,7 +21,11 @@ from prunesearch.study.record import RunRecord
 
 SUMMARY_ROWS = 16  # with the verdict above, they fit a screen of about 40 lines
 
-MARKS = f"● on the front, chosen on dev. ★ no more parameters than {TO_BEAT} and a lower dev WER. ×2: mean of two trainings."
+
+def marks(comparison: Comparison) -> str:
+    """What the signs beside a system mean."""
+    beaten = f"★ no more parameters than {comparison.to_beat} and a lower dev WER"
+    return f"● on the front, chosen on dev. {beaten}. ×2: mean of two trainings."
 
 
 def summary_table(comparison: Comparison) -> Table:
@@ -29,7 +33,7 @@ def summary_table(comparison: Comparison) -> Table:
     group = comparison.objective.removesuffix("_params")
     shown = _thinned(comparison, SUMMARY_ROWS)
     hidden = len(comparison.front_and_baselines) - len(shown)
-    note = f"{MARKS} Change: against the unpruned system without LoRA."
+    note = f"{marks(comparison)} Change: against the unpruned system without LoRA."
     if hidden:
         note += f" {hidden} more members of the front are in the table `systems`."
     return Table(
@@ -63,8 +67,8 @@ def systems_table(comparison: Comparison) -> Table:
         "Front and baselines, WER in %",
         ("system", "removed", "rank", "dev WER", "test WER", "S/D/I", "train s"),
         tuple((_marked(comparison, r), *_what(r), _kinds(r), f"{r.cost.train_seconds:.0f}") for r in shown),
-        f"{MARKS} S/D/I: substitutions, deletions and insertions per 100 reference words on test, or on dev (*) if test is not "
-        "decoded.",
+        f"{marks(comparison)} S/D/I: substitutions, deletions and insertions per 100 reference words on test, or on dev (*) if "
+        "test is not decoded.",
         text_columns=("removed",),
         pins=tuple((r.candidate.key, title(r)) for r in shown),
     )

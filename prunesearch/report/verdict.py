@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 
-from prunesearch.report.comparison import TO_BEAT, Comparison, Contrast
+from prunesearch.report.comparison import Comparison, Contrast
 from prunesearch.report.paper_claims import FAIR_CONTROL
 from prunesearch.report.values import OBJECTIVE_NOUNS, millions, points, title, wer_percent
 from prunesearch.study.front import within_group_limit
 
 
 def verdict(comparison: Comparison) -> tuple[str, ...]:
-    """The number of candidates, whether any of them beats top2+lora, and how the baselines differ."""
+    """The number of candidates, whether any of them beats the baseline top2+lora, and how the baselines differ."""
     contrasts = (_difference(c) for c in comparison.differences if c.difference is not None)
     return (_counts(comparison), *_winner(comparison), *contrasts)
 
@@ -27,21 +27,22 @@ def _counts(comparison: Comparison) -> str:
 
 def _winner(comparison: Comparison) -> Iterator[str]:
     noun = OBJECTIVE_NOUNS[comparison.objective]
-    if TO_BEAT not in comparison.baselines:
-        yield f"Nothing can be compared with {TO_BEAT} yet: it is not evaluated."
+    name = comparison.to_beat
+    if name not in comparison.baselines:
+        yield f"Nothing can be compared with {name} yet: it is not evaluated."
         return
-    to_beat, winner = comparison.baselines[TO_BEAT], comparison.winner
+    to_beat, winner = comparison.baselines[name], comparison.winner
     size = to_beat.parameters.of(comparison.objective)
     if winner is None:
         yield (
-            f"Nothing found beats {TO_BEAT}: no candidate has at most {millions(size)} M {noun} and a dev WER below "
+            f"Nothing found beats {name}: no candidate has at most {millions(size)} M {noun} and a dev WER below "
             f"{wer_percent(to_beat.dev)} %."
         )
         return
     saved = size - winner.system.parameters.of(comparison.objective)
     fewer = f"{millions(saved)} M fewer {noun}" if saved else f"the same number of {noun}"
     count = len(comparison.dominating)
-    beat = f"{count} candidates beat {TO_BEAT}: they have" if count > 1 else f"One candidate beats {TO_BEAT}: it has"
+    beat = f"{count} candidates beat {name}: they have" if count > 1 else f"One candidate beats {name}: it has"
     yield (
         f"{beat} no more {noun} and a lower dev WER. {'The best' if count > 1 else 'This'} is {title(winner.system)}, with "
         f"{fewer} and a dev WER of {wer_percent(winner.system.dev)} % instead of {wer_percent(to_beat.dev)} %."
