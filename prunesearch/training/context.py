@@ -31,7 +31,7 @@ from prunesearch.training.device import pick_dtype
 from prunesearch.training.finetune import Budget
 from prunesearch.training.process_group import ProcessGroup
 from prunesearch.training.states import Progress, StateCache, StateStore
-from prunesearch.training.streams import FitSet, Streams
+from prunesearch.training.streams import Streams, batches_of
 from prunesearch.training.tracker import tracker_for
 
 HELD_OUT = 8  # one in so many of the utterances that a repair draws is held out
@@ -207,9 +207,11 @@ class TrainingContext:
     def streams(self) -> Streams:
         """The unpruned encoder's streams on the utterances that repairs are fitted on."""
         seconds = [u.seconds for u in self.corpora[self.repair_split]]
-        fit_set = FitSet.of(seconds, self.repair_utterances, self.ridge_utterances)
+        left_out = set(self.ridge_utterances)
+        fitted = batches_of(seconds, [i for i in self.repair_utterances if i not in left_out])
+        held_out = batches_of(seconds, self.ridge_utterances)
         start, scratch, check = self.prefix(self.repair_split), self.states.scratch, self.group.check_anywhere
-        return Streams(self.encoder, fit_set, start, self.shared_depth, scratch, self.device, check)
+        return Streams(self.encoder, start, fitted, held_out, self.shared_depth, scratch, self.device, check)
 
     @cached_property
     def model_digests(self) -> dict[str, str]:

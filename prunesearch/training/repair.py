@@ -19,37 +19,24 @@ Shapes: B batch, T positions, D width, N valid positions of a batch.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.encoder import (
-    activations,
-    add_attention,
-    attention_heads,
-    behind_attention,
-    behind_feed_forward,
-    remove_layers,
-    run_layers,
-    with_repaired_maps,
-)
+from prunesearch.model.encoder import remove_layers, run_layers, with_repaired_maps
 from prunesearch.model.projector import Projector
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.record import ENCODER_FILE, RepairSummary, RunRecord, record_folder
 from prunesearch.training.anchor import starting_projector
 from prunesearch.training.context import TrainingContext, write_tensors
-from prunesearch.training.device import arithmetic
-from prunesearch.training.ridge import LADDER, NormalEquations, Solution, solve
-from prunesearch.training.states import StateStore
-
-Rows = tuple[Tensor, Tensor, Tensor]
-"""Inputs of a map (B, T, I), what it should put out (B, T, O), and lengths (B,)."""
+from prunesearch.training.refit import Refit
+from prunesearch.training.ridge import LADDER, Solution
+from prunesearch.training.streams import Stream
 
 
 @dataclass
@@ -68,35 +55,36 @@ class Repair:
     ladder: Sequence[float] = LADDER
     encoder: WhisperEncoder = field(init=False)
     solutions: dict[str, Solution] = field(default_factory=dict)
-    _behind: StateStore | None = None  # the stream behind the pruned encoder's last layer
+    _behind: Stream | None = None  # the stream behind the pruned encoder's last layer
 
     def __post_init__(self) -> None:
         self.encoder = remove_layers(self.context.encoder, self.removed_layers)
-        self._streams, self._removed = self.context.streams, set(self.removed_layers)
+        self._removed = set(self.removed_layers)
         self._kept = [i for i in range(self.context.depth) if i not in self._removed]
         # the lowest layer whose output changes: the one below the lowest cut is refitted
         self._lowest = max(min(self._removed, default=self.context.depth) - 1, 0)
+        self._refit = Refit(self.context.streams, self.context.dtype, self.ladder)
 
     @torch.no_grad()
     def layers(self) -> None:
         """Refit the encoder's layers, from the lowest cut upwards."""
-        streams, following_layers = self._streams, [*self._kept[1:], self.context.depth]
-        stream = streams.before(self._lowest)
-        for place, (i, following) in enumerate(zip(self._kept, following_layers, strict=True)):
+        refit, depth = self._refit, self.context.depth
+        stream = refit.streams.before(self._lowest)
+        for place, (i, following) in enumerate(zip(self._kept, [*self._kept[1:], depth], strict=True)):
             if i < self._lowest:
                 continue
-            middle, target = streams.behind_attention(i), streams.before(following)
+            self.context.progress("repairing", i, depth)
             layer = self.encoder.layers[place]
-            if self.above or following > i + 1:
-                layer = self.encoder.layers[place] = copy.deepcopy(layer)
-                heads = streams.map(partial(attention_heads, layer), stream)
-                if self.attention and i > min(self._removed):
-                    self._refit(f"{i}.out_proj", layer.self_attn.out_proj, _attention_rows, heads, middle, stream)
-                stream = streams.map(partial(_add_attention, layer), stream, heads)
-                self._refit(f"{i}.fc2", layer.fc2, partial(_feed_forward_rows, layer), stream, target)
-                stream = streams.map(partial(behind_feed_forward, layer), stream)
-            else:
-                stream = streams.map(partial(_layer, layer), stream)
+            if not (self.above or following > i + 1):
+                stream = refit.behind_layer(layer, stream)
+                continue
+            layer = self.encoder.layers[place] = copy.deepcopy(layer)
+            heads = refit.heads(layer, stream)
+            if self.attention and i > min(self._removed):
+                self.solutions[f"{i}.out_proj"] = refit.attention(i, layer, heads, stream)
+            middle = refit.behind_attention(layer, heads, stream)
+            self.solutions[f"{i}.fc2"] = refit.feed_forward(layer, middle, following)
+            stream = refit.behind_feed_forward(layer, middle)
         self._behind = stream
 
     @torch.no_grad()
@@ -105,65 +93,11 @@ class Repair:
 
         On the states of the pruned encoder, it shall compute what it computed on those of the unpruned one.
         """
-        full = self._streams.before(self.context.depth)
         if self._behind is None:
             cut = min(self._removed)  # below it, both encoders have the same layers
-            upper = partial(run_layers, self.encoder, first=cut)
-            self._behind = self._streams.map(upper, self._streams.before(cut))
-        rows = partial(_projector_rows, projector, copy.deepcopy(projector.up), self.encoder.layer_norm)
-        self._refit("projector.up", projector.up, rows, self._behind, full)
-
-    def _refit(self, name: str, linear: nn.Linear, rows: Callable[..., Rows], *streams: StateStore) -> None:
-        """Refit a linear map in place. `rows`: of the streams' states of a batch, and their lengths."""
-        fit_set = self._streams.fit_set
-        fit, held_out = (self._sums(linear, rows, batches, streams) for batches in (fit_set.fit, fit_set.held_out))
-        solution = self.solutions[name] = solve(fit, held_out, self.ladder)
-        linear.weight.data = solution.weight.to(linear.weight.dtype)
-        linear.bias.data = solution.bias.to(linear.bias.dtype)
-
-    def _sums(
-        self, linear: nn.Linear, rows: Callable[..., Rows], batches: Sequence[Sequence[int]], streams: Sequence[StateStore]
-    ) -> NormalEquations:
-        sums, maps = NormalEquations(linear), 2 * len([i for i in self._kept if i >= self._lowest])
-        for batch in batches:
-            with arithmetic(self.context.device, self.context.dtype):
-                inputs, outputs, lengths = rows(*self._streams.read(batch, streams))
-            inside = torch.arange(inputs.shape[1], device=lengths.device) < lengths[:, None]
-            sums.add(inputs[inside], outputs[inside])
-            self.context.progress("repairing", len(self.solutions), maps)
-        return sums
-
-
-def _layer(layer: nn.Module, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """A layer that is not refitted."""
-    return behind_feed_forward(layer, behind_attention(layer, hidden, lengths), lengths)
-
-
-def _add_attention(layer: nn.Module, hidden: Tensor, heads: Tensor, lengths: Tensor) -> Tensor:
-    return add_attention(layer, hidden, heads)
-
-
-# The rows that maps are refitted on
-
-
-def _attention_rows(heads: Tensor, middle: Tensor, hidden: Tensor, lengths: Tensor) -> Rows:
-    """`out_proj` should add to the pruned stream what leads to the unpruned stream behind the attention."""
-    return heads, middle.float() - hidden.float(), lengths
-
-
-def _feed_forward_rows(layer: nn.Module, middle: Tensor, target: Tensor, lengths: Tensor) -> Rows:
-    """`fc2` should add to the pruned stream what leads to the unpruned stream before the next kept layer."""
-    return activations(layer, middle), target.float() - middle.float(), lengths
-
-
-def _projector_rows(
-    projector: Projector, before: nn.Linear, norm: nn.Module, pruned: Tensor, full: Tensor, lengths: Tensor
-) -> Rows:
-    """The first map should compute from the pruned encoder's states what it computed (`before`) from the unpruned one's."""
-    stacked, audio_lengths = projector.stacked(norm(pruned), lengths)
-    with torch.autocast(stacked.device.type, enabled=False):
-        wanted = before(projector.stacked(norm(full), lengths)[0].float())
-    return stacked, wanted, audio_lengths
+            streams = self.context.streams
+            self._behind = streams.map(partial(run_layers, self.encoder, first=cut), streams.before(cut))
+        self.solutions["projector.up"] = self._refit.projector(projector, self.encoder.layer_norm, self._behind)
 
 
 def start_of(context: TrainingContext, candidate: Candidate) -> tuple[WhisperEncoder, Projector, RepairSummary | None]:
