@@ -65,9 +65,9 @@ def test_a_repairs_estimate_equals_arithmetic() -> None:
     found = estimate(config.model_copy(update={"training": training}), seconds=5.0, teraflops=100.0)
     rows, width, inner = 300 * 250, 1280, 5120
     sums = 2 * rows * (inner**2 + 2 * inner * width) + 2 * rows * (width**2 + 2 * width**2)
-    solves = 11 * (inner**3 / 3 + 4 * inner**2 * width + width**3 / 3 + 4 * width**3)
+    solves = 5 * (inner**3 / 3 + 4 * inner**2 * width + width**3 / 3 + 4 * width**3)
     widest, out, stacked = 6400, 2048, rows // 5  # the projector's map
-    last = 2 * stacked * (widest**2 + 2 * widest * out) + 11 * (widest**3 / 3 + 4 * widest**2 * out)
+    last = 2 * stacked * (widest**2 + 2 * widest * out) + 5 * (widest**3 / 3 + 4 * widest**2 * out)
     passes = 3 * 300 * found.encoding_operations / 100e12
     assert found.repair_seconds == pytest.approx(passes + (32 * (sums + solves) + last) / 25e12, rel=0.1)
     assert found.repair_memory_bytes == 8 * 8 * 6400**2 + 2 * 2 * 636_784_640

@@ -190,7 +190,7 @@ def compare(
         published=published_points(systems, objective),
         max_worst_group_wer=max_worst_group_wer,
         measured=measured,
-        importance=scan.table().get("delta_loss", {}) if scan else {},
+        importance=scan.table().get(scan.criterion, {}) if scan else {},
         knee=best_value,
         reference=reference,
         hypervolumes=_hypervolumes(front, baselines.values(), objective, reference) if reference else {},

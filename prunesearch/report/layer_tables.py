@@ -28,7 +28,8 @@ def layers_table(comparison: Comparison) -> Table:
         "removed layers, the half of lower dev WER."
     )
     if alone:
-        note += f" {CRITERION_LABELS['delta_loss']}: of the anchor's system, without this layer alone, before any training."
+        label = CRITERION_LABELS["delta_loss"]
+        note += f" {label}: of the anchor's system without this layer alone, repaired if the study repairs, before training."
     return Table(
         "layers",
         "How often a layer is removed",

@@ -116,7 +116,7 @@ def evaluations_text(scan: Scan) -> str:
 
 def pairs(scan: Scan) -> tuple[str, Grid]:
     """The criterion that was measured for pairs, and the matrix that `pairs_table` shows."""
-    criterion = "delta_loss" if scan.interactions() else "drift"
+    criterion = next(c for c in (scan.criterion, "delta_loss", "drift") if scan.interactions(c))
     values, beyond_sum = scan.score(criterion), scan.interactions(criterion)
 
     def cell(row: int, column: int) -> float | None:

@@ -19,6 +19,8 @@ OBJECTIVE_LABELS = {
 PARAMETER_GROUPS = ("encoder", "speech", "total")
 
 CRITERION_LABELS = {
+    "repaired_loss": "Δ loss after repair",
+    "residual": "residual",
     "delta_loss": "Δ loss, nats per token",
     "drift": "projector drift",
     "delta_wer": "Δ WER",

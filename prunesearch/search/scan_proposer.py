@@ -21,7 +21,8 @@ class ScanProposer:
     """Draws sets layer by layer. The less a layer adds to the scan's cost of the layers drawn so far, the likelier it is.
     Without a scan, all layers are equally likely.
 
-    `scan`: cost of single layers, and of pairs where they were measured.
+    `scan`: cost of single layers, and of larger sets where they were measured. Of more than two layers, the cheapest measured
+    sets are proposed first.
     """
 
     def __init__(self, space: SearchSpace, scan: Mapping[LayerSet, float] | None):
@@ -31,11 +32,19 @@ class ScanProposer:
         self._alone, beyond = layer_costs(scan, self._layers)
         self._beyond = beyond + beyond.T
         self._sizes = spread_sizes(space.max_removed)
+        larger = sorted((s for s in scan if len(s) > 2 and set(s) <= set(self._layers)), key=lambda s: scan[s])
+        self._measured: dict[int, list[LayerSet]] = {}
+        for layers in larger:
+            self._measured.setdefault(len(layers), []).append(layers)
         self._scale = float(np.median(np.abs(self._alone))) + 1e-12
 
     def propose(self, number: int, seen: set[str], rng: random.Random, temperature: float) -> Candidate | None:
         """The `number`-th first proposal: a cheap set. Successive sizes soon cover the range from `max_removed` to 0."""
         size = self._sizes[number % len(self._sizes)]
+        for layers in self._measured.get(size, ()):
+            candidate = Candidate(layers, rng.choice(self._space.ranks))
+            if candidate.key not in seen:
+                return candidate
         noise = np.random.default_rng(rng.getrandbits(32))
         for attempt in range(20):  # the temperature rises, in case the cheapest sets are taken
             warmth = temperature * (1 + attempt / 4)

@@ -55,6 +55,9 @@ class Surrogate:
         rng = np.random.default_rng(0)
         width = len(self.layers)
         draws = [Candidate(tuple(rng.choice(self.layers, rng.integers(1, width), False).tolist())) for _ in range(256)]
+        sets = [s for s in self.scan or () if set(s) <= set(self.layers)]
+        measured = self._bits([Candidate(s) for s in sets]).astype(bool)
+        self._measured = {row.tobytes(): (self.scan or {})[s] for row, s in zip(measured, sets, strict=True)}
         raw = self._predicted_by_scan(self._bits(draws))
         self._scan_mean, self._scan_sd = raw.mean(0), raw.std(0) + 1e-12
 
@@ -79,6 +82,8 @@ class Surrogate:
         single, beyond = layer_costs(self.scan, self.layers)
         alone = bits @ single
         both = alone + np.einsum("na,ab,nb->n", bits, beyond, bits)
+        for row, removed in enumerate(bits.astype(bool)):  # where the set itself was measured, its own cost
+            both[row] = self._measured.get(removed.tobytes(), both[row])
         scale = np.median(np.abs(single)) + 1e-12
         return np.stack([np.arcsinh(alone / scale), np.arcsinh(both / scale), np.log1p(np.maximum(both, 0) / scale)], 1)
 

@@ -11,7 +11,7 @@ from prunesearch.study.files import write_atomically
 
 LayerSet = tuple[int, ...]  # removed layers, sorted
 
-SET_CRITERIA = ("delta_loss", "drift", "delta_wer")
+SET_CRITERIA = ("repaired_loss", "residual", "delta_loss", "drift", "delta_wer")
 LAYER_CRITERIA = ("block_influence", "frobenius_change", "cka_distance")
 
 
@@ -22,13 +22,16 @@ class _Frozen(BaseModel):
 class SetScore(_Frozen):
     """How much the anchor's system gets worse when these layers are removed and nothing is trained.
 
-    `delta_loss`: nats per token, teacher-forced, minus those of the unpruned encoder. `drift`: ||P(S) - P|| / ||P||, where
-    P is the projector's output with the unpruned encoder and P(S) without these layers. `delta_wer`: a fraction. A value
-    that was not measured is None.
+    `repaired_loss`: nats per token after the study's closed-form repair, teacher-forced, minus those of the unpruned encoder.
+    `residual`: what the repair leaves in the output of the projector's first map: squared error per row, on held-out speech.
+    `delta_loss`: as `repaired_loss`, without a repair. `drift`: ||P(S) - P|| / ||P||, where P is the projector's output with
+    the unpruned encoder and P(S) without these layers, not repaired. `delta_wer`: a fraction. None: not measured.
     """
 
     removed_layers: LayerSet
-    drift: float
+    repaired_loss: float | None = None
+    residual: float | None = None
+    drift: float | None = None
     delta_loss: float | None = None
     delta_wer: float | None = None
 
@@ -70,11 +73,17 @@ class Scan(_Frozen):
     utterances: int
     unpruned_loss: float
     unpruned_wer: float | None = None
+    screening_seconds: float = 0.0  # of the repaired losses
     sets: tuple[SetScore, ...]
     layers: tuple[LayerScore, ...]
     first: int
     angular: tuple[tuple[float, ...], ...]
     evaluations: Evaluations
+
+    @property
+    def criterion(self) -> str:
+        """The criterion that a search uses: the loss after the repair, where the study repairs."""
+        return "repaired_loss" if self.score("repaired_loss") else "delta_loss"
 
     def score(self, criterion: str) -> dict[LayerSet, float]:
         """A set criterion's measured values, by layer set."""

@@ -41,6 +41,7 @@ from prunesearch.training.anchor import anchor_weights, train_anchor
 from prunesearch.training.batches import by_length
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.device import arithmetic
+from prunesearch.training.screening import Screen, Screened, screen_sets
 
 ROWS = 128  # sequences that go through a layer at once
 BATCH = 16  # utterances, if the end states of all sets fit into END_STATES bytes
@@ -78,7 +79,8 @@ class ScanSettings:
 
     `utterances`: number of dev utterances. `loss_sets`: number of larger sets whose loss is measured (those with the least
     projector drift). `with_wer`: also decode without each single layer. `check`: also run each set on its own, compare, and
-    time both ways.
+    time both ways. `screened`: number of sets of up to `search.max_removed` layers whose loss after the repair is measured, at
+    most; none in a study that repairs nothing.
     """
 
     most: int = 2
@@ -86,6 +88,7 @@ class ScanSettings:
     loss_sets: int = 128
     with_wer: bool = False
     check: bool = False
+    screened: int = 64
 
 
 def importance_scan(context: TrainingContext, settings: ScanSettings | None = None) -> Scan:
@@ -121,11 +124,41 @@ def _scan(context: TrainingContext, folder: Path, weights: Path, settings: ScanS
     if settings.check:
         counted = counted.model_copy(update=scanner.compare(sets))
     result = scanner.result(sums, sets, wer, counted, anchor)
+    if settings.screened and context.config.training.repair != "none":
+        result = _screened(context, folder / f"{name}.screened", result, settings)
     write_scan(folder / f"{name}.json", result)
     write_scan(folder / "scan.json", result)
-    for part in ("first", "second"):
+    for part in ("first", "second", "screened"):
         (folder / f"{name}.{part}").unlink(missing_ok=True)
     return result
+
+
+class _Screening(BaseModel):
+    """Sets screened so far; kept on disk, so that a killed scan can be continued."""
+
+    seconds: float = 0.0
+    sets: dict[str, Screened] = {}
+
+
+def _screened(context: TrainingContext, path: Path, scan: Scan, settings: ScanSettings) -> Scan:
+    """The scan with losses after the repair, of its own sets and of larger ones."""
+    done = _Screening.model_validate_json(path.read_text()) if path.exists() else _Screening()
+    known = {tuple(map(int, key.split(","))) if key else (): found for key, found in done.sets.items()}
+    begin = time.perf_counter() - done.seconds
+
+    def on_set(count: int) -> None:
+        kept = _Screening(seconds=time.perf_counter() - begin, sets={_key(s): found for s, found in known.items()})
+        write_atomically(path, kept.model_dump_json())
+        context.progress("screening layer sets", count, max(count, settings.screened))
+
+    screen_sets(Screen(context), known, settings.screened, on_set)
+    whole = known.pop(()).loss
+    scores = {score.removed_layers: score for score in scan.sets}
+    for layers, found in known.items():
+        score = scores.get(layers, SetScore(removed_layers=layers))
+        scores[layers] = score.model_copy(update={"repaired_loss": found.loss - whole, "residual": found.residual})
+    ordered = sorted(scores.values(), key=lambda score: (len(score.removed_layers), score.removed_layers))
+    return scan.model_copy(update={"sets": tuple(ordered), "screening_seconds": time.perf_counter() - begin})
 
 
 def _scan_name(context: TrainingContext, anchor: str, settings: ScanSettings) -> str:

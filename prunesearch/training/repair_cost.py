@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.training.ridge import LADDER
-
+TRIED = 5  # ridges of a walk
 SQUARES = 8  # matrices of the width of a map's inputs that are alive at the peak of its solve, in float64
 
 
@@ -28,7 +27,7 @@ def repair_cost(encoder: WhisperEncoder, first: int, projector: tuple[int, int, 
     stack, inputs, outputs = projector
     maps = [(rows, width, width), (rows, inner, width)] * layers + [(rows // stack, inputs, outputs)]
     sums = sum(2 * n * i * (i + 2 * o) for n, i, o in maps)
-    solves = sum(len(LADDER) * (i**3 // 3 + 4 * i * i * o) for _, i, o in maps)
+    solves = sum(TRIED * (i**3 // 3 + 4 * i * i * o) for _, i, o in maps)
     widest = max(i for _, i, _ in maps)
     passes = 3 * encoding * layers // len(encoder.layers)  # the unpruned stream, the repaired one, and its maps' inputs
     return RepairCost(passes, sums + solves, SQUARES * 8 * widest**2)

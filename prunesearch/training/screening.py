@@ -1,0 +1,156 @@
+"""Screening: the loss of many layer sets after the closed-form repair, without any training.
+
+The repair goes from the bottom up, so sets that have their lower layers in common share the repair of these: sets form a tree,
+which is walked depth first. A set costs the layers above the last branch, the projector's map, and one pass of the LLM over
+some dev utterances.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from prunesearch.model.slam import SpeechLlm
+from prunesearch.study.importance import LayerSet
+from prunesearch.training.anchor import starting_projector
+from prunesearch.training.context import TrainingContext
+from prunesearch.training.device import arithmetic
+from prunesearch.training.refit import Refit
+from prunesearch.training.streams import Group, Stream, Streams, batches_of
+
+SCORED = 256  # dev utterances: with 64, the order of sets is half noise
+FITTED = 128  # utterances that a screened repair is fitted on: fewer than the study's, for speed
+GROWN = 4  # sets of each size that are grown by another layer
+
+
+class Screened(BaseModel):
+    """What a set's repair leaves. `loss`: on dev, nats per token. `residual`: squared error of what the projector's first map
+    computes for recordings that nothing was fitted to, per row.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loss: float
+    residual: float
+
+
+Known = dict[LayerSet, Screened]
+
+
+class Screen:
+    """Screens layer sets with the anchor's system.
+
+    `utterances`: of dev, for the loss. `fitted`: that repairs are fitted on, one in eight of them held out.
+    """
+
+    def __init__(self, context: TrainingContext, utterances: int = SCORED, fitted: int = FITTED):
+        self.context = context
+        self._refit_layers = context.config.training.repair == "layers"
+        drawn, split = context.repair_utterances[:fitted], context.repair_split
+        seconds, dev = [u.seconds for u in context.corpora[split]], context.corpora["dev"]
+        chosen = sorted(random.Random(context.config.seed).sample(range(len(dev)), min(utterances, len(dev))))
+        self._dev = batches_of([u.seconds for u in dev], chosen)
+        self._texts = {i: context.llm.tokens(dev[i].target) for i in chosen}
+        held_out = drawn[::8]
+        self._streams = Streams(
+            context.encoder, context.prefix(split), batches_of(seconds, [i for i in drawn if i not in set(held_out)]),
+            batches_of(seconds, held_out), context.shared_depth, context.states.scratch, context.device,
+            context.group.check_anywhere, (Group(context.prefix("dev"), self._dev),),
+        )  # fmt: skip
+        self._refit = Refit(self._streams, context.dtype)
+        self._projector = starting_projector(context).eval()
+
+    @torch.no_grad()
+    def measure(self, sets: Sequence[LayerSet]) -> Iterator[tuple[LayerSet, Screened]]:
+        """Each set, sorted, and what its repair leaves, in the order of the tree."""
+        by_start: dict[int, list[LayerSet]] = {}
+        for layers in sorted(sets):
+            by_start.setdefault(_next_kept(layers, self._streams.first), []).append(layers)
+        for start, members in by_start.items():
+            cut = tuple(range(self._streams.first, start))  # the first layers are gone: nothing stands below to be refitted
+            yield from self._visit(start, self._streams.before(self._streams.first), cut, members)
+
+    def _visit(self, at: int, stream: Stream, cut: LayerSet, sets: Sequence[LayerSet]) -> Iterator[tuple[LayerSet, Screened]]:
+        """All sets that have lost exactly `cut` of the layers below `at`, and keep layer `at`. `stream`: before that layer."""
+        if at == self.context.depth:
+            yield sets[0], self._left(sets[0], stream)
+            return
+        by_following: dict[int, list[LayerSet]] = {}
+        for layers in sets:
+            by_following.setdefault(_next_kept(layers, at + 1), []).append(layers)
+        layer, middle = copy.deepcopy(self.context.encoder.layers[at]), None
+        original = layer.fc2
+        for following, members in by_following.items():
+            lost = (*cut, *range(at + 1, following))
+            if not lost:
+                yield from self._visit(following, self._streams.before(following), lost, members)
+                continue
+            if middle is None:
+                middle = self._behind_attention(at, layer, stream, bool(cut))
+            layer.fc2 = copy.deepcopy(original)
+            if self._refit_layers:
+                self._refit.feed_forward(layer, middle, following)
+            yield from self._visit(following, self._refit.behind_feed_forward(layer, middle), lost, members)
+
+    def _behind_attention(self, at: int, layer: nn.Module, stream: Stream, above_a_cut: bool) -> Stream:
+        heads = self._refit.heads(layer, stream)
+        if above_a_cut and self._refit_layers:
+            self._refit.attention(at, layer, heads, stream)
+        return self._refit.behind_attention(layer, heads, stream)
+
+    def _left(self, layers: LayerSet, behind: Stream) -> Screened:
+        context, projector, residual = self.context, copy.deepcopy(self._projector), 0.0
+        norm = context.encoder.layer_norm
+        if layers:
+            residual = self._refit.projector(projector, norm, behind).error
+        slam = SpeechLlm(projector, context.llm, context.llm.model)
+        loss, tokens = 0.0, 0
+        for batch in self._dev:
+            hidden, lengths = self._streams.read(batch, [behind[1]])
+            texts = [self._texts[i] for i in batch]
+            with arithmetic(context.device, context.dtype):
+                loss += float(slam.loss_sum(norm(hidden), lengths, texts))
+            tokens += sum(map(len, texts))
+        return Screened(loss=loss / tokens, residual=residual)
+
+
+def screen_sets(screen: Screen, known: Known, most: int, on_set: Callable[[int], None]) -> None:
+    """Screen at most `most` sets of up to the study's `max_removed` layers, and add them to `known`, which may hold some
+    already.
+
+    All single layers come first. Sets of each further size are the best ones of the size before with another layer, as many of
+    each size. `on_set` gets the number of known sets, after each new one.
+    """
+    config, depth = screen.context.config, screen.context.depth
+    removable, largest = config.removable(depth), config.max_removed(depth)
+
+    def measure(sets: Sequence[LayerSet]) -> None:
+        for layers, found in screen.measure([s for s in sets if s not in known]):
+            known[layers] = found
+            on_set(len(known))
+
+    singles: list[LayerSet] = [(i,) for i in removable]
+    measure([(), *singles])
+    quota = max(1, (most - len(known)) // max(1, largest - 1))
+    best = sorted(singles, key=lambda s: known[s].loss)
+    for size in range(2, largest + 1):
+        parents = best if size == 2 else best[:GROWN]
+        expected: dict[LayerSet, float] = {}
+        for parent in parents:
+            for layer in set(removable) - set(parent):
+                grown = tuple(sorted((*parent, layer)))
+                loss = known[parent].loss + known[(layer,)].loss
+                expected[grown] = min(loss, expected.get(grown, loss))
+        chosen = sorted(expected, key=expected.__getitem__)[:quota]
+        measure(chosen)
+        best = sorted(chosen, key=lambda s: known[s].loss)
+
+
+def _next_kept(layers: LayerSet, at: int) -> int:
+    """The first layer from `at` on that is not removed."""
+    while at in layers:
+        at += 1
+    return at
