@@ -9,6 +9,7 @@ import torch
 
 from prunesearch.commands.scan import scan
 from prunesearch.model.slam import SpeechLlm
+from prunesearch.report.scan import render_scan_page, sets_table
 from prunesearch.search.surrogate import Surrogate
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import load_study
@@ -89,9 +90,15 @@ def test_a_scan_searches_by_the_loss_after_the_repair_where_the_study_repairs(to
     assert repairing.criterion == "repaired_loss"
     assert {len(s) for s in repairing.score("repaired_loss")} == {1, 2}, "max_removed is 2"
     assert repairing.screening_seconds > 0
+    best = sets_table(repairing, most=1)
+    assert [row[0] for row in best.rows] == ["1", "2"]
+    losses = repairing.score("repaired_loss")
+    assert best.rows[0][1] == str(min((s for s in losses if len(s) == 1), key=losses.__getitem__)[0])
+    assert "Best sets of each size" in render_scan_page(repairing)
     published = scan(write_study(tmp_path / "b" / "s", toy, training={"repair": "none"}))
     assert published.criterion == "delta_loss"
     assert published.score("repaired_loss") == {}
+    assert "Best sets of each size" not in render_scan_page(published)
 
 
 def test_the_surrogate_takes_a_sets_own_cost_where_it_was_measured() -> None:

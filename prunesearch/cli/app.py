@@ -136,10 +136,14 @@ def scan(
     check: Annotated[
         bool, typer.Option("--check", help="Also run each set separately, compare the results, and time both ways.")
     ] = False,
+    screened: Annotated[
+        int, typer.Option(min=0, help="Number of sets, of all sizes, to measure after the repair; the best ones are shown.")
+    ] = 64,
+    sets: Annotated[int, typer.Option(min=1, help="Number of best sets of each size to show.")] = 3,
     storage: StorageUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how much the unpruned system loses without each layer and each pair of layers.
+    """Measure how much the unpruned system loses without each layer, each pair, and larger sets after the repair.
 
     Trains only the anchor, if there is none yet.
     """
@@ -147,13 +151,13 @@ def scan(
     from prunesearch.study.config import load_study
 
     with ProgressDisplay() as display:
-        found = run_scan(study, most, utterances, loss_sets, wer, check, storage, display)
+        found = run_scan(study, most, utterances, loss_sets, wer, check, screened, storage, display)
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
         from prunesearch.report.scan import render_scan
 
-        print_tables(render_scan(found))
+        print_tables(render_scan(found, sets))
     page = load_study(study, data_must_exist=False).run_folder / "scan" / "scan.html"
     print_hint(f"scan: {page}", as_json)
 

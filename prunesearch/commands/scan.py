@@ -16,18 +16,19 @@ def scan(
     loss_sets: int = 128,
     with_wer: bool = False,
     check: bool = False,
+    screened: int = 64,
     storage: str | None = None,
     listener: ProgressListener | None = None,
 ) -> Scan:
     """Scan the study's layers, and write the scan and its report to `run/scan/`. The anchor is trained first, if it is missing.
 
-    Eight parameters, since a notebook calls this with keywords; `training.importance_scan.ScanSettings` explains the settings.
+    Nine parameters, since a notebook calls this with keywords; `training.importance_scan.ScanSettings` explains the settings.
     Raises StudyError for errors in the user's input, and Interrupted after a signal.
     """
     from prunesearch.report.scan import write_scan_report
     from prunesearch.training.importance_scan import ScanSettings, importance_scan
 
-    config, settings = load_study(source), ScanSettings(most, utterances, loss_sets, with_wer, check)
+    config, settings = load_study(source), ScanSettings(most, utterances, loss_sets, with_wer, check, screened)
     listener, interrupt = listener or NullListener(), Interrupt()
     with interrupt.on_signals(listener.note):
         worker = Worker.open(config, WorkerOptions(storage, scan_only=True), listener, interrupt)

@@ -23,6 +23,7 @@ Grid = list[list[float | None]]
 
 DARK_INK, LIGHT_INK = "#222222", "#ffffff"
 DARK_FROM = 0.6  # of the darkest background; there the ink is light
+SETS = 3  # of each size, that are shown
 NUMBERS_UP_TO = 16  # layers; in a larger figure, numbers in the cells would not be readable
 
 
@@ -36,10 +37,10 @@ def write_scan_report(folder: Path, scan: Scan) -> None:
         (staged / "scan.html").write_text(render_scan_page(scan), encoding="utf-8")
 
 
-def render_scan(scan: Scan) -> Group:
-    """For a rich console."""
-    shown = layers_table(scan), pairs_table(scan, decimals=2), correlations_table(scan)
-    return Group(*map(to_rich, shown), Text(evaluations_text(scan)))
+def render_scan(scan: Scan, sets: int = SETS) -> Group:
+    """For a rich console. `sets`: the best sets of each size to show."""
+    shown = layers_table(scan), pairs_table(scan, decimals=2), sets_table(scan, sets), correlations_table(scan)
+    return Group(*(to_rich(table) for table in shown if table.rows), Text(evaluations_text(scan)))
 
 
 def render_scan_page(scan: Scan) -> str:
@@ -48,8 +49,9 @@ def render_scan_page(scan: Scan) -> str:
         f"<p>{scan.utterances} utterances of dev; the unpruned loss is {scan.unpruned_loss:.4f} nats per token. "
         f"{evaluations_text(scan)}.</p>"
     )
-    shown = layers_table(scan), pairs_table(scan, decimals=3), correlations_table(scan)
-    return document(f"{scan.study}: scan", f"{scan.study}: importance of each layer", [intro, *map(to_html, shown)])
+    shown = layers_table(scan), pairs_table(scan, decimals=3), sets_table(scan, SETS), correlations_table(scan)
+    tables = [to_html(table) for table in shown if table.rows]
+    return document(f"{scan.study}: scan", f"{scan.study}: importance of each layer", [intro, *tables])
 
 
 def layers_table(scan: Scan) -> Table:
@@ -86,6 +88,28 @@ def pairs_table(scan: Scan, decimals: int) -> Table:
             tuple(_red_or_blue(v, reach) if r > c and v is not None else None for c, v in enumerate(row))
             for r, row in enumerate(matrix)
         ),
+    )
+
+
+def sets_table(scan: Scan, most: int) -> Table:
+    """The best `most` sets of each size by the loss after the repair; without rows where that was not measured."""
+    losses, residuals = scan.score("repaired_loss"), scan.score("residual")
+    by_size: dict[int, list[tuple[int, ...]]] = {}
+    for layers in sorted(losses, key=losses.__getitem__):
+        by_size.setdefault(len(layers), []).append(layers)
+    rows = [
+        (str(size), " ".join(map(str, layers)), f"{losses[layers]:+.4f}", f"{residuals[layers]:.4f}", f"{len(measured)}")
+        for size, measured in sorted(by_size.items())
+        for layers in measured[:most]
+    ]
+    return Table(
+        "sets",
+        "Best sets of each size after the repair",
+        ("layers less", "removed layers", CRITERION_LABELS["repaired_loss"], CRITERION_LABELS["residual"], "sets measured"),
+        tuple(rows),
+        "Nothing was trained. Loss: nats per token on dev, minus the unpruned encoder's. Residual: squared error that the repair "
+        f"leaves in the projector's first map, per row, on held-out recordings. It took {scan.screening_seconds:.0f} s.",
+        text_columns=("removed layers",),
     )
 
 
