@@ -107,8 +107,9 @@ def sets_table(scan: Scan, most: int) -> Table:
         "Best sets of each size after the repair",
         ("layers less", "removed layers", CRITERION_LABELS["repaired_loss"], CRITERION_LABELS["residual"], "sets measured"),
         tuple(rows),
-        "Nothing was trained. Loss: nats per token on dev, minus the unpruned encoder's. Residual: squared error that the repair "
-        f"leaves in the projector's first map, per row, on held-out recordings. It took {scan.screening_seconds:.0f} s.",
+        "Nothing was trained. Loss: nats per token on dev, minus the unpruned encoder's. Residual: squared error that the "
+        "repair leaves in the projector's first map, per row, on held-out recordings. Screening took "
+        f"{scan.screening_seconds:.0f} s.",
         text_columns=("removed layers",),
     )
 
