@@ -1,4 +1,4 @@
-"""Rows of Hugging Face datasets. Recordings are bytes, paths or samples; soundfile decodes them, and torchcodec is not needed."""
+"""Rows of Hugging Face datasets. Recordings are bytes, paths or samples; soundfile decodes them, without torchcodec."""
 
 import io
 from collections.abc import Iterator
