@@ -65,7 +65,7 @@ def read_lines(path: Path) -> list[str]:
         raise StudyError([f"{path}: must be UTF-8, but {problem}: save the table as UTF-8"])
     text = text.replace("\r\n", "\n")
     # not splitlines(): texts may hold Unicode's other line ends
-    return (text if "\n" in text else text.replace("\r", "\n")).split("\n")
+    return (text if "\n" in text.rstrip("\n") else text.replace("\r", "\n")).split("\n")
 
 
 def text_problem(text: str) -> str | None:
