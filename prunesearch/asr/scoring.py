@@ -1,11 +1,11 @@
 """Word errors of an exported system on a manifest."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, read_audio
 from prunesearch.speech.corpus import Utterance
+from prunesearch.speech.tables import read_manifest
 from prunesearch.speech.text import normalizer_for
 from prunesearch.speech.wer import score
 from prunesearch.study.config import TextConfig
@@ -34,39 +34,41 @@ def score_manifest(asr: "SlamAsr", manifest: Path, batch_size: int | None = None
         "utterances": split.utterances,
         "loop_rate": split.loop_rate,
         "empty_rate": split.empty_rate,
-        "by_language": {name: e.wer for name, e in split.by_language.items()},
+        "by_language": {name: e.wer if e.reference_words else None for name, e in split.by_language.items()},
     }
 
 
 def _read_manifest(manifest: Path, text: TextConfig) -> tuple[list[Utterance], list["Samples"]]:
-    """Utterances with normalised references, and their samples. Raises StudyError with (at most 20) lines that are wrong."""
+    """Utterances with normalised references, and their samples. Lines come first: if one is wrong, no recording is read.
+
+    Raises StudyError with (at most 20) lines that are wrong, and where no reference has a word.
+    """
     if not manifest.is_file():
         raise StudyError([f"--data: there is no file {manifest}"])
+    rows = read_manifest(manifest)
+    _require_none([f"{row.where}: {row.problem}" for row in rows if row.problem])
+    if not rows:
+        raise StudyError([f"--data: {manifest} has no line"])
+    references = [normalizer_for(text.normalizer_of(row.language), row.language)(row.text) for row in rows]
+    if not any(references):
+        raise StudyError(
+            [f"--data: {manifest}: no text has a word left after normalisation: there is nothing to count errors in"]
+        )
     utterances, samples, problems = [], [], []
-    for number, line in enumerate(_lines(manifest), 1):
-        if not line.strip():
-            continue
+    for row, reference in zip(rows, references, strict=True):
         try:
-            row = json.loads(line)
-            audio, language = row["audio"], row.get("language")
-            reference = normalizer_for(text.normalizer_of(language), language)(row["text"])
-            samples.append(read_audio(manifest.parent / audio))
+            samples.append(read_audio(row.audio))
         except AudioError as error:
-            problems.append(f"{manifest}:{number}: {error}")
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"{manifest}:{number}: must be a JSON object with `audio` and `text` ({error!r})")
+            problems.append(f"{row.where}: {error}")
         else:
             seconds = len(samples[-1]) / SAMPLE_RATE
-            utterances.append(Utterance(audio, manifest.parent / audio, reference, row["text"], seconds, language))
-    if problems:
-        raise StudyError(problems[:20])
-    if not utterances:
-        raise StudyError([f"--data: {manifest} has no line"])
+            utterances.append(Utterance(row.id, row.audio, reference, row.text, seconds, row.language))
+    _require_none(problems)
     return utterances, samples
 
 
-def _lines(manifest: Path) -> list[str]:
-    try:
-        return manifest.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold Unicode's other line ends
-    except UnicodeDecodeError as error:
-        raise StudyError([f"--data: {manifest} must be UTF-8 ({error})"]) from None
+def _require_none(problems: list[str]) -> None:
+    """Raises StudyError with (at most 20) problems."""
+    if problems:
+        more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise StudyError([*problems[:20], *more])

@@ -63,4 +63,4 @@ def evaluate(
     kinds = "/".join(str(found[kind]) for kind in ("substitutions", "deletions", "insertions"))
     typer.echo(f"WER {100 * found['wer']:.2f} % ({kinds} S/D/I in {found['reference_words']} words)")
     for language, wer in found["by_language"].items():
-        typer.echo(f"{language}: {100 * wer:.2f} %")
+        typer.echo(f"{language}: no reference words" if wer is None else f"{language}: {100 * wer:.2f} %")

@@ -129,7 +129,7 @@ def run_workers(
     url = options.storage or config.storage.url
     if url and url.startswith("sqlite"):
         listener.note("SQLite loses trials when several workers write to it; the default journal file and PostgreSQL do not")
-    check_corpora(config)
+    check_corpora(config, listener.note)
     storage = open_storage(url, config.run_folder, listener.note, lambda: interrupt.requested)
     create_study(config, storage, options.trials)
     context = multiprocessing.get_context("spawn")

@@ -37,8 +37,9 @@ class Llm:
     quantized: bool = False
 
     def tokens(self, text: str) -> list[int]:
-        """The text's tokens and the end of sequence: the LLM's training target."""
-        return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.eos]
+        """The text's tokens and the end of sequence: the LLM's training target. A special token written in the text, such as
+        `</s>`, is text like any other."""
+        return [*self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids, self.eos]
 
     def to(self, device: torch.device) -> "Llm":
         """Move the model to the device, in place. A quantised model stays where bitsandbytes has placed it."""

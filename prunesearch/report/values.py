@@ -1,5 +1,7 @@
 """Format single values for a report: names, layers, error rates, parameters and differences as text."""
 
+import math
+
 from prunesearch.report.comparison import Comparison
 from prunesearch.study.record import RunRecord, SplitResult, WordErrors
 
@@ -45,16 +47,21 @@ def rank(record: RunRecord) -> str:
 
 
 def wer_percent(split: SplitResult | None) -> str:
-    return f"{100 * split.errors.wer:.2f}" if split else UNKNOWN
+    return percent(split.errors) if split else UNKNOWN
 
 
 def language_percent(split: SplitResult | None, language: str) -> str:
-    return f"{100 * split.by_language[language].wer:.2f}" if split and language in split.by_language else UNKNOWN
+    return percent(split.by_language[language]) if split and language in split.by_language else UNKNOWN
+
+
+def percent(errors: WordErrors) -> str:
+    """A WER in percent; unknown over no words."""
+    return f"{100 * errors.wer:.2f}" if errors.reference_words else UNKNOWN
 
 
 def kinds_per_100_words(errors: WordErrors) -> tuple[float, float, float]:
     """Substitutions, deletions and insertions (S/D/I) per 100 reference words."""
-    words = max(1, errors.reference_words)
+    words = errors.reference_words or math.nan
     substitutions, deletions, insertions = (
         100 * count / words for count in (errors.substitutions, errors.deletions, errors.insertions)
     )
@@ -62,7 +69,7 @@ def kinds_per_100_words(errors: WordErrors) -> tuple[float, float, float]:
 
 
 def kinds_text(errors: WordErrors) -> str:
-    return "/".join(f"{rate:.1f}" for rate in kinds_per_100_words(errors))
+    return "/".join(f"{rate:.1f}" for rate in kinds_per_100_words(errors)) if errors.reference_words else UNKNOWN
 
 
 def parameters_and_changes(comparison: Comparison, record: RunRecord) -> list[tuple[str, str]]:

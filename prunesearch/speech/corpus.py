@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, Recording, is_there, read_audio, seconds_of, version_of
 from prunesearch.speech.sources import Row, read_source
-from prunesearch.speech.text import normalizer_for
+from prunesearch.speech.text import none, normalizer_for
 from prunesearch.study.config import Split, StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
@@ -206,5 +206,5 @@ def _utterance(row: Row, config: StudyConfig) -> Utterance | Dropped:
         return Dropped(row.id, f"{row.where}: {error}")
     name = config.text.normalizer_of(row.language)
     reference = normalizer_for(name, row.language)(row.text)
-    target = reference if name == "paper" else " ".join(row.text.split())
+    target = reference if name == "paper" else none(row.text)
     return Utterance(row.id, row.audio, reference, target, seconds, row.language, row.group)

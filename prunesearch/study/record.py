@@ -5,6 +5,7 @@ records/<key>/dev.jsonl     one UtteranceResult per line; test.jsonl likewise
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,8 @@ class _Frozen(BaseModel):
 
 
 class WordErrors(_Frozen):
-    """Error counts of an utterance or a corpus. `wer` is a fraction: all errors divided by all reference words."""
+    """Error counts of an utterance or a corpus. `wer` is a fraction: all errors divided by all reference words; NaN if there
+    are none."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -39,7 +41,7 @@ class WordErrors(_Frozen):
 
     @property
     def wer(self) -> float:
-        return self.errors / max(1, self.reference_words)
+        return self.errors / self.reference_words if self.reference_words else math.nan
 
     def __add__(self, other: "WordErrors") -> "WordErrors":
         return WordErrors(**{name: getattr(self, name) + getattr(other, name) for name in WordErrors.model_fields})

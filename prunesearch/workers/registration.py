@@ -1,19 +1,24 @@
 """Creating a study in its storage, with a budget that all of its workers share."""
 
+from collections.abc import Callable
+
 from optuna.storages import BaseStorage
 
 from prunesearch.model.skeleton import encoder_layers
 from prunesearch.search.space import SearchSpace
 from prunesearch.speech.corpus import load_corpus
+from prunesearch.speech.overlap import shared_recordings
 from prunesearch.study.config import StudyConfig
+from prunesearch.study.progress import print_note
 from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.optuna_study import annotate, open_study
 
 
-def check_corpora(config: StudyConfig) -> None:
-    """Read the study's manifests, so that an error in one is reported before anything is created. Raises StudyError."""
-    for split in config.data.splits:
-        load_corpus(config, split)
+def check_corpora(config: StudyConfig, note: Callable[[str], None] = print_note) -> None:
+    """Read the study's manifests, so that an error in one is reported before anything is created. `note` gets a line for each
+    two splits that share recordings. Raises StudyError."""
+    for line in shared_recordings({split: load_corpus(config, split) for split in config.data.splits}):
+        note(line)
 
 
 def create_study(config: StudyConfig, storage: BaseStorage, trials: int | None = None, scan_only: bool = False) -> StoredStudy:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prunesearch.model.skeleton import params_of_candidates
 from prunesearch.search.space import SearchSpace
 from prunesearch.speech.corpus import fingerprint
+from prunesearch.speech.overlap import shared_recordings
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.importance import Scan, read_scan
@@ -96,6 +97,8 @@ class Worker:
         worker.space = SearchSpace.of(config, worker.context.depth)
         corpora = worker.context.corpora  # an error in a manifest is reported before anything is created
         if worker.context.group.is_main_process:
+            for line in shared_recordings(corpora) if options.creates else ():  # else its creator has said so
+                listener.note(line)
             worker._open_study({split: fingerprint(corpora[split]) for split in config.data.splits})
         return worker
 
