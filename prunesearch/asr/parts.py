@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,7 +17,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.checkpoint import library_errors, read_tensors, require_same
+from prunesearch.model.checkpoint import library_errors, read_tensors, require_finite, require_same
 from prunesearch.model.checkpoint_files import CheckpointError
 from prunesearch.model.digest import DIGITS, sampled_digest
 from prunesearch.model.hub import explain_loading, is_local, name_without_path
@@ -52,7 +53,7 @@ class Settings(BaseModel):
     decoding: DecodingConfig
     text: TextConfig = TextConfig()
     pad_to_seconds: float | None = None
-    parts: dict[str, str] = {}  # see `part_digests`; exports of earlier versions have none, and their parts are not compared
+    parts: dict[str, str] = {}  # digest of each part; exports of earlier versions have none, and theirs are not compared
 
     def without_paths(self) -> "Settings":
         """The same for another machine: of an LLM in a local folder, only the folder's base name."""
@@ -61,17 +62,17 @@ class Settings(BaseModel):
         return self.model_copy(update={"format": 2, "llm": llm, "llm_is_local": local})
 
 
-def part_digests(encoder: WhisperEncoder, projector: Projector, llm: Llm, model: Any) -> dict[str, str]:
-    """A digest of each part's weights as they are in memory, by which a part of another export is recognised.
+def part_states(encoder: WhisperEncoder, projector: Projector, llm: Llm, model: Any) -> dict[str, Mapping[str, torch.Tensor]]:
+    """Each part's weights as they are in memory. By their `sampled_digest`, a part of another export is recognised.
 
-    model: the LLM of `llm`, with or without LoRA. A quantised LLM has none: its values depend on the GPU.
+    model: the LLM of `llm`, with or without LoRA. A quantised LLM is left out: its values depend on the GPU.
     """
-    digests = {"encoder": sampled_digest(encoder.state_dict()), "projector": sampled_digest(projector.state_dict())}
+    states: dict[str, Mapping[str, torch.Tensor]] = {"encoder": encoder.state_dict(), "projector": projector.state_dict()}
     if adapter := lora_parameters(model):
-        digests["adapter"] = sampled_digest(adapter)
+        states["adapter"] = adapter
     if not llm.quantized:
-        digests["llm"] = sampled_digest(llm_state(model))
-    return digests
+        states["llm"] = llm_state(model)
+    return states
 
 
 def tokenizer_digest(folder: Path) -> dict[str, str]:
@@ -80,14 +81,18 @@ def tokenizer_digest(folder: Path) -> dict[str, str]:
     return {"tokenizer": hashlib.sha256(file.read_bytes()).hexdigest()[:DIGITS]} if file.is_file() else {}
 
 
-def require_own_parts(source: str | Path, settings: Settings, found: Mapping[str, str], llm_is_own: bool) -> None:
+def require_own_parts(
+    source: str | Path, settings: Settings, states: Mapping[str, Mapping[str, torch.Tensor]], llm_is_own: bool
+) -> None:
     """Raises StudyError where a part that was loaded is not the one that the export was written with.
 
     llm_is_own: whether the LLM lies in the export; otherwise, its name or a folder was given.
     """
-    for part, digest in found.items():
-        if settings.parts.get(part, digest) == digest:
+    for part, state in states.items():
+        if settings.parts.get(part, digest := sampled_digest(state)) == digest:
             continue
+        name = {"projector": PROJECTOR}.get(part, f"{part}/")
+        _named(Path(source) / name, partial(require_finite, state))  # the better reason, where it is one
         if part == "llm" and not llm_is_own:
             raise StudyError(
                 [
@@ -95,10 +100,19 @@ def require_own_parts(source: str | Path, settings: Settings, found: Mapping[str
                     f"revision of {settings.llm.model} that the study used"
                 ]
             )
-        name = {"projector": PROJECTOR}.get(part, f"{part}/")
-        raise StudyError(
-            [f"{source} has parts of different exports: {name} is not the one that belongs to {SETTINGS}; export again"]
-        )
+        raise _foreign(source, name)
+
+
+def require_own_tokenizer(folder: Path, source: str | Path, settings: Settings) -> None:
+    """Raises StudyError where the tokenizer is not the one that the export was written with."""
+    for part, digest in tokenizer_digest(folder).items():
+        if settings.parts.get(part, digest) != digest:
+            raise _foreign(source, "tokenizer/")
+
+
+def _foreign(source: str | Path, name: str) -> StudyError:
+    line = f"{source} has parts of different exports: {name} is not the one that belongs to {SETTINGS}"
+    return StudyError([f"{line}; copy or export it again"])
 
 
 def local_folder(source: str | Path, revision: str | None) -> Path:

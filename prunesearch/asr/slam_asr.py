@@ -31,9 +31,10 @@ from prunesearch.asr.parts import (
     load_encoder_part,
     load_projector,
     local_folder,
-    part_digests,
+    part_states,
     read_settings,
     require_own_parts,
+    require_own_tokenizer,
     save_adapter,
     save_base_llm,
     tokenizer_digest,
@@ -41,6 +42,7 @@ from prunesearch.asr.parts import (
 )
 from prunesearch.model.checkpoint import require_finite
 from prunesearch.model.checkpoint_files import CheckpointError
+from prunesearch.model.digest import sampled_digest
 from prunesearch.model.encoder import encode
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
@@ -99,8 +101,9 @@ class SlamAsr:
         model = with_adapter(base, folder, settings)
         width = base.model.get_input_embeddings().embedding_dim
         projector = load_projector(folder, settings, encoder.config.d_model, width)
-        found = part_digests(encoder, projector, base, model) | tokenizer_digest(folder)
-        require_own_parts(source, settings, found, llm_is_own=llm is None and (folder / "llm").is_dir())
+        require_own_tokenizer(folder, source, settings)
+        states = part_states(encoder, projector, base, model)
+        require_own_parts(source, settings, states, llm_is_own=llm is None and (folder / "llm").is_dir())
         slam = SpeechLlm(projector.to(where), base, model)
         return cls(encoder.to(where), extractor, slam, settings.without_paths(), where)
 
@@ -122,19 +125,20 @@ class SlamAsr:
             save_adapter(self.slam.model, folder / "adapter", settings.llm.model)
         if with_llm or settings.merged:
             save_base_llm(self.slam.model, folder / "llm")
-        digests = part_digests(self.encoder, self.slam.projector, self.slam.llm, self.slam.model) | tokenizer_digest(folder)
-        settings = settings.model_copy(update={"parts": digests})
+        states = part_states(self.encoder, self.slam.projector, self.slam.llm, self.slam.model)
+        digests = {part: sampled_digest(state) for part, state in states.items()}
+        settings = settings.model_copy(update={"parts": digests | tokenizer_digest(folder)})
         write_atomically(folder / SETTINGS, settings.model_dump_json(indent=1) + "\n")
 
     def _require_finite(self) -> None:
         """Raises StudyError where weights are not finite. It reads all of them, so it is done before their first use only."""
         if self._is_finite:
             return
-        for name, module in (("encoder", self.encoder), ("projector", self.slam.projector), ("LLM", self.slam.model)):
+        for part, state in part_states(self.encoder, self.slam.projector, self.slam.llm, self.slam.model).items():
             try:
-                require_finite(module.state_dict())
+                require_finite(state)
             except CheckpointError as error:
-                raise StudyError([f"{name}: {error}"]) from error
+                raise StudyError([f"the exported system's {part}: {error}"]) from error
         self._is_finite = True
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, **kwargs: Any) -> Any:

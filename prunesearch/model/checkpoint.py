@@ -170,10 +170,11 @@ def _misfits(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iter
     if names := sorted(missing):
         found.append(f"lacks {len(names)} of the {what}'s tensors, the first is {names[0]}")
     if names := sorted(unexpected):
-        found.append(f"has {len(names)} tensors that the {what} does not have, the first is {names[0]}")
+        found.append(f"has tensors that the {what} does not have ({len(names)}, the first is {names[0]})")
     if triples := sorted((name, tuple(stored), tuple(expected)) for name, stored, expected in mismatched):
         name, stored, expected = triples[0]
-        found.append(f"has {len(triples)} tensors of another shape, the first is {name}: {stored}, and not {expected}")
+        shapes = f"{name}: {stored} where {expected} is expected"
+        found.append(f"has tensors of another shape ({len(triples)}, the first is {shapes})")
     return found
 
 

@@ -126,5 +126,5 @@ def adapter_error(found: str) -> CheckpointError:
 def summary(error: Exception) -> str:
     """An error's message in one line of at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    text = f"{lines[0]} {lines[1]}" if lines[0].endswith("':") and len(lines) > 1 else lines[0].rstrip(":,")
     return text if len(text) <= 300 else text[:299] + "…"

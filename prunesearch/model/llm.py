@@ -98,7 +98,7 @@ def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype, tokenize
 
 def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
     """The tokenizer beside a model. Raises CheckpointError when its files are damaged or missing."""
-    with library_errors("its tokenizer cannot be loaded", local=Path(source).is_dir()):
+    with library_errors("its tokenizer (tokenizer.json, tokenizer_config.json) cannot be loaded", local=Path(source).is_dir()):
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
 
 

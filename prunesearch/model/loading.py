@@ -9,13 +9,14 @@ from transformers import AutoFeatureExtractor, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.model.checkpoint import library_errors
-from prunesearch.model.checkpoint_files import CheckpointError
+from prunesearch.model.checkpoint_files import CheckpointError, MissingFileError
 from prunesearch.model.encoder import load_encoder
 from prunesearch.model.hub import architectures, loading_error
 from prunesearch.model.llm import Llm, load_llm
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 
+EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")  # transformers reads either
 SAMPLE_RATE = 16_000  # of all recordings that are read
 
 
@@ -56,7 +57,10 @@ def load_encoder_and_extractor(source: str | Path, revision: str | None, dtype: 
     the feature extractor does not fit the encoder.
     """
     encoder = load_encoder(source, revision, dtype).requires_grad_(False).eval()
-    with library_errors("its feature extractor (preprocessor_config.json) cannot be loaded", local=Path(source).is_dir()):
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in EXTRACTOR_FILES):
+        raise MissingFileError(f"{EXTRACTOR_FILES[0]} is missing, the encoder's feature extractor: copy it, too")
+    with library_errors("its feature extractor (preprocessor_config.json) cannot be loaded", local=folder.is_dir()):
         extractor = AutoFeatureExtractor.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     _require_fitting_extractor(extractor, encoder)
     return encoder, extractor
