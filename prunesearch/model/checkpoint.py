@@ -6,6 +6,7 @@ attention heads.
 """
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.utils import find_adapter_config_file
 
 from prunesearch.model.checkpoint_files import (
     WEIGHTS,
@@ -34,6 +36,7 @@ from prunesearch.model.checkpoint_files import (
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names
 WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel", "_fsdp_wrapped_module.": "FSDP"}
+SUMMED = 2**15  # values: torch sums so few in one thread, which is faster than threads that wait for a busy machine's cores
 # transformers' warnings that become errors here, so that one line is all that is printed
 TOLD_HERE = re.compile(r"LOAD REPORT|tied weights mapping|Model config: \w+_token_id")
 
@@ -70,8 +73,6 @@ def load_checkpoint(model_class: Any, source: str | Path, revision: str | None, 
             output_loading_info=True,
             **options,
         )
-    if getattr(model, "_hf_peft_config_loaded", False):  # a hub model's; a folder's is found before
-        raise adapter_error("an adapter")
     if stored is None and (snapshot := hub_snapshot(source, revision)) is not None:
         stored = stored_tensors(snapshot)
     _require_fit(model, report, part)
@@ -81,8 +82,11 @@ def load_checkpoint(model_class: Any, source: str | Path, revision: str | None, 
 
 def read_config(source: str | Path, revision: str | None) -> Any:
     """The configuration of a folder's or hub name's model. Raises OSError or ValueError when there is none."""
-    refuse_adapter(source)
     local = Path(source).is_dir()
+    if local:
+        refuse_adapter(Path(source))
+    elif find_adapter_config_file(str(source), revision=revision or "main"):  # transformers would load the adapter's base model
+        raise adapter_error("adapter_config.json")
     if local and not (Path(source) / "config.json").is_file():
         raise MissingFileError("config.json is missing: a model's folder must have one; copy it, too")
     with library_errors("config.json cannot be used", local), _without_reports():
@@ -153,9 +157,10 @@ def require_finite(state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             continue
-        if torch.isfinite(
-            tensor.sum()
-        ):  # fast, and not finite where one value is not; where a sum overflows, the values decide
+        flat = tensor.detach().reshape(-1)
+        pieces = flat.split(SUMMED) if flat.device.type == "cpu" else (flat,)
+        # fast, and not finite where one value is not; where a sum of finite values overflows, the values themselves decide
+        if all(map(math.isfinite, torch.stack([piece.sum() for piece in pieces]).tolist())):
             continue
         if wrong := int((~torch.isfinite(tensor)).sum()):
             raise CheckpointError(

@@ -110,9 +110,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def refuse_adapter(source: str | Path) -> None:
+def refuse_adapter(folder: Path) -> None:
     """Raises CheckpointError where an adapter lies in a model's folder: transformers would put it on without a word."""
-    if found := [name for name in ADAPTER_FILES if (Path(source) / name).is_file()]:
+    if found := [name for name in ADAPTER_FILES if (folder / name).is_file()]:
         raise adapter_error(found[0])
 
 
