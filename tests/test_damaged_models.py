@@ -204,6 +204,9 @@ def test_a_sampled_digest_tells_names_shapes_and_values_apart() -> None:
         {**state, "c": state["b"]},
     ):
         assert sampled_digest(other) != digest
+    large = torch.zeros(1).expand(2**27 + 1)  # more values than fp32 can count
+    assert sampled_digest({"a": large}) != sampled_digest({"a": large[:-1]})
+    assert sampled_digest({"a": torch.zeros(0)}) != sampled_digest({"a": torch.zeros(0, 3)})
 
 
 # Models of the hub, from its cache

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import Tensor, linspace, uint8
+from torch import Tensor, cat, uint8
 
 from prunesearch.model.checkpoint import library_errors, require_finite
 from prunesearch.model.checkpoint_files import hub_snapshot, read_header, weight_files
@@ -73,12 +73,11 @@ def sampled_digest(state: Mapping[str, Tensor]) -> str:
 
     It reads next to nothing, so that it can be taken at every start; it does not find a change of single values.
     """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        flat = state[name].detach().reshape(-1)
-        places = linspace(0, max(len(flat) - 1, 0), min(SAMPLES, len(flat))).long().to(flat.device)
-        digest.update(f"{name} {tuple(state[name].shape)} {flat[places].double().tolist()}\n".encode())
-    return digest.hexdigest()[:DIGITS]
+    names = sorted(state)
+    flat = [state[name].detach().reshape(-1) for name in names]
+    values = cat([tensor[:: max(len(tensor) // SAMPLES, 1)][:SAMPLES] for tensor in flat]).double().cpu()
+    shapes = "".join(f"{name} {tuple(state[name].shape)}\n" for name in names)
+    return hashlib.sha256(shapes.encode() + values.numpy().tobytes()).hexdigest()[:DIGITS]
 
 
 def hub_commit(source: str | Path, revision: str | None = None) -> str | None:
