@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -239,6 +239,7 @@ def _load_adapter(llm: Llm, folder: Path, settings: Settings) -> PeftModel:
     stored = read_tensors(folder / ADAPTER)
     with library_errors("adapter_config.json cannot be used"):
         config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
     expected = {"r": settings.lora_rank, "lora_alpha": settings.lora_rank * settings.llm.lora_alpha_per_rank}
     for key, value in expected.items():
         if (got := getattr(config, key, None)) != value:
@@ -248,8 +249,8 @@ def _load_adapter(llm: Llm, folder: Path, settings: Settings) -> PeftModel:
     with library_errors("the LoRA does not fit the LLM"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses transformers' old name
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # compared below
-        model = PeftModel.from_pretrained(llm.model, str(folder), ignore_mismatched_sizes=True).eval()
-        own = get_peft_model_state_dict(model, save_embedding_layers=False)  # "auto" would look up the LLM on the hub
+        model = PeftModel.from_pretrained(llm.model, str(folder), config=config, ignore_mismatched_sizes=True).eval()
+    own = {name.replace(".default.", "."): tensor for name, tensor in lora_parameters(model).items()}  # peft's stored names
     require_same(stored, own, f"the LoRA does not fit the LLM: {ADAPTER}")
     return model
 
