@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.whisper.modeling_whisper import WhisperForConditionalGeneration
 
-from prunesearch.model.digest import digest_of_source, hub_commit, model_digest, weight_files, weights_digest
+from prunesearch.model.checkpoint_files import weight_files
+from prunesearch.model.digest import digest_of_source, hub_commit, model_digest, weights_digest
 from prunesearch.model.encoder import ENCODER_PREFIX, load_encoder
 from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError
@@ -103,4 +104,4 @@ def test_weights_that_are_missing_are_named(toy: Path, tmp_path: Path) -> None:
     config = load_study(write_study(tmp_path / "s", toy, llm={"model": str(tmp_path / "none")}))
     with pytest.raises(StudyError, match=r"llm\.model: .*neither model\.safetensors nor") as caught:
         model_digest(config, config.llm)
-    assert len(caught.value.lines) == 2
+    assert len(caught.value.lines) == 1

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunesearch import SlamAsr
+from prunesearch.asr.assembly import weights_file
 from prunesearch.asr.recordings import Transcript, format_transcript, recordings
 from prunesearch.asr.scoring import score_manifest
 from prunesearch.asr.slam_asr import Segment, windows
@@ -233,6 +234,28 @@ def test_an_encoder_that_lacks_a_tensor_is_refused(exported: Path, tmp_path: Pat
     save_file({k: v for k, v in load_file(file).items() if k != "conv1.weight"}, file, metadata={"format": "pt"})
     with pytest.raises(StudyError, match=r"lacks 1 of the encoder's tensors, the first is conv1\.weight"):
         SlamAsr.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["cut", "lacks a tensor", "of another rank", "NaN"])
+def test_damaged_weights_of_a_record_are_named(study: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(study.parent, tmp_path / "s")
+    config = load_study(tmp_path / "s" / "study.toml")
+    record = choose_record(config, LORA)
+    file = weights_file(config, record)
+    weights = load_file(file)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "lacks a tensor":
+        save_file({name: t for name, t in weights.items() if name != "projector.up.bias"}, file)
+    elif damage == "of another rank":
+        save_file({name: t[:2].clone() if "lora_A" in name else t for name, t in weights.items()}, file)
+    else:
+        weights["projector.up.bias"][0] = float("nan")
+        save_file(weights, file)
+    says = {"cut": "cut off", "lacks a tensor": r"projector\.up\.bias", "of another rank": r"lora_A.*\(2, 16\)", "NaN": "NaN"}
+    with pytest.raises(StudyError, match=rf"weights\.safetensors.*{says[damage]}") as caught:
+        export(config.source, tmp_path / "out", LORA)
+    assert len(caught.value.lines) == 1
 
 
 def test_long_recordings_are_cut_where_they_are_quietest() -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.asr.slam_asr import Settings, SlamAsr
+from prunesearch.asr.parts import Settings
+from prunesearch.asr.slam_asr import SlamAsr
+from prunesearch.model.checkpoint import read_tensors, require_finite, require_same
 from prunesearch.model.encoder import remove_layers, with_repaired_maps
 from prunesearch.model.llm import with_lora
 from prunesearch.model.loading import Models, load_models
@@ -59,7 +61,22 @@ def encoder_of(config: StudyConfig, record: RunRecord, unpruned: WhisperEncoder)
     file = record_folder(config.run_folder / "records", record.candidate) / ENCODER_FILE
     if not file.exists():
         raise StudyError([f"{file} is missing: the repaired encoder of {record.candidate.key} was not kept; export it again"])
-    return with_repaired_maps(encoder, load_file(file))
+    try:
+        return with_repaired_maps(encoder, _tensors_of(file))
+    except StudyError:
+        raise
+    except ValueError as error:
+        raise StudyError([f"{file} does not fit the encoder: {error}; delete it, and export again"]) from error
+
+
+def _tensors_of(file: Path) -> dict[str, Tensor]:
+    """The tensors of a record's file. Raises StudyError where they are damaged or not finite."""
+    try:
+        tensors = read_tensors(file)
+        require_finite(tensors)
+    except ValueError as error:
+        raise StudyError([f"{file}: {error}"]) from error
+    return tensors
 
 
 def recorded_dtype(record: RunRecord) -> str:
@@ -92,7 +109,13 @@ def assemble(config: StudyConfig, record: RunRecord, loaded: StudyModels, model:
     width = llm.model.get_input_embeddings().embedding_dim
     projector = Projector.for_models(config.projector, encoder.config.d_model, width).to(loaded.device)
     slam = SpeechLlm(projector, llm, model)
-    restore(trainable(slam), load_file(weights_file(config, record)))
+    file = weights_file(config, record)
+    weights = _tensors_of(file)
+    try:
+        require_same(weights, trainable(slam), "the weights")
+    except ValueError as error:
+        raise StudyError([f"{file} does not belong to {record.candidate.key}: {error}"]) from error
+    restore(trainable(slam), weights)
     slam.projector.eval()
     model.eval()
     settings = Settings(

@@ -11,28 +11,41 @@ Shapes: B batch, M mel bins, F mel frames, T encoder positions, D encoder width.
 
 import math
 import tempfile
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from prunesearch.asr.parts import (
+    PROJECTOR,
+    SETTINGS,
+    Settings,
+    load_base_llm,
+    load_encoder_part,
+    load_projector,
+    local_folder,
+    part_states,
+    read_settings,
+    require_own_parts,
+    require_own_tokenizer,
+    save_adapter,
+    save_base_llm,
+    tokenizer_digest,
+    with_adapter,
+)
+from prunesearch.model.checkpoint import require_finite
+from prunesearch.model.checkpoint_files import CheckpointError
+from prunesearch.model.digest import sampled_digest
 from prunesearch.model.encoder import encode
-from prunesearch.model.hub import explain_loading, is_local, name_without_path
-from prunesearch.model.llm import Llm, load_llm
-from prunesearch.model.loading import load_encoder_and_extractor
-from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
-from prunesearch.study.config import DecodingConfig, LlmConfig, ProjectorConfig, TextConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 from prunesearch.training.batches import by_length
@@ -40,39 +53,10 @@ from prunesearch.training.decode import Decoder, Hypothesis, token_limit
 from prunesearch.training.device import arithmetic
 from prunesearch.training.states import ENCODING_BATCH, batch_of, first_layers, last_layers, log_mel
 
-SETTINGS = "slam.json"
-UNREAD = ["*.py", "*.bin", "*.pt", "*.pth", "*.pkl"]  # never downloaded: an export needs neither code nor pickles
-PARTS = ("encoder", "tokenizer", "projector.safetensors")  # of every export; adapter and LLM depend on its settings
 QUIET_SECONDS = 5.0  # a long recording is cut at the quietest place within this time before a window's end
 FRAME = SAMPLE_RATE // 50  # samples whose loudness is compared: 20 ms
 
 Samples = NDArray[np.float32]
-
-
-class Settings(BaseModel):
-    """How the parts fit together: the content of `slam.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: Literal[1, 2] = 2  # 1 may hold the LLM's path on the machine that wrote it
-    dtype: Literal["float32", "bfloat16"]  # of all computations
-    removed_layers: tuple[int, ...]
-    encoder_layers: int  # of the unpruned encoder
-    shared_layers: int = 0  # number of first layers that all of the study's candidates have
-    lora_rank: int
-    merged: bool = False  # whether the LoRA is merged into the LLM's weights
-    projector: ProjectorConfig
-    llm: LlmConfig
-    llm_is_local: bool = False  # whether llm.model is the base name of a folder, not a hub name
-    decoding: DecodingConfig
-    text: TextConfig = TextConfig()
-    pad_to_seconds: float | None = None
-
-    def without_paths(self) -> "Settings":
-        """The same for another machine: of an LLM in a local folder, only the folder's base name."""
-        local = self.llm_is_local or is_local(self.llm.model)
-        llm = self.llm.model_copy(update={"model": name_without_path(self.llm.model)})
-        return self.model_copy(update={"format": 2, "llm": llm, "llm_is_local": local})
 
 
 @dataclass(frozen=True)
@@ -93,6 +77,7 @@ class SlamAsr:
     slam: SpeechLlm
     settings: Settings
     device: torch.device
+    _is_finite: bool = field(default=False, repr=False)  # whether all weights are known to be finite
 
     @classmethod
     def from_pretrained(
@@ -108,35 +93,53 @@ class SlamAsr:
         exported without it. Only safetensors are read, and no code that comes with a model is run.
         Raises StudyError when the folder is no exported system, or a part of it is missing or cannot be loaded.
         """
-        folder = _local_folder(source, revision)
-        settings = _read_settings(folder, source)
+        folder = local_folder(source, revision)
+        settings = read_settings(folder, source)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        encoder, extractor = _load_encoder(folder, settings)
-        base = _load_base_llm(folder, source, settings, llm).to(where)
-        model = _with_adapter(base, folder, settings)
+        encoder, extractor = load_encoder_part(folder, settings)
+        base = load_base_llm(folder, source, settings, llm).to(where)
+        model = with_adapter(base, folder, settings)
         width = base.model.get_input_embeddings().embedding_dim
-        projector = Projector.for_models(settings.projector, encoder.config.d_model, width)
-        projector.load_state_dict(load_file(folder / "projector.safetensors"))
-        slam = SpeechLlm(projector.eval().to(where), base, model)
+        projector = load_projector(folder, settings, encoder.config.d_model, width)
+        require_own_tokenizer(folder, source, settings)
+        states = part_states(encoder, projector, base, model)
+        require_own_parts(source, settings, states, llm_is_own=llm is None and (folder / "llm").is_dir())
+        slam = SpeechLlm(projector.to(where), base, model)
         return cls(encoder.to(where), extractor, slam, settings.without_paths(), where)
 
     def save_pretrained(self, folder: str | Path, with_llm: bool = True) -> None:
         """Write the system so that `from_pretrained` reads it, without any path of this machine.
 
-        `with_llm=False` writes only the LLM's name (a merged LLM is always written).
+        `with_llm=False` writes only the LLM's name (a merged LLM is always written). Raises StudyError where weights are not
+        finite.
         """
+        self._require_finite()
         folder, settings = Path(folder), self.settings.without_paths()
         folder.mkdir(parents=True, exist_ok=True)
         self.encoder.save_pretrained(folder / "encoder")
         self.extractor.save_pretrained(folder / "encoder")
         weights = {name: p.detach().cpu().contiguous() for name, p in self.slam.projector.state_dict().items()}
-        save_file(weights, folder / "projector.safetensors")
+        save_file(weights, folder / PROJECTOR)
         self.slam.llm.tokenizer.save_pretrained(folder / "tokenizer")
         if isinstance(self.slam.model, PeftModel):
-            _save_adapter(self.slam.model, folder / "adapter", settings.llm.model)
+            save_adapter(self.slam.model, folder / "adapter", settings.llm.model)
         if with_llm or settings.merged:
-            _save_base_llm(self.slam.model, folder / "llm")
+            save_base_llm(self.slam.model, folder / "llm")
+        states = part_states(self.encoder, self.slam.projector, self.slam.llm, self.slam.model)
+        digests = {part: sampled_digest(state) for part, state in states.items()}
+        settings = settings.model_copy(update={"parts": digests | tokenizer_digest(folder)})
         write_atomically(folder / SETTINGS, settings.model_dump_json(indent=1) + "\n")
+
+    def _require_finite(self) -> None:
+        """Raises StudyError where weights are not finite. It reads all of them, so it is done before their first use only."""
+        if self._is_finite:
+            return
+        for part, state in part_states(self.encoder, self.slam.projector, self.slam.llm, self.slam.model).items():
+            try:
+                require_finite(state)
+            except CheckpointError as error:
+                raise StudyError([f"the exported system's {part}: {error}"]) from error
+        self._is_finite = True
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, **kwargs: Any) -> Any:
         """Save, and upload as one commit, as transformers' models do. `kwargs` go to `HfApi.upload_folder`."""
@@ -187,8 +190,10 @@ class SlamAsr:
         """The LLM's text and number of tokens for each part. A part is at most one window long.
 
         The batches are those that a trial of the study makes of the same recordings (see `training.states` and
-        `training.decode`), so that rounding is the same. Raises ValueError for a part longer than a window.
+        `training.decode`), so that rounding is the same. Raises ValueError for a part longer than a window, StudyError where
+        weights are not finite.
         """
+        self._require_finite()
         decoding, dtype = self.settings.decoding, getattr(torch, self.settings.dtype)
         beams = beams or decoding.test_beams or decoding.beams
         decoder = Decoder(self.slam, decoding, self.device, dtype, beams)
@@ -256,100 +261,3 @@ def windows(samples: Samples, longest: int) -> list[tuple[int, int]]:
 def _unpad(hidden: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
     """(B, T, D), lengths (B,) -> copies of the rows, (T, D) each, without their padding."""
     return [row[:length].clone() for row, length in zip(hidden, lengths.tolist(), strict=True)]
-
-
-def _local_folder(source: str | Path, revision: str | None) -> Path:
-    """The folder itself, or a local snapshot of the hub's repository of that name."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), revision=revision, ignore_patterns=UNREAD))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        first = str(error).splitlines()[0]
-        raise StudyError([f"{source} is neither a folder nor a repository that can be loaded ({first})"]) from None
-
-
-def _read_settings(folder: Path, source: str | Path) -> Settings:
-    if not (folder / SETTINGS).is_file():
-        raise StudyError([f"{source} is no exported system: it has no {SETTINGS}; `prunesearch export STUDY` writes one"])
-    if missing := [part for part in PARTS if not (folder / part).exists()]:
-        raise StudyError([f"{source} is an incomplete export: it has no {missing[0]}"])
-    return Settings.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8"))
-
-
-def _load_encoder(folder: Path, settings: Settings) -> tuple[WhisperEncoder, Any]:
-    """Encoder and feature extractor. Raises StudyError where they cannot be loaded."""
-    try:
-        return load_encoder_and_extractor(folder / "encoder", None, getattr(torch, settings.dtype))
-    except (OSError, ValueError) as error:
-        raise StudyError(list(explain_loading(str(folder / "encoder"), None, error))) from error
-
-
-def _load_base_llm(folder: Path, source: str | Path, settings: Settings, given: str | Path | None) -> Llm:
-    """The LLM, without LoRA, with the export's tokenizer. Raises StudyError where it is missing or cannot be loaded."""
-    llm, config = _llm_source(folder, source, settings, given), settings.llm
-    if given is not None:
-        config = config.model_copy(update={"revision": None})  # the revision belongs to the LLM that the export names
-    try:
-        return load_llm(llm, config, getattr(torch, settings.dtype), folder / "tokenizer")
-    except StudyError:
-        raise
-    except (OSError, ValueError) as error:
-        give = f'give a local folder instead: SlamAsr.from_pretrained("{source}", llm="/path/to/{Path(llm).name}")'
-        reason, fix = explain_loading(llm, config.revision, error, give)
-        raise StudyError([f"{source}: its LLM: {reason}", fix]) from error
-
-
-def _llm_source(folder: Path, source: str | Path, settings: Settings, given: str | Path | None) -> str:
-    """The folder or hub name to load the LLM from. Raises StudyError where the export neither has it nor can name it."""
-    if given is not None and settings.merged:
-        raise StudyError([f"llm: {source} has its LoRA merged into the LLM, which must be its own: leave llm out"])
-    if given is not None:
-        return str(given)
-    if (folder / "llm").is_dir():
-        return str(folder / "llm")
-    model = settings.llm.model
-    if settings.llm_is_local or settings.merged or (is_local(model) and not Path(model).is_dir()):
-        name = name_without_path(model)
-        raise StudyError(
-            [
-                f"{source}: its LLM {name} was a local folder and is not part of the export: give it as "
-                f'SlamAsr.from_pretrained("{source}", llm="/path/to/{name}"), or export once more with --llm'
-            ]
-        )
-    return model
-
-
-def _with_adapter(llm: Llm, folder: Path, settings: Settings) -> Any:
-    """The LLM with the export's LoRA, or the LLM itself where there is none.
-
-    Raises StudyError where the LoRA's weights are missing or not in safetensors.
-    """
-    adapter = folder / "adapter"
-    if settings.lora_rank == 0 or settings.merged:
-        return llm.model
-    if not (adapter / "adapter_model.safetensors").is_file():  # peft would go on to adapter_model.bin, a pickle
-        raise StudyError([f"{adapter} must hold the LoRA as adapter_model.safetensors; other formats are not read"])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses transformers' old name
-        return PeftModel.from_pretrained(llm.model, str(adapter)).eval()
-
-
-def _save_adapter(model: PeftModel, folder: Path, llm_name: str) -> None:
-    """Write the LoRA, naming the LLM that it belongs to."""
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = llm_name  # peft has put the path of the folder here
-    model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would look up the LLM by its name on the hub
-    (folder / "README.md").unlink(missing_ok=True)  # an empty template that holds the LLM's path
-
-
-def _save_base_llm(model: Any, folder: Path) -> None:
-    """Write the LLM without its LoRA, under the names that transformers gives its tensors."""
-    state: dict[str, Any] | None = None
-    if isinstance(model, PeftModel):  # peft has put its layers around the LLM's own
-        model = model.get_base_model()
-        state = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if ".lora_" not in k}
-    model.save_pretrained(folder, state_dict=state)

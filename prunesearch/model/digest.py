@@ -5,23 +5,22 @@ It does not depend on how the tensors are spread over files.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
-from torch import Tensor, uint8
+from torch import Tensor, cat, uint8
 
+from prunesearch.model.checkpoint import library_errors, require_finite
+from prunesearch.model.checkpoint_files import hub_snapshot, read_header, weight_files
 from prunesearch.model.encoder import ENCODER_PREFIX
 from prunesearch.model.hub import loading_error
 from prunesearch.study.config import EncoderConfig, LlmConfig, StudyConfig
 
 DIGITS = 16  # hexadecimal digits of the SHA-256 that are kept, as of other digests in a study
 CHUNK_BYTES = 2**26
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers looks for them in this order
+SAMPLES = 16  # values of a tensor that `sampled_digest` reads
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
@@ -49,51 +48,42 @@ def digest_of_source(source: str | Path, revision: str | None = None, prefix: st
 
     `prefix` is a regular expression such as `ENCODER_PREFIX`: where some tensors' names match, only these count, under the
     rest of their names. So an encoder-only folder and a full checkpoint with the same encoder have the same digest.
-    Raises OSError when there is no such model or it has no safetensors.
+    Each tensor is read here, so this is also where values that are no numbers are found.
+    Raises OSError when there is no such model or it has no safetensors, CheckpointError when they are damaged or not finite.
     """
     stored: dict[str, tuple[Path, str]] = {}  # name that counts -> file, name in it
     files = weight_files(source, revision)
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            stored |= {name: (file, name) for name in tensors.keys()}  # noqa: SIM118 (it is no mapping)
+        stored |= {name: (file, name) for name in read_header(file)}
     if prefix and (matching := {name: at for name, at in stored.items() if re.match(prefix, name)}):
         stored = {re.sub(prefix, "", name): at for name, at in matching.items()}
     digest = hashlib.sha256()
-    opened = {file: safe_open(file, framework="pt") for file in files}
+    with library_errors("the weights are damaged"):
+        opened = {file: safe_open(file, framework="pt") for file in files}
     for name in sorted(stored):
         file, name_in_file = stored[name]
-        _update(digest, name, opened[file].get_tensor(name_in_file))
+        tensor = opened[file].get_tensor(name_in_file)
+        require_finite({name: tensor})
+        _update(digest, name, tensor)
     return digest.hexdigest()[:DIGITS]
 
 
-def weight_files(source: str | Path, revision: str | None = None) -> list[Path]:
-    """The safetensors files that transformers loads for a folder or hub name: one file, or the shards that an index names.
+def sampled_digest(state: Mapping[str, Tensor]) -> str:
+    """A digest of names, shapes and a few values of each tensor, whatever their dtype: other weights have another one.
 
-    Raises OSError when there is none.
+    It reads next to nothing, so that it can be taken at every start; it does not find a change of single values.
     """
-    try:
-        return [_file_of(source, revision, WEIGHTS)]
-    except (FileNotFoundError, EntryNotFoundError):  # the weights may be in shards
-        index = _file_of(source, revision, INDEX)
-    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [_file_of(source, revision, shard) for shard in shards]
+    names = sorted(state)
+    flat = [state[name].detach().reshape(-1) for name in names]
+    values = cat([tensor[:: max(len(tensor) // SAMPLES, 1)][:SAMPLES] for tensor in flat]).double().cpu()
+    shapes = "".join(f"{name} {tuple(state[name].shape)}\n" for name in names)
+    return hashlib.sha256(shapes.encode() + values.numpy().tobytes()).hexdigest()[:DIGITS]
 
 
 def hub_commit(source: str | Path, revision: str | None = None) -> str | None:
     """The hub's commit hash of a model, as this machine's cache has it; None for a folder and for what is not in the cache."""
-    if Path(source).exists():
-        return None
-    cached = try_to_load_from_cache(str(source), "config.json", revision=revision or "main")
-    return Path(cached).parent.name if isinstance(cached, str) else None  # <cache>/<model>/snapshots/<commit>/config.json
-
-
-def _file_of(source: str | Path, revision: str | None, name: str) -> Path:
-    """A file of a folder or of a hub model (downloaded if need be). Raises OSError where the model has no such file."""
-    if not Path(source).is_dir():
-        return Path(hf_hub_download(str(source), name, revision=revision))
-    if not (file := Path(source) / name).is_file():
-        raise FileNotFoundError(f"it has neither {WEIGHTS} nor {INDEX}" if name == INDEX else f"{name} is missing")
-    return file
+    snapshot = hub_snapshot(source, revision)
+    return snapshot.name if snapshot else None  # <cache>/<model>/snapshots/<commit>
 
 
 def _update(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:

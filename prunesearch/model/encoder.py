@@ -12,27 +12,25 @@ import torch
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from prunesearch.model.checkpoint import Part, load_checkpoint, read_config
+from prunesearch.model.checkpoint_files import CheckpointError
+
 ENCODER_PREFIX = r"^(model\.)?encoder\."  # of the encoder's tensors in a full Whisper checkpoint; an encoder folder has none
+BESIDE_ENCODER = r"(model\.)?decoder\.|proj_out\.|(projector|classifier)\.|layer_weights$"  # decoder; audio classification
+ENCODER = Part("encoder", ENCODER_PREFIX, BESIDE_ENCODER)
 
 
 def load_encoder(source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> WhisperEncoder:
     """Load the encoder of a full Whisper checkpoint, or of an encoder-only folder. A decoder's weights are not read.
 
-    Raises OSError when there is no such checkpoint, ValueError when it lacks one of the encoder's tensors.
+    Raises OSError when there is no such checkpoint, CheckpointError when it is not whole or not the encoder of its
+    configuration.
     """
-    encoder, loaded = WhisperEncoder.from_pretrained(
-        source,
-        revision=revision or "main",
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        attn_implementation="sdpa",
-        key_mapping={ENCODER_PREFIX: ""},
-        output_loading_info=True,
-    )
-    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random values, and only warn
-        raise ValueError(f"the checkpoint lacks {len(missing)} of the encoder's tensors, the first is {missing[0]}")
-    return encoder
+    config = read_config(source, revision)
+    if config.model_type != "whisper":
+        raise CheckpointError(f"must be a Whisper checkpoint, got one of type {config.model_type!r}")
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    return load_checkpoint(WhisperEncoder, source, revision, config, ENCODER, **options)
 
 
 def remove_layers(encoder: WhisperEncoder, removed_layers: Iterable[int]) -> WhisperEncoder:

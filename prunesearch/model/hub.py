@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from prunesearch.model.checkpoint_files import CheckpointError, summary
 from prunesearch.study.config import LEAST_ENCODER_LAYERS, EncoderConfig, LlmConfig, StudyConfig
 from prunesearch.study.errors import StudyError
 
@@ -24,6 +25,7 @@ _QWEN2 = {  # width, feed-forward width, layers, heads, key-value heads, vocabul
     "Qwen/Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151_936, True),
     "Qwen/Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152_064, False),
 }
+CAUSAL_WITHOUT_SAYING = {"gpt_neox", "gpt_neox_japanese"}  # their `is_decoder` is False, and means nothing
 
 
 def known_architecture(name: str) -> Any | None:
@@ -48,14 +50,14 @@ def known_architecture(name: str) -> Any | None:
 
 def read_architecture(config: StudyConfig, part: EncoderConfig | LlmConfig) -> Any:
     """A model's configuration, from its folder, the tables above, or the hub. Raises StudyError when there is none."""
-    from transformers import AutoConfig
+    from prunesearch.model.checkpoint import read_config
 
     source = config.locate(part.model)
     known = None if Path(source).exists() or part.revision else known_architecture(source)
     if known is not None:
         return known
     try:
-        return AutoConfig.from_pretrained(source, revision=part.revision or "main", trust_remote_code=False)
+        return read_config(source, part.revision)
     except (OSError, ValueError) as error:
         raise loading_error(part, source, error) from error
 
@@ -74,11 +76,26 @@ def architectures(config: StudyConfig) -> tuple[Any, Any]:
             f"encoder.model: must have at least three layers, got {encoder.encoder_layers}: "
             "the baseline top2 removes two, and one must stay"
         )
-    if getattr(llm, "is_encoder_decoder", False) or not hasattr(llm, "vocab_size"):
-        lines.append(f"llm.model: must be a decoder-only language model, got one of type {llm.model_type!r}")
+    if problem := unusable_llm(llm):
+        lines.append(f"llm.model: {problem}")
     if lines:
         raise StudyError(lines)
     return encoder, llm
+
+
+def unusable_llm(shape: Any) -> str | None:
+    """Why a model of this configuration cannot be the LLM; None if it can."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = shape.model_type
+    reads_ahead = getattr(shape, "is_decoder", None) is False and kind not in CAUSAL_WITHOUT_SAYING
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and hasattr(shape, "vocab_size")
+    if not known or reads_ahead or getattr(shape, "is_encoder_decoder", False):
+        return f"must be a decoder-only language model, got one of type {kind!r}"
+    pad = getattr(shape, "pad_token_id", None)
+    if pad is not None and pad >= shape.vocab_size:
+        return f"pad_token_id in config.json must lie in [0, {shape.vocab_size}), the model's vocabulary, got {pad}"
+    return None
 
 
 def is_local(source: str) -> bool:
@@ -92,35 +109,37 @@ def name_without_path(source: str) -> str:
 
 
 def loading_error(part: EncoderConfig | LlmConfig, source: str, error: Exception) -> StudyError:
-    """The error for a study's model that cannot be loaded: one line with the reason, one with the fix."""
+    """The error for a study's model that cannot be loaded, with the reason and the fix."""
     key = "encoder.model" if isinstance(part, EncoderConfig) else "llm.model"
     use_folder = f'give a local folder instead: {key} = "/path/to/{Path(source).name}"'
-    reason, fix = explain_loading(source, part.revision, error, use_folder)
-    return StudyError([f"{key}: {reason}", fix])
+    first, *more = explain_loading(source, part.revision, error, use_folder)
+    return StudyError([f"{key}: {first}", *more])
 
 
-def explain_loading(source: str, revision: str | None, error: Exception, use_folder: str = "") -> tuple[str, str]:
-    """Reason and fix for a model that cannot be loaded.
+def explain_loading(source: str, revision: str | None, error: Exception, use_folder: str = "") -> list[str]:
+    """Reason and fix for a model that cannot be loaded, in one line, or in two where the fix is about its name.
 
     `use_folder` says how to give a local folder in the place of a hub name. `revision` is the one that was asked for.
     """
     causes = _names_of_causes(error)
     if "custom code" in str(error):  # transformers' words for an `auto_map` that it was not allowed to follow
         reason = f"{source} needs code of its own (`auto_map` in its configuration), which prunesearch never runs"
-        return reason, "use a model whose architecture and tokenizer transformers itself contains"
+        return [reason, "use a model whose architecture and tokenizer transformers itself contains"]
+    if isinstance(error, CheckpointError):
+        return [f"{source}: {error}"]
     if Path(source).exists():
-        return f"{source} cannot be loaded: {_first_line(error)}", "it must be a Hugging Face folder with safetensors"
+        return [f"{source} cannot be loaded: {summary(error)}; it must be a Hugging Face folder with safetensors"]
     if "HFValidationError" in causes:
-        return f"there is no folder {source}, and it cannot be a hub name", "relative paths start at the study file"
+        return [f"there is no folder {source}, and it cannot be a hub name", "relative paths start at the study file"]
     if "GatedRepoError" in causes:
-        return f"{source} is gated", f"accept its terms on the hub and log in (`hf auth login`), or {use_folder}"
+        return [f"{source} is gated", f"accept its terms on the hub and log in (`hf auth login`), or {use_folder}"]
     if "RevisionNotFoundError" in causes:
-        return f"the hub's {source} has no revision {revision!r}", "its hub page lists branches and tags"
+        return [f"the hub's {source} has no revision {revision!r}", "its hub page lists branches and tags"]
     if "RepositoryNotFoundError" in causes:
-        return f"the hub has no model {source} (or it is private)", f"check its name, or {use_folder}"
+        return [f"the hub has no model {source} (or it is private)", f"check its name, or {use_folder}"]
     if causes & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout"}:
-        return f"the hub cannot be reached, and {source} is not in its cache on this machine", use_folder
-    return f"{source} cannot be loaded: {_first_line(error)}", use_folder
+        return [f"the hub cannot be reached, and {source} is not in its cache on this machine", use_folder]
+    return [f"{source} cannot be loaded: {summary(error)}", use_folder]
 
 
 def _names_of_causes(error: BaseException | None) -> set[str]:
@@ -129,7 +148,3 @@ def _names_of_causes(error: BaseException | None) -> set[str]:
         names.add(type(error).__name__)
         error = error.__cause__ or error.__context__
     return names
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

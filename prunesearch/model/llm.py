@@ -17,10 +17,14 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
+from prunesearch.model.checkpoint_files import CheckpointError
+from prunesearch.model.hub import unusable_llm
 from prunesearch.study.config import LlmConfig
 from prunesearch.study.errors import StudyError
 
 # LoRA's targets in the published work (arXiv 2603.27981), and the same layers where query, key and value are one projection
+LLM = Part("model")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj")
 
 
@@ -51,25 +55,27 @@ class Llm:
 def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype, tokenizer_source: str | Path | None = None) -> Llm:
     """Load model and tokenizer from a folder or the hub: safetensors only, and no code that comes with a model is run.
 
-    `tokenizer_source`: the tokenizer's folder, where it is not the model's. Raises OSError when there is no such model,
-    ValueError when a tensor is missing or the model needs code of its own, StudyError when it cannot be quantised or has no
-    end-of-sequence token.
+    `tokenizer_source`: the tokenizer's folder, where it is not the model's. Raises OSError or ValueError when there is no such
+    model, CheckpointError when it is not whole or not the model of its configuration, StudyError when it cannot be quantised or
+    has no end-of-sequence token.
     """
-    revision = config.revision or "main"
-    tokenizer = AutoTokenizer.from_pretrained(
-        tokenizer_source or source, revision=None if tokenizer_source else revision, trust_remote_code=False
-    )
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        quantization_config=_quantization(config, dtype),
-        output_loading_info=True,
-    )
-    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random values, and only warn
-        raise ValueError(f"the checkpoint lacks {len(missing)} of the model's tensors, the first is {missing[0]}")
+    shape = read_config(source, config.revision)
+    if problem := unusable_llm(shape):
+        raise CheckpointError(problem)
+    tokenizer = _load_tokenizer(tokenizer_source or source, None if tokenizer_source else config.revision)
+    quantization = _quantization(config, dtype)
+    stored = getattr(shape, "quantization_config", None)
+    try:
+        model = load_checkpoint(
+            AutoModelForCausalLM, source, config.revision, shape, LLM, dtype=dtype, quantization_config=quantization
+        )
+    except CheckpointError as error:
+        if stored is None:
+            raise
+        raise CheckpointError(
+            f"its weights are quantised ({dict(stored).get('quant_method')}) and cannot be loaded here: {error}; "
+            "use the model before its quantisation, and llm.quantization"
+        ) from error
     model.requires_grad_(False).eval()
     # The states whose logits are needed come as a slice. A matrix product with a sliced (B, S, D) cannot be folded to two
     # dimensions: torch would copy the vocabulary's matrix once per utterance (20 of 30 s of a step with 262 k entries).
@@ -78,7 +84,7 @@ def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype, tokenize
     if not ends:
         raise StudyError([f"llm.model: {source} has no end-of-sequence token: set eos_token in its tokenizer_config.json"])
     eos = ends[0] if isinstance(ends[0], int) else ends[0][0]
-    return Llm(
+    llm = Llm(
         model=model,
         tokenizer=tokenizer,
         bos=tuple(t for t in tokenizer("").input_ids if t == tokenizer.bos_token_id),
@@ -87,6 +93,37 @@ def load_llm(source: str | Path, config: LlmConfig, dtype: torch.dtype, tokenize
         pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos,
         quantized=config.quantization is not None,
     )
+    _require_embeddings(llm)
+    return llm
+
+
+def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
+    """The tokenizer beside a model. Raises CheckpointError when its files are damaged or missing."""
+    with library_errors("its tokenizer (tokenizer.json, tokenizer_config.json) cannot be loaded", local=Path(source).is_dir()):
+        return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+
+
+def _require_embeddings(llm: Llm) -> None:
+    """Raises CheckpointError where a token of the tokenizer has no row in the model's embedding.
+
+    Special tokens that are never used are not counted: Gemma 3's tokenizer has one for images, its text models none.
+    """
+    rows = llm.model.get_input_embeddings().weight.shape[0]
+    ids = {"end-of-sequence": [llm.eos], "padding": [llm.pad], "prompt": [*llm.bos, *llm.prompt]}
+    for what, used in ids.items():
+        if outside := [i for i in used if not 0 <= i < rows]:
+            raise CheckpointError(
+                f"the {what} token's id must lie in [0, {rows}), the model's embedding, got {outside[0]}: "
+                "tokenizer and model must be of the same checkpoint"
+            )
+    special = {i for i, token in llm.tokenizer.added_tokens_decoder.items() if token.special}
+    rowless = {i: token for token, i in llm.tokenizer.get_vocab().items() if i >= rows and i not in special}
+    if rowless:
+        i, token = min(rowless.items())
+        raise CheckpointError(
+            f"the tokenizer has {len(rowless)} tokens without a row in the model's embedding of {rows}, the first is {token!r} "
+            f"with id {i}: tokenizer and model must be of the same checkpoint (or resize_token_embeddings was not saved)"
+        )
 
 
 def _quantization(config: LlmConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
