@@ -236,7 +236,7 @@ def _confirm(context: TrainingContext, monitor: TrialMonitor) -> None:
 
 def _existing_record(context: TrainingContext, candidate: Candidate, name: str | None) -> RunRecord | None:
     """The candidate's record, if it has one. A record from before the candidate was a baseline gets the baseline's name."""
-    record = context.group.broadcast(read_record(context.records, candidate))
+    record = context.group.broadcast(read_record(context.records, candidate, context.config.name))
     if record is not None and name and record.name is None:
         record = record.model_copy(update={"name": name})
         if context.group.is_main_process:

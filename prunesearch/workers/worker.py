@@ -267,11 +267,11 @@ class Worker:
         file = config.run_folder / path  # a scan that a person asked for may hold more than the default one
         wanted = config.search.scan and config.search.sampler not in ("random", "grid") and config.training.init == "anchor"
         if not wanted:
-            return read_scan(file)
+            return read_scan(file, config.name)
         if self._artifacts is None:
             if not file.exists():  # a lock in the shared folder decides which worker scans
                 write_scan_report(file.parent, importance_scan(self.context))
-            return read_scan(file)
+            return read_scan(file, config.name)
         artifacts = self._artifacts
 
         def measure(confirm: Callable[[], None]) -> None:
@@ -281,7 +281,7 @@ class Worker:
 
         task = ExclusiveTask(f"{config.name} (scan)", lambda: artifacts.fetch(path), measure)
         run_exclusively(self.storage, task, self.interrupt)
-        return read_scan(file)
+        return read_scan(file, config.name)
 
 
 class _GroupInterrupt(Interrupt):
