@@ -37,7 +37,7 @@ from prunesearch.report.tables import TABLES, checked_names, tables
 from prunesearch.study.candidate import BASELINE_NAMES, Candidate
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import staged_files
-from prunesearch.study.record import SplitResult, read_records, write_record, write_utterances
+from prunesearch.study.record import SplitResult, read_records, write_record
 from tests.report_records import FOUND, add, add_baselines, add_results, add_study, give_to_study, heard, study, wer
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +186,7 @@ def test_the_report_shows_groups_where_a_study_has_them(records: Path) -> None:
         record = next(r for r in read_records(records) if r.candidate.key == key)
         results = [heard("a", "one two", "one two", "x"), heard("b", "one two", "one", "y")]
         write_record(records, record.model_copy(update={"test": SplitResult.of(results)}))
-        write_utterances(records, record.candidate, "test", results)
+        (records / key / "test.jsonl").unlink()
     rows = groups_table(compare(records, "speech_params", "s")).rows
     assert {row[:5] for row in rows} == {(name, "test", "y", "50.00", "50.00") for name in ("unpruned", "top2")}
 
@@ -195,7 +195,7 @@ def test_a_system_with_empty_hypotheses_is_in_the_failures_table(records: Path) 
     record = next(r for r in read_records(records) if r.candidate.key == "full")
     results = [heard("a", "one two", "")]
     write_record(records, record.model_copy(update={"test": SplitResult.of(results)}))
-    write_utterances(records, record.candidate, "test", results)
+    (records / "full" / "test.jsonl").unlink()
     rows = {row[0]: row[1:] for row in failures_table(compare(records, "speech_params", "s")).rows}
     assert rows["unpruned"] == ("test", "0.0", "100.0", "0.000")
 

@@ -16,7 +16,11 @@ T = TypeVar("T")
 
 
 class NotWritable(StudyError):
-    """A folder, or a file in it, cannot be written."""
+    """A folder, or a file in it, cannot be written. `reason`: what the operating system says."""
+
+    def __init__(self, folder: Path, reason: str):
+        super().__init__([f"{folder} must be a folder that can be written to: {reason}; choose another one"])
+        self.reason = reason
 
 
 @contextmanager
@@ -85,7 +89,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
         # inside the folder, so that moving a file never crosses file systems
         temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".staged.")
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise NotWritable(folder, error.strerror or str(error)) from error
     with temporary as name:
         staged = Path(name)
         try:
@@ -93,8 +97,4 @@ def staged_files(folder: Path) -> Iterator[Path]:
             for file in staged.iterdir():
                 os.replace(file, folder / file.name)
         except OSError as error:
-            raise _not_writable(folder, error) from error
-
-
-def _not_writable(folder: Path, error: OSError) -> NotWritable:
-    return NotWritable([f"{folder} must be a folder that can be written to: {error.strerror}; choose another one"])
+            raise NotWritable(folder, error.strerror or str(error)) from error

@@ -6,6 +6,7 @@ from prunesearch.model.skeleton import encoder_layers
 from prunesearch.search.space import SearchSpace
 from prunesearch.speech.corpus import load_corpus
 from prunesearch.study.config import StudyConfig
+from prunesearch.study.record import read_records
 from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.optuna_study import annotate, open_study
 
@@ -19,16 +20,32 @@ def check_corpora(config: StudyConfig) -> None:
 def create_study(config: StudyConfig, storage: BaseStorage, trials: int | None = None, scan_only: bool = False) -> StoredStudy:
     """The study, created if there is none. `trials` sets its budget; without it, the budget never shrinks.
 
-    A study that was aborted continues. A scan (`scan_only`) leaves the budget of an existing study as it is.
+    A study that was aborted continues. A scan (`scan_only`) leaves the budget of an existing study as it is. If the storage is
+    new and the run folder has records (the storage was lost), their candidates are queued first: a worker that claims one
+    finds its record, and trains nothing.
     """
     space = SearchSpace.of(config, encoder_layers(config))
     stored = open_study(config, storage, space)
-    attrs = stored.attrs
+    attrs, known = stored.attrs, 0
     if "trials" not in attrs:
         annotate(stored, config, space.named)
+        known = _queue_recorded(config, stored, space)
     elif scan_only:
         return stored
-    stored.set_attr("trials", max(config.search.trials, attrs.get("trials", 0)) if trials is None else trials)
+    default = max(config.search.trials, attrs.get("trials", 0), known)
+    stored.set_attr("trials", default if trials is None else trials)
     if attrs.get("aborted"):
         stored.set_attr("aborted", False)
     return stored
+
+
+def _queue_recorded(config: StudyConfig, stored: StoredStudy, space: SearchSpace) -> int:
+    """Queue the candidates that have a record in the run folder, baselines excepted (they come in any case).
+
+    Returns the number of records. Raises StudyError for a damaged one.
+    """
+    records = read_records(config.run_folder / "records", config.name)
+    named = set(space.named.values())
+    for candidate in (r.candidate for r in records if r.candidate not in named):
+        stored.study.enqueue_trial(space.params(candidate), user_attrs={"candidate": candidate.key})
+    return len(records)
