@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.asr.slam_asr import Settings, SlamAsr
@@ -16,8 +15,9 @@ from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import ENCODER_FILE, RunRecord, record_folder
+from prunesearch.study.record import ENCODER_FILE, TRAIN_AGAIN, WEIGHTS_FILE, RunRecord, record_folder
 from prunesearch.training.finetune import restore, trainable
+from prunesearch.training.tensors import read_tensors
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StudyModels:
 
 def weights_file(config: StudyConfig, record: RunRecord) -> Path:
     """The file with a record's projector and LoRA; it may have been deleted."""
-    return record_folder(config.run_folder / "records", record.candidate) / "weights.safetensors"
+    return record_folder(config.run_folder / "records", record.candidate) / WEIGHTS_FILE
 
 
 def require_weights(config: StudyConfig, record: RunRecord) -> None:
@@ -59,7 +59,9 @@ def encoder_of(config: StudyConfig, record: RunRecord, unpruned: WhisperEncoder)
     file = record_folder(config.run_folder / "records", record.candidate) / ENCODER_FILE
     if not file.exists():
         raise StudyError([f"{file} is missing: the repaired encoder of {record.candidate.key} was not kept; export it again"])
-    return with_repaired_maps(encoder, load_file(file))
+    return with_repaired_maps(
+        encoder, read_tensors(file, encoder.state_dict(), "delete it and export it again", complete=False)
+    )
 
 
 def recorded_dtype(record: RunRecord) -> str:
@@ -92,7 +94,8 @@ def assemble(config: StudyConfig, record: RunRecord, loaded: StudyModels, model:
     width = llm.model.get_input_embeddings().embedding_dim
     projector = Projector.for_models(config.projector, encoder.config.d_model, width).to(loaded.device)
     slam = SpeechLlm(projector, llm, model)
-    restore(trainable(slam), load_file(weights_file(config, record)))
+    weights = trainable(slam)
+    restore(weights, read_tensors(weights_file(config, record), weights, TRAIN_AGAIN))
     slam.projector.eval()
     model.eval()
     settings = Settings(

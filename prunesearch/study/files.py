@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,17 @@ def read_json(path: Path, kind: type[T], fix: str) -> T:
         return TypeAdapter(kind).validate_json(content)
     except ValidationError as error:
         raise StudyError([f"{path}: {_why_invalid(content, error)}: {fix}"]) from None
+
+
+def read_unless_damaged(path: Path, kind: type[T]) -> T | None:
+    """As `read_json`, of a file that can be made again: None if it is missing or damaged. A note tells about a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        return read_json(path, kind, "it is made again")
+    except StudyError as error:
+        print(error, file=sys.stderr)  # stdout may hold JSON
+        return None
 
 
 def _why_invalid(content: bytes, error: ValidationError) -> str:

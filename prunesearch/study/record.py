@@ -16,8 +16,12 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 
 SCHEMA_VERSION = 1  # of record.json; a reader refuses any other
+WEIGHTS_FILE = "weights.safetensors"  # in a record's folder: projector and LoRA
 ENCODER_FILE = "encoder.safetensors"  # in a record's folder: the refitted maps of its encoder
 
+TRAIN_AGAIN = (
+    "restore it from a copy; or delete its folder: `prunesearch retry` then queues the candidate, and `launch` trains it again"
+)
 _RESTORE = "restore the file from a copy, or delete it"
 _AGAIN = f"{_RESTORE}: `prunesearch retry` then queues the candidate again"
 

@@ -46,6 +46,9 @@ def _queue_recorded(config: StudyConfig, stored: StoredStudy, space: SearchSpace
     """
     records = read_records(config.run_folder / "records", config.name)
     named = set(space.named.values())
-    for candidate in (r.candidate for r in records if r.candidate not in named):
-        stored.study.enqueue_trial(space.params(candidate), user_attrs={"candidate": candidate.key})
+    for candidate in (r.candidate for r in records):
+        params = space.params(candidate)
+        is_in_space = space.candidate(params) == candidate and candidate.lora_rank in space.ranks
+        if is_in_space and candidate not in named:
+            stored.study.enqueue_trial(params, user_attrs={"candidate": candidate.key})
     return len(records)
