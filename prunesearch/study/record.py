@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.errors import StudyError
@@ -37,6 +37,14 @@ class WordErrors(_Frozen):
     deletions: int = 0
     insertions: int = 0
     reference_words: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_complete(cls, data: Any, info: ValidationInfo) -> Any:
+        """A count that is missing in a file is not zero: the file was damaged."""
+        if info.mode == "json" and isinstance(data, dict) and (missing := cls.model_fields.keys() - data.keys()):
+            raise ValueError(f"{min(missing)} is missing")
+        return data
 
     @property
     def errors(self) -> int:
