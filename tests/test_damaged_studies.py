@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from prunesearch.commands.launch import launch
 from prunesearch.study.config import load_study
@@ -119,7 +120,7 @@ NAMED: list[tuple[str, Damage, str, list[str]]] = [
     ("records/full/weights.safetensors", empty, "is empty", ["export --candidate full --out {out}", "measure"]),
     ("scan/scan.json", half, "is cut off, or is not JSON", ["report", "launch --trials 7"]),
     ("scan/scan.json", empty, "is empty", ["report"]),
-    ("anchor/projector.safetensors", half, "is cut off or damaged", ["launch --trials 7 --allow-changes"]),
+    ("anchor/projector.safetensors", half, "is cut off or damaged", ["launch --trials 7"]),
 ]
 
 
@@ -159,6 +160,25 @@ def test_a_file_that_can_be_made_again_is_made_again(study: Path, pattern: str, 
         assert {path: path.read_bytes() for path in files if "test" not in path.name} == {
             path: content for path, content in files.items() if "test" not in path.name
         }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK garbage", {"weights": 1}, {"of": "another", "weights": {}, "optimizer": {"state": {}}, "progressed": {}}],
+)
+def test_a_checkpoint_that_does_not_fit_is_not_continued(study: Path, content: object) -> None:
+    folder = study / "run" / "records" / "minus-2-3"
+    record = next(r for r in read_records(folder.parent) if r.candidate.key == folder.name)
+    (folder / "record.json").unlink()
+    torch.save(content, folder / "checkpoint.pt")
+    if isinstance(content, bytes):
+        (folder / "checkpoint.pt").write_bytes(content)
+    assert command("retry", study).code == 0
+    done = command("launch", study)
+    assert done.code == 0, done.err
+    assert f"{folder}/checkpoint.pt: the checkpoint " in done.err
+    again = next(r for r in read_records(folder.parent) if r.candidate.key == folder.name)
+    assert again.outcome() == record.outcome()
 
 
 def test_a_record_in_the_wrong_place_is_named(study: Path) -> None:

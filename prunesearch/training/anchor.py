@@ -20,7 +20,7 @@ from prunesearch.training.finetune import (
     FineTuneSettings,
     TrainingSet,
 )
-from prunesearch.training.tensors import read_tensors, write_tensors
+from prunesearch.training.tensors import is_whole, read_tensors, write_tensors
 
 
 def anchor_weights(context: TrainingContext) -> Path:
@@ -30,11 +30,14 @@ def anchor_weights(context: TrainingContext) -> Path:
 
 def read_anchor(weights: Path, projector: Projector) -> dict[str, Tensor]:
     """The anchor's weights from their file, for a projector. Raises StudyError for a file that is damaged or another one."""
-    fix = (
+    return read_tensors(weights, projector.state_dict(), _fix(weights))
+
+
+def _fix(weights: Path) -> str:
+    return (
         f"restore it from a copy; or delete {weights.parent}: the anchor is trained again, and if it differs from the former "
         "one, the study continues with --allow-changes only"
     )
-    return read_tensors(weights, projector.state_dict(), fix)
 
 
 def train_anchor(context: TrainingContext) -> Path:
@@ -51,6 +54,8 @@ def train_anchor(context: TrainingContext) -> Path:
             if group.is_main_process:
                 _write(context, slam, progress, weights)
             group.broadcast(None)  # the other processes read what the main process has written
+    if not is_whole(weights):  # told before its digest is compared with the one that the study is locked to
+        raise StudyError([f"{weights}: the file is cut off or damaged: {_fix(weights)}"])
     return weights
 
 

@@ -305,7 +305,11 @@ class FineTune:
 
     def _problem(self, path: Path, content: dict[str, Any]) -> str | None:
         """Why this fine-tune cannot continue from a checkpoint; None if it can."""
-        if not content.keys() >= {"weights", "optimizer", "progressed"}:
+        parts = [content.get(name) for name in ("weights", "optimizer", "progressed")]
+        if (
+            not all(isinstance(part, dict) for part in parts)
+            or not content["progressed"].keys() <= vars(FineTuneProgress(1)).keys()
+        ):
             return "the checkpoint is damaged"
         if content.get("of") not in (None, self._identity(path)):  # None: an earlier version wrote it
             return "the checkpoint belongs to another candidate or study"
