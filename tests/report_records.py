@@ -14,6 +14,7 @@ from prunesearch.study.record import (
     SplitResult,
     UtteranceResult,
     WordErrors,
+    read_records,
     write_record,
     write_utterances,
 )
@@ -106,6 +107,12 @@ def add_study(records: Path, found_on_test: int | None = 1) -> None:
     add(records, Candidate((0,), 4), 7)
     add(records, Candidate((0, 1), 4), 9, state="pruned")
     add(records, Candidate((0, 2), 4), 9, state="failed")
+
+
+def give_to_study(records: Path, name: str) -> None:
+    """Rename the study that the records belong to."""
+    for record in read_records(records):
+        write_record(records, record.model_copy(update={"study": name}))
 
 
 def study(folder: Path, name: str = "s") -> StudyConfig:

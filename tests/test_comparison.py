@@ -7,7 +7,7 @@ import pytest
 from prunesearch.report import compare, verdict
 from prunesearch.study.candidate import BASELINE_NAMES, Candidate
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import SplitResult, write_record, write_utterances
+from prunesearch.study.record import SplitResult, read_records, write_record, write_utterances
 from tests.report_records import FOUND, add, add_baselines, add_study, heard, utterances, wer
 
 
@@ -94,7 +94,10 @@ def test_a_repeat_that_was_not_decoded_on_test_moves_the_difference_to_dev(recor
 
 
 def test_records_of_different_utterances_are_refused(records: Path) -> None:
-    write_utterances(records, FOUND, "test", utterances(1)[1:])
+    results = utterances(1)[1:]
+    write_utterances(records, FOUND, "test", results)
+    record = next(r for r in read_records(records) if r.candidate == FOUND)
+    write_record(records, record.model_copy(update={"test": SplitResult.of(results)}))
     with pytest.raises(StudyError, match="not decoded on the same test utterances"):
         compare(records, "speech_params", "s")
 

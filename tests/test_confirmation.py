@@ -17,7 +17,7 @@ from prunesearch.report.confirmation import (
 )
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.importance import kendall, spearman
-from tests.report_records import add, study, wer
+from tests.report_records import add, give_to_study, study, wer
 
 
 def test_a_rank_correlation_has_an_interval_and_is_nan_for_constant_values() -> None:
@@ -57,6 +57,7 @@ def test_a_study_is_compared_with_its_confirmation_system_by_system(tmp_path: Pa
         for repeat, errors in enumerate(long):
             again = Candidate(candidate.removed_layers, candidate.lora_rank, repeat)
             add(confirmation.run_folder / "records", again, errors)
+    give_to_study(confirmation.run_folder / "records", confirmation.name)
     add(config.run_folder / "records", Candidate((3,)), 5)  # was not trained again
     found = compare_with_confirmation(config)
     assert found is not None

@@ -38,7 +38,7 @@ from prunesearch.study.candidate import BASELINE_NAMES, Candidate
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import staged_files
 from prunesearch.study.record import SplitResult, read_records, write_record
-from tests.report_records import FOUND, add, add_baselines, add_results, add_study, heard, study, wer
+from tests.report_records import FOUND, add, add_baselines, add_results, add_study, give_to_study, heard, study, wer
 
 ROOT = Path(__file__).parents[1]
 
@@ -186,13 +186,16 @@ def test_the_report_shows_groups_where_a_study_has_them(records: Path) -> None:
         record = next(r for r in read_records(records) if r.candidate.key == key)
         results = [heard("a", "one two", "one two", "x"), heard("b", "one two", "one", "y")]
         write_record(records, record.model_copy(update={"test": SplitResult.of(results)}))
+        (records / key / "test.jsonl").unlink()
     rows = groups_table(compare(records, "speech_params", "s")).rows
     assert {row[:5] for row in rows} == {(name, "test", "y", "50.00", "50.00") for name in ("unpruned", "top2")}
 
 
 def test_a_system_with_empty_hypotheses_is_in_the_failures_table(records: Path) -> None:
     record = next(r for r in read_records(records) if r.candidate.key == "full")
-    write_record(records, record.model_copy(update={"test": SplitResult.of([heard("a", "one two", "")])}))
+    results = [heard("a", "one two", "")]
+    write_record(records, record.model_copy(update={"test": SplitResult.of(results)}))
+    (records / "full" / "test.jsonl").unlink()
     rows = {row[0]: row[1:] for row in failures_table(compare(records, "speech_params", "s")).rows}
     assert rows["unpruned"] == ("test", "0.0", "100.0", "0.000")
 
@@ -270,6 +273,7 @@ def test_csv_holds_every_complete_record(records: Path) -> None:
 def test_the_written_report_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     config = study(tmp_path, "<script>alert('&')</script> [bold]")
     add_study(config.run_folder / "records")
+    give_to_study(config.run_folder / "records", config.name)
     comparison = write_report(config)
     written = config.run_folder / "report"
     names = {"front.png", "front.svg", "front.pdf", "report.html", "report.csv", "report.json", "report.md", "report.tex"}
@@ -367,6 +371,7 @@ def test_several_studies_are_written_side_by_side(tmp_path: Path) -> None:
     for name in ("a", "b"):
         configs.append(study(tmp_path / name, name))
         add_study(configs[-1].run_folder / "records")
+        give_to_study(configs[-1].run_folder / "records", name)
     write_overlay(configs, tmp_path / "out")
     kinds = {"png", "svg", "pdf", "html", "md", "tex", "csv", "json"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {f"overlay.{kind}" for kind in kinds}

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.asr.parts import Settings
 from prunesearch.asr.slam_asr import SlamAsr
-from prunesearch.model.checkpoint import read_tensors, require_finite, require_same
 from prunesearch.model.encoder import remove_layers, with_repaired_maps
 from prunesearch.model.llm import with_lora
 from prunesearch.model.loading import Models, load_models
@@ -18,8 +16,9 @@ from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.record import ENCODER_FILE, RunRecord, record_folder
+from prunesearch.study.record import ENCODER_FILE, TRAIN_AGAIN, WEIGHTS_FILE, RunRecord, record_folder
 from prunesearch.training.finetune import restore, trainable
+from prunesearch.training.tensors import read_tensors
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class StudyModels:
 
 def weights_file(config: StudyConfig, record: RunRecord) -> Path:
     """The file with a record's projector and LoRA; it may have been deleted."""
-    return record_folder(config.run_folder / "records", record.candidate) / "weights.safetensors"
+    return record_folder(config.run_folder / "records", record.candidate) / WEIGHTS_FILE
 
 
 def require_weights(config: StudyConfig, record: RunRecord) -> None:
@@ -61,22 +60,9 @@ def encoder_of(config: StudyConfig, record: RunRecord, unpruned: WhisperEncoder)
     file = record_folder(config.run_folder / "records", record.candidate) / ENCODER_FILE
     if not file.exists():
         raise StudyError([f"{file} is missing: the repaired encoder of {record.candidate.key} was not kept; export it again"])
-    try:
-        return with_repaired_maps(encoder, _tensors_of(file))
-    except StudyError:
-        raise
-    except ValueError as error:
-        raise StudyError([f"{file} does not fit the encoder: {error}; delete it, and export again"]) from error
-
-
-def _tensors_of(file: Path) -> dict[str, Tensor]:
-    """The tensors of a record's file. Raises StudyError where they are damaged or not finite."""
-    try:
-        tensors = read_tensors(file)
-        require_finite(tensors)
-    except ValueError as error:
-        raise StudyError([f"{file}: {error}"]) from error
-    return tensors
+    return with_repaired_maps(
+        encoder, read_tensors(file, encoder.state_dict(), "delete it and export it again", complete=False)
+    )
 
 
 def recorded_dtype(record: RunRecord) -> str:
@@ -109,13 +95,8 @@ def assemble(config: StudyConfig, record: RunRecord, loaded: StudyModels, model:
     width = llm.model.get_input_embeddings().embedding_dim
     projector = Projector.for_models(config.projector, encoder.config.d_model, width).to(loaded.device)
     slam = SpeechLlm(projector, llm, model)
-    file = weights_file(config, record)
-    weights = _tensors_of(file)
-    try:
-        require_same(weights, trainable(slam), "the weights")
-    except ValueError as error:
-        raise StudyError([f"{file} does not belong to {record.candidate.key}: {error}"]) from error
-    restore(trainable(slam), weights)
+    weights = trainable(slam)
+    restore(weights, read_tensors(weights_file(config, record), weights, TRAIN_AGAIN))
     slam.projector.eval()
     model.eval()
     settings = Settings(

@@ -280,23 +280,17 @@ def report(
 ) -> None:
     """Compare the results with the baselines; print a summary and write all tables, plots, an HTML page, CSV and JSON.
 
-    Of several studies, the fronts are drawn in one plot.
+    Of several studies, the fronts are drawn in one plot. If run/report cannot be written, the summary is printed all the same.
     """
-    from prunesearch.report import render, render_overlay, render_tables, to_json, write_overlay, write_report
+    from prunesearch.commands.report import report as make_report
+    from prunesearch.report import render, render_overlay, render_tables, to_json
     from prunesearch.report.tables import TABLES, checked_names
-    from prunesearch.study.config import load_study
-    from prunesearch.workers.final_test import fetch_records
 
     names = checked_names(tables or ())
-    configs = [load_study(study, data_must_exist=False) for study in studies]
-    for config in configs:
-        fetch_records(config, storage)
-    if len(configs) > 1:
-        folder, stem = out or Path("overlay"), "overlay"
-        comparisons = write_overlay(configs, folder)
-    else:
-        folder, stem = out or configs[0].run_folder / "report", "report"
-        comparisons = [write_report(configs[0], out)]
+    reported = make_report(studies, out, storage)
+    comparisons = reported.comparisons
+    if reported.not_written:
+        typer.echo(reported.not_written, err=True)
     if as_json:
         made = [to_json(c) for c in comparisons]
         print_json(made if len(made) > 1 else made[0])
@@ -306,9 +300,10 @@ def report(
             print_tables(render_tables(comparison, names))
     else:
         print_tables(render_overlay(comparisons) if len(comparisons) > 1 else render(comparisons[0]))
-    print_hint(f"report: {folder / stem}.html; as text: {stem}.md", as_json)
+    if reported.page:
+        print_hint(f"report: {reported.page}.html; as text: {reported.page}.md")
     if not names:
-        print_hint(f"more tables: --tables NAME (or all), of {', '.join(TABLES)}", as_json)
+        print_hint(f"more tables: --tables NAME (or all), of {', '.join(TABLES)}")
 
 
 @app.command()

@@ -28,14 +28,14 @@ def run_app(app: typer.Typer) -> None:
         raise
     except Exception as error:
         # imported here: `prunesearch --help` must not wait for pydantic
-        from prunesearch.study.errors import StudyError
+        from prunesearch.study.errors import user_error_lines
         from prunesearch.study.interrupt import Interrupted
 
         if isinstance(error, Interrupted):
             _exit_interrupted(128 + error.signal if error.signal else INTERRUPTED)
-        if not isinstance(error, StudyError):
+        if (lines := user_error_lines(error)) is None:
             raise
-        for line in error.lines:
+        for line in lines:
             typer.echo(line, err=True)
         sys.exit(USER_ERROR)
 

@@ -90,9 +90,10 @@ def choose_record(
 def _record_of(config: StudyConfig, key: str, complete: list[RunRecord]) -> RunRecord:
     """A candidate's record by its key. Raises StudyError where the key is malformed or the record is not complete."""
     try:
-        record = read_record(config.run_folder / "records", Candidate.from_key(key))
+        candidate = Candidate.from_key(key)
     except ValueError as error:
         raise StudyError([f"--candidate: {error}"]) from None
+    record = read_record(config.run_folder / "records", candidate, config.name)
     if record is None or record.state != "complete":
         front = ", ".join(r.candidate.key for r in study_front(config, complete))
         raise StudyError([f"--candidate: {key} is not complete; the front is {front}"])

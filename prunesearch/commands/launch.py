@@ -29,7 +29,7 @@ def launch(
     """
     config, options = load_study(source), WorkerOptions(storage, allow_changes, trials=trials)
     listener, interrupt = listener or NullListener(), Interrupt()
-    read_records(config.run_folder / "records")  # a damaged one is reported now, and not after a training
+    read_records(config.run_folder / "records", config.name)  # a damaged one is reported now, and not after a training
     with interrupt.on_signals(listener.note):
         if workers > 1:
             run_workers(config, workers, options, listener, interrupt)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunesearch.study.config import StudyConfig, load_study
-from prunesearch.study.errors import StudyError
+from prunesearch.study.errors import StudyError, user_error_lines
 from prunesearch.study.interrupt import Flag, Interrupt, Interrupted
 from prunesearch.study.progress import ProgressListener
 from prunesearch.study.record import RunRecord
@@ -61,11 +61,13 @@ def _work(source: Path, options: WorkerOptions, relay: _Relay, workers: int, fla
             worker = Worker.open(load_study(source), options, relay, interrupt)
             worker.run()
             worker.close()
-    except StudyError as error:
-        print(*error.lines, sep="\n", file=sys.stderr)
-        sys.exit(2)
     except (Interrupted, KeyboardInterrupt):  # the process that started this one prints that
         sys.exit(130)
+    except Exception as error:
+        if (lines := user_error_lines(error)) is None:
+            raise
+        print(*lines, sep="\n", file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass

@@ -1,17 +1,18 @@
 """status, retry and abort: show and control a study from any machine that can reach its storage."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import BaseModel
 
 from prunesearch.search.samplers import WORST_GROUP_WER
 from prunesearch.search.space import candidate_params
 from prunesearch.search.study_progress import StudyProgress, candidate_key, is_finished, is_foreign
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
+from prunesearch.study.files import read_json
 from prunesearch.study.front import non_dominated
 from prunesearch.study.record import record_folder
 from prunesearch.study.search_config import SearchConfig
@@ -20,10 +21,17 @@ from prunesearch.workers.lease import LEASE_SECONDS, WORKER, Lease
 from prunesearch.workers.optuna_study import open_existing_study
 
 
+class _CorpusReport(BaseModel):
+    """What is needed here of a file that `speech.corpus` writes."""
+
+    dropped: list[dict[str, str]]
+
+
 def left_out(config: StudyConfig) -> dict[str, int]:
     """Number of lines of each split's sources that the study does not use; splits without any are left out."""
     files = {split: config.run_folder / "corpus" / f"{split}.json" for split in config.data.splits}
-    counts = {split: len(json.loads(f.read_text(encoding="utf-8"))["dropped"]) for split, f in files.items() if f.exists()}
+    fix = "delete it: the next launch writes it again"
+    counts = {split: len(read_json(f, _CorpusReport, fix).dropped) for split, f in files.items() if f.exists()}
     return {split: count for split, count in counts.items() if count}
 
 
@@ -103,34 +111,45 @@ def _endings(trials: list[FrozenTrial]) -> dict[str, int]:
 def _front(trials: list[FrozenTrial], search: SearchConfig) -> list[dict[str, Any]]:
     """The best trials that evaluated a candidate, fewest parameters first."""
     limit = search.max_worst_group_wer
+    latest = {key: t for t in trials if t.state == TrialState.COMPLETE and (key := candidate_key(t))}
     competing = [
         (key, t.values[0], t.values[1])
-        for t in trials
-        if t.state == TrialState.COMPLETE
-        and (key := candidate_key(t))
-        and (limit is None or t.user_attrs.get(WORST_GROUP_WER, 0.0) <= limit)
+        for key, t in latest.items()
+        if (limit is None or t.user_attrs.get(WORST_GROUP_WER, 0.0) <= limit)
     ]
     best = [competing[i] for i in non_dominated([(params, wer) for _, wer, params in competing])]
     return [{"candidate": key, "dev_wer": wer, search.params_objective: params} for key, wer, params in best]
 
 
 def retry(source: str | Path, storage: str | None = None) -> list[str]:
-    """Re-queue the candidates that failed, for the next available worker; returns their keys."""
+    """Re-queue the candidates that failed, and finished ones whose record was lost; returns their keys.
+
+    A record counts as lost if neither the run folder nor the artifact store has it. A run folder without any record is not
+    the study's own (this machine only looks on), so that no record counts as lost there.
+    """
     config = load_study(source, data_must_exist=False)
     stored = open_existing_study(config, storage)
     trials, artifacts = stored.trials(), open_artifacts(config)
-    latest = StudyProgress.of(trials).latest
-    failed = {key: t for key, t in latest.items() if t.state == TrialState.FAIL and is_finished(t)}
-    for key, trial in failed.items():
+    records = config.run_folder / "records"
+    latest = {key: t for key, t in StudyProgress.of(trials).latest.items() if is_finished(t)}
+    if artifacts:
+        artifacts.fetch_records(map(Candidate.from_key, latest))
+    knows_records = any(records.glob("*/record.json"))
+    again: list[str] = []
+    for key, trial in latest.items():
         candidate = Candidate.from_key(key)
-        record = record_folder(config.run_folder / "records", candidate) / "record.json"
+        record = record_folder(records, candidate) / "record.json"
+        failed, lost = trial.state == TrialState.FAIL, knows_records and not record.exists()
+        if not failed and not lost:
+            continue
         if record.exists():
             record.replace(record.with_name(f"failed-{trial.number}.json"))
         if artifacts:
             artifacts.remove(f"records/{key}/record.json")
         names = trial.params or next((t.params for t in trials if t.params and not is_foreign(t)), {})  # none if killed early
         stored.study.enqueue_trial(candidate_params(candidate, names), user_attrs={"candidate": key, "retry": True})
-    return list(failed)
+        again.append(key)
+    return again
 
 
 def abort(source: str | Path, storage: str | None = None) -> int:

@@ -16,6 +16,7 @@ from prunesearch.study.files import staged_files
 from prunesearch.study.front import non_dominated, pareto_front
 from prunesearch.study.importance import read_scan
 from prunesearch.study.measurement import read_measurement
+from prunesearch.study.record import read_records
 
 __all__ = [
     "Best",
@@ -31,9 +32,11 @@ __all__ = [
     "render",
     "render_overlay",
     "render_tables",
+    "report_folder",
     "to_csv",
     "to_json",
     "verdict",
+    "write_comparison",
     "write_overlay",
     "write_report",
 ]
@@ -45,19 +48,29 @@ def write_report(config: StudyConfig, folder: Path | None = None) -> Comparison:
     `folder` is where to write; by default it is `run/report/`. Raises StudyError if the study was not launched yet, or if the
     folder cannot be written to.
     """
+    comparison = comparison_of(config)
+    write_comparison(comparison, folder or report_folder(config))
+    return comparison
+
+
+def report_folder(config: StudyConfig) -> Path:
+    """Where a study's report is written by default."""
+    return config.run_folder / "report"
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """Write front.{png,svg,pdf} and report.{html,md,tex,csv,json}. Raises NotWritable if the folder cannot be written to."""
     from prunesearch.report.formats import to_latex, to_markdown
     from prunesearch.report.page import render_page
     from prunesearch.report.plots import draw_front, write_figures
 
-    comparison = comparison_of(config)
-    with staged_files(folder or config.run_folder / "report") as staged:
+    with staged_files(folder) as staged:
         write_figures(draw_front(comparison), staged)
         _write(staged / "report.html", render_page(comparison))
         _write(staged / "report.md", to_markdown(tables(comparison)))
         _write(staged / "report.tex", to_latex(tables(comparison)))
         _write(staged / "report.csv", to_csv([comparison]))
         _write(staged / "report.json", _as_json(to_json(comparison)))
-    return comparison
 
 
 def write_overlay(configs: Sequence[StudyConfig], folder: Path) -> list[Comparison]:
@@ -87,11 +100,12 @@ def comparison_of(config: StudyConfig) -> Comparison:
     folder, search = config.run_folder, config.search
     if not (folder / "records").is_dir():
         raise StudyError([f"{config.name} has no records yet: `prunesearch launch {config.source}`"])
+    read_records(folder / "records", config.name)  # a renamed study, or a record of another one, is named
     return compare(
         folder / "records",
         search.params_objective,
         config.name,
-        scan=read_scan(folder / "scan" / "scan.json"),
+        scan=read_scan(folder / "scan" / "scan.json", config.name),
         max_worst_group_wer=search.max_worst_group_wer,
         measured=read_measurement(folder / "measure.json"),
     )

@@ -155,7 +155,7 @@ def compare(
     records = read_records(records_folder)
     systems = pooled_by_system(records)
     trainings = _complete_trainings(records)
-    decodings = Decodings(records_folder, trainings)
+    decodings = Decodings(records_folder, trainings, {r.candidate: r for r in records})
     complete, pruned, failed = (_in_state(state, systems, objective) for state in ("complete", "pruned", "failed"))
     front = tuple(pareto_front(systems, objective, max_worst_group_wer))
     on_front = {r.candidate for r in front}

@@ -138,4 +138,4 @@ def confirmation_table(found: Confirmation) -> Table:
 
 
 def _complete(config: StudyConfig) -> list[RunRecord]:
-    return [r for r in read_records(config.run_folder / "records") if r.state == "complete"]
+    return [r for r in read_records(config.run_folder / "records", config.name) if r.state == "complete"]

@@ -77,11 +77,20 @@ class DecodedPair:
 
 
 class Decodings:
-    """The stored decodings of a study's systems. `trainings` holds each system's complete trainings, by repeat."""
+    """The stored decodings of a study's systems.
 
-    def __init__(self, records_folder: Path, trainings: Mapping[Candidate, Sequence[Candidate]]):
+    trainings: each system's complete trainings, by repeat.
+    records: the record of each training, to which its utterances must add up.
+    """
+
+    def __init__(
+        self,
+        records_folder: Path,
+        trainings: Mapping[Candidate, Sequence[Candidate]],
+        records: Mapping[Candidate, RunRecord],
+    ):
         self._trainings = trainings
-        self._read = lru_cache(maxsize=CACHED)(partial(_read_decoding, records_folder))
+        self._read = lru_cache(maxsize=CACHED)(partial(_read_decoding, records_folder, records))
 
     def pair(self, system: RunRecord, reference: RunRecord, first_training: bool = False) -> DecodedPair | None:
         """Both systems on test if all their trainings were decoded there, else on dev; None if neither holds.
@@ -102,9 +111,12 @@ class Decodings:
         return None
 
 
-def _read_decoding(records_folder: Path, trainings: tuple[Candidate, ...], split: Split) -> Decoding | None:
+def _read_decoding(
+    records_folder: Path, records: Mapping[Candidate, RunRecord], trainings: tuple[Candidate, ...], split: Split
+) -> Decoding | None:
     """The trainings' results on a split; None unless all of them were decoded on the same utterances."""
-    read = [read_utterances(records_folder, c, split) for c in trainings]
+    counted = {c: records[c].dev if split == "dev" else records[c].test for c in trainings}
+    read = [read_utterances(records_folder, c, split, counted[c]) for c in trainings]
     results = tuple(tuple(sorted(each or [], key=lambda u: u.id)) for each in read)
     ids = {tuple(u.id for u in each) for each in results}
     return Decoding(tuple(c.repeat for c in trainings), results) if len(ids) == 1 and all(results) else None

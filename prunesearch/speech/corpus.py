@@ -15,7 +15,7 @@ from prunesearch.speech.sources import Row, read_source
 from prunesearch.speech.text import none, normalizer_for
 from prunesearch.study.config import Split, StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.files import write_atomically
+from prunesearch.study.files import read_unless_damaged, write_atomically
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -97,7 +97,7 @@ def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Cor
     path = config.run_folder / "corpus" / f"{split}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = read_unless_damaged(path, dict[str, Any]) or {}
         if known.get("identity") == identity:
             unreadable, seconds = known["unreadable"], known["seconds"]
         else:

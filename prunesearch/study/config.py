@@ -349,11 +349,21 @@ def load_study(path: str | Path, data_must_exist: bool = True) -> StudyConfig:
     file = path / "study.toml" if path.is_dir() else path
     if not file.is_file():
         raise StudyError([f"there is no study file {file}: `prunesearch init NAME` writes one"])
+    content = file.read_bytes()
     try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StudyError([f"{file} is not valid TOML: {error}"]) from None
+        raw = tomllib.loads(_text(content))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise StudyError([f"{file} must be encoded as UTF-8, line {line} is not: save it as UTF-8"]) from None
+    except tomllib.TOMLDecodeError as error:
+        fix = ": it holds NUL characters: save it as UTF-8, or restore it from a copy" if b"\0" in content else f": {error}"
+        raise StudyError([f"{file} is not valid TOML{fix}"]) from None
     return parse_study(raw, file, data_must_exist)
+
+
+def _text(content: bytes) -> str:
+    """The content of a text file, as editors save it: a byte order mark is left out, and each line ends with a line feed."""
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_study(raw: dict[str, Any], source: Path, data_must_exist: bool = True) -> StudyConfig:

@@ -1,6 +1,8 @@
 """Errors in what the user gave, such as a study file: one line each, and all of them at once."""
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +20,39 @@ class StudyError(ValueError):
     def __init__(self, lines: list[str]):
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+# What the operating system may refuse, and what the user can do about it. Other errors of files are ours: a missing file, for
+# example, is looked for before it is read.
+_FIXES = {
+    errno.EACCES: "get the right to read or write it, or choose another place",
+    errno.EPERM: "get the right to read or write it, or choose another place",
+    errno.EROFS: "it lies on a file system that cannot be written: choose another place",
+    errno.EISDIR: "a file is needed there: move the folder away",
+    errno.ENOTDIR: "a folder is needed there: move the file away, or choose another place",
+    errno.EEXIST: "a folder is needed there: move the file away, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "the link points to itself: correct it",
+    errno.EIO: "the disk or the network drive fails: restore the file, or try again later",
+    errno.ESTALE: "the network drive was changed: mount it again",
+    **dict.fromkeys(NO_SPACE, "free space there, and run the same command again: finished work is kept"),
+}
+
+
+def user_error_lines(error: BaseException) -> list[str] | None:
+    """The lines to print for an error that the user can correct; None for an error in prunesearch.
+
+    Errors of the user: StudyError, and files that the operating system refuses to read or write (no permission, a folder in
+    place of a file, a full disk).
+    """
+    if isinstance(error, StudyError):
+        return error.lines
+    if not isinstance(error, OSError) or error.errno not in _FIXES or (error.filename is None and error.errno not in NO_SPACE):
+        return None
+    name = "the disk" if error.filename is None else os.fsdecode(error.filename)
+    return [f"{name}: {error.strerror or os.strerror(error.errno)}: {_FIXES[error.errno]}"]
 
 
 def describe_validation_error(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[str]:

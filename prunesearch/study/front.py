@@ -13,7 +13,7 @@ Point = tuple[float, float]  # parameters, WER
 def complete_records(config: StudyConfig) -> list[RunRecord]:
     """The study's complete records, sorted by key. Raises StudyError if there is none."""
     folder = config.run_folder / "records"
-    complete = [r for r in read_records(folder) if r.state == "complete"] if folder.is_dir() else []
+    complete = [r for r in read_records(folder, config.name) if r.state == "complete"] if folder.is_dir() else []
     if not complete:
         raise StudyError([f"{config.name} has no complete candidate yet: `prunesearch launch {config.source}`"])
     return complete

@@ -5,14 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from prunesearch.study.files import write_atomically
+from prunesearch.study.errors import StudyError
+from prunesearch.study.files import read_json, write_atomically
 
 LayerSet = tuple[int, ...]  # removed layers, sorted
 
 SET_CRITERIA = ("repaired_loss", "residual", "delta_loss", "drift", "delta_wer")
 LAYER_CRITERIA = ("block_influence", "frobenius_change", "cka_distance")
+
+_AGAIN = "`prunesearch scan` writes it again"
 
 
 class _Frozen(BaseModel):
@@ -79,6 +82,16 @@ class Scan(_Frozen):
     first: int
     angular: tuple[tuple[float, ...], ...]
     evaluations: Evaluations
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> "Scan":
+        """Every removable layer must have its values."""
+        measured = {score.layer for score in self.layers}
+        blocks = len(self.angular[0]) if self.angular else 0
+        for layer in self.removable:
+            if layer not in measured or not 0 <= layer - self.first < blocks:
+                raise ValueError(f"layers and angular must have values of every removable layer, got none of layer {layer}")
+        return self
 
     @property
     def criterion(self) -> str:
@@ -165,6 +178,14 @@ def write_scan(path: Path, scan: Scan) -> None:
     write_atomically(path, scan.model_dump_json(indent=1) + "\n")
 
 
-def read_scan(path: Path) -> Scan | None:
-    """Read a scan's file; None if there is none."""
-    return Scan.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_scan(path: Path, study: str | None = None) -> Scan | None:
+    """Read a scan's file; None if there is none. Raises StudyError for a damaged file, and for a scan of another study.
+
+    study: the name of the study that the scan must belong to. Default: any.
+    """
+    if not path.exists():
+        return None
+    scan = read_json(path, Scan, f"restore it from a copy, or delete it: {_AGAIN}")
+    if study not in (None, scan.study):
+        raise StudyError([f"{path}: the scan belongs to the study {scan.study}, this study is {study}: delete it: {_AGAIN}"])
+    return scan

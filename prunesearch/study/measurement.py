@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from prunesearch.study.files import read_json
 
 
 @dataclass(frozen=True)
@@ -71,5 +71,7 @@ class Measurement:
 
 
 def read_measurement(path: Path) -> Measurement | None:
-    """Read a study's `run/measure.json`. None if nothing was measured yet."""
-    return TypeAdapter(Measurement).validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+    """Read a study's `run/measure.json`. None if nothing was measured yet. Raises StudyError for a damaged file."""
+    if not path.exists():
+        return None
+    return read_json(path, Measurement, "restore it from a copy, or delete it: `prunesearch measure` writes it again")

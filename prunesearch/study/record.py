@@ -10,16 +10,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 
 SCHEMA_VERSION = 1  # of record.json; a reader refuses any other
+WEIGHTS_FILE = "weights.safetensors"  # in a record's folder: projector and LoRA
 ENCODER_FILE = "encoder.safetensors"  # in a record's folder: the refitted maps of its encoder
 
+TRAIN_AGAIN = (
+    "restore it from a copy; or delete its folder: `prunesearch retry` then queues the candidate, and `launch` trains it again"
+)
 _RESTORE = "restore the file from a copy, or delete it"
+_AGAIN = f"{_RESTORE}: `prunesearch retry` then queues the candidate again"
 
 
 class _Frozen(BaseModel):
@@ -34,6 +39,14 @@ class WordErrors(_Frozen):
     deletions: int = 0
     insertions: int = 0
     reference_words: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_complete(cls, data: Any, info: ValidationInfo) -> Any:
+        """A count that is missing in a file is not zero: the file was damaged."""
+        if info.mode == "json" and isinstance(data, dict) and (missing := cls.model_fields.keys() - data.keys()):
+            raise ValueError(f"{min(missing)} is missing")
+        return data
 
     @property
     def errors(self) -> int:
@@ -249,24 +262,55 @@ def write_record(records: Path, record: RunRecord) -> None:
     write_atomically(path, record.model_dump_json(indent=1) + "\n")
 
 
-def read_record(records: Path, candidate: Candidate) -> RunRecord | None:
-    """The candidate's record, or None if there is none. Raises StudyError for a file that is not that record."""
+def read_record(records: Path, candidate: Candidate, study: str | None = None) -> RunRecord | None:
+    """The candidate's record, or None if there is none. Raises StudyError for a file that is not that record.
+
+    study: the name of the study that the record must belong to. Default: any.
+    """
     path = record_folder(records, candidate) / "record.json"
-    return _read_record_file(path) if path.exists() else None
+    if not path.exists():
+        return None
+    record = _read_record_file(path)
+    _check_study(records, {path: record}, study)
+    return record
 
 
-def read_records(records: Path) -> list[RunRecord]:
-    """All records, sorted by key. Raises StudyError with one line per file that is not a record of its folder's candidate."""
-    found: list[RunRecord] = []
+def read_records(records: Path, study: str | None = None) -> list[RunRecord]:
+    """All records, sorted by key. Raises StudyError with one line per file that is not a record of its folder's candidate.
+
+    study: the name of the study that the records must belong to. Default: any.
+    """
+    found: dict[Path, RunRecord] = {}
     errors: list[str] = []
     for path in sorted(records.glob("*/record.json")):
         try:
-            found.append(_read_record_file(path))
+            found[path] = _read_record_file(path)
         except StudyError as error:
             errors += error.lines
     if errors:
         raise StudyError(errors)
-    return found
+    _check_study(records, found, study)
+    return list(found.values())
+
+
+def _check_study(records: Path, found: dict[Path, RunRecord], study: str | None) -> None:
+    """Raises StudyError for records of another study. If no record is of this one, the study was renamed."""
+    others = {path: record.study for path, record in found.items() if study not in (None, record.study)}
+    if not others:
+        return
+    names = sorted(set(others.values()))
+    fix = f"add name = {json.dumps(names[0])} to the study file"
+    if len(others) == len(found) > 1 and len(names) == 1:
+        rule = f"the records belong to the study {names[0]}, this study is {study}"
+        reason = "a study without a name in its file is named after its folder"
+        raise StudyError([f"{records}: {rule} ({reason}): {fix}, or move {records.parent} away to start anew"])
+    raise StudyError(
+        [
+            f"{path}: the record belongs to the study {name}, this study is {study}: move {path.parent} away"
+            + (f", or {fix} if the study was renamed" if len(found) == 1 else "")
+            for path, name in others.items()
+        ]
+    )
 
 
 def _read_record_file(path: Path) -> RunRecord:
@@ -277,34 +321,38 @@ def _read_record_file(path: Path) -> RunRecord:
     except ValidationError as error:
         raise StudyError([f"{path}: {_why_not_a_record(content, error)}"]) from None
     except ValueError as error:  # such as a negative layer
-        raise StudyError([f"{path}: not a valid record ({error}): {_RESTORE}"]) from None
+        raise StudyError([f"{path}: not a valid record ({error}): {_AGAIN}"]) from None
     if record.schema_version != SCHEMA_VERSION:
         raise StudyError([f"{path}: {_other_schema(record.schema_version)}"])
     if key != path.parent.name:
         rule = f"the folder must be named after the record's candidate, {key}, got {path.parent.name}"
-        raise StudyError([f"{path}: {rule}: rename the folder, or delete it"])
+        taken = (path.parent.with_name(key) / "record.json").exists()
+        fix = f"delete the folder; {key} has a record of its own" if taken else "rename the folder, or delete it"
+        raise StudyError([f"{path}: {rule}: {fix}"])
+    if record.state == "complete" and record.dev is None:
+        raise StudyError([f"{path}: not a valid record (dev: a complete record must have it): {_AGAIN}"])
     return record
 
 
 def _why_not_a_record(content: bytes, error: ValidationError) -> str:
     """The rule that the content of a record.json breaks, and the fix."""
-    if not content.strip():
-        return f"the record is empty: {_RESTORE}"
+    if not content.strip(b"\0 \t\r\n"):
+        return f"the record is empty: {_AGAIN}"
     try:
         raw = json.loads(content)
     except ValueError:  # includes UnicodeDecodeError
-        return f"the record is cut off, or is not JSON: {_RESTORE}"
+        return f"the record is cut off, or is not JSON: {_AGAIN}"
     version = raw.get("schema_version", SCHEMA_VERSION) if isinstance(raw, dict) else SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         return _other_schema(version)
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
-    return f"not a valid record ({f'{key}: ' if key else ''}{first['msg'].splitlines()[0]}): {_RESTORE}"
+    return f"not a valid record ({f'{key}: ' if key else ''}{first['msg'].splitlines()[0]}): {_AGAIN}"
 
 
 def _other_schema(version: Any) -> str:
     newer = isinstance(version, int) and version > SCHEMA_VERSION
-    fix = "update prunesearch to read it" if newer else _RESTORE
+    fix = "update prunesearch to read it" if newer else _AGAIN
     return f"schema_version must be {SCHEMA_VERSION}, got {version!r}: {fix}"
 
 
@@ -314,10 +362,14 @@ def write_utterances(records: Path, candidate: Candidate, split: str, results: I
     write_atomically(record_folder(records, candidate) / f"{split}.jsonl", "\n".join(lines) + "\n")
 
 
-def read_utterances(records: Path, candidate: Candidate, split: str) -> list[UtteranceResult] | None:
+def read_utterances(
+    records: Path, candidate: Candidate, split: str, counted: SplitResult | None = None
+) -> list[UtteranceResult] | None:
     """The utterances of a split, in the corpus's order; None if the split was not decoded.
 
-    Raises StudyError for a file that is cut off, or has a line that is not an utterance.
+    counted: the record's result on the split, to which the utterances must add up.
+
+    Raises StudyError for a file that is cut off, has a line that is not an utterance, or does not belong to the record.
     """
     path = record_folder(records, candidate) / f"{split}.jsonl"
     if not path.exists():
@@ -333,4 +385,14 @@ def read_utterances(records: Path, candidate: Candidate, split: str) -> list[Utt
                 results.append(UtteranceResult.model_validate_json(line))
         except ValidationError:
             raise StudyError([f"{path}: line {number} is not a decoded utterance: {_RESTORE}"]) from None
+    if counted is not None:
+        _check_counts(path, results, counted)
     return results
+
+
+def _check_counts(path: Path, results: Sequence[UtteranceResult], counted: SplitResult) -> None:
+    """Raises StudyError for utterances that do not add up to the record's result: the file lost lines, or is another one."""
+    errors = sum((r.errors for r in results), WordErrors())
+    if (len(results), errors) != (counted.utterances, counted.errors):
+        rule = f"the file must hold the record's {counted.utterances} utterances with {counted.errors.errors} errors"
+        raise StudyError([f"{path}: {rule}, got {len(results)} with {errors.errors}: {_RESTORE}"])

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file
+from torch import Tensor
 
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
@@ -11,7 +11,7 @@ from prunesearch.study.candidate import Candidate
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 from prunesearch.study.record import SplitResult
-from prunesearch.training.context import TrainingContext, write_tensors
+from prunesearch.training.context import TrainingContext
 from prunesearch.training.finetune import (
     CurvePoint,
     Diverged,
@@ -20,11 +20,24 @@ from prunesearch.training.finetune import (
     FineTuneSettings,
     TrainingSet,
 )
+from prunesearch.training.tensors import is_whole, read_tensors, write_tensors
 
 
 def anchor_weights(context: TrainingContext) -> Path:
     """Where the anchor's weights are, once it is trained."""
     return context.config.run_folder / "anchor" / "projector.safetensors"
+
+
+def read_anchor(weights: Path, projector: Projector) -> dict[str, Tensor]:
+    """The anchor's weights from their file, for a projector. Raises StudyError for a file that is damaged or another one."""
+    return read_tensors(weights, projector.state_dict(), _fix(weights))
+
+
+def _fix(weights: Path) -> str:
+    return (
+        f"restore it from a copy; or delete {weights.parent}: the anchor is trained again, and if it differs from the former "
+        "one, the study continues with --allow-changes only"
+    )
 
 
 def train_anchor(context: TrainingContext) -> Path:
@@ -41,6 +54,8 @@ def train_anchor(context: TrainingContext) -> Path:
             if group.is_main_process:
                 _write(context, slam, progress, weights)
             group.broadcast(None)  # the other processes read what the main process has written
+    if not is_whole(weights):  # told before its digest is compared with the one that the study is locked to
+        raise StudyError([f"{weights}: the file is cut off or damaged: {_fix(weights)}"])
     return weights
 
 
@@ -81,5 +96,5 @@ def starting_projector(context: TrainingContext, repeat: int = 0) -> Projector:
     """The projector that candidates start with: the anchor's, or a fresh one where the study's `training.init` is `scratch`."""
     projector = context.fresh_projector(repeat)
     if context.config.training.init == "anchor":
-        projector.load_state_dict(load_file(train_anchor(context)))
+        projector.load_state_dict(read_anchor(train_anchor(context), projector))
     return projector

@@ -2,14 +2,13 @@
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.model.digest import hub_commit, model_digest
@@ -23,7 +22,6 @@ from prunesearch.speech.corpus import Utterance, checked_corpus
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import Split, StudyConfig
 from prunesearch.study.errors import StudyError
-from prunesearch.study.files import write_atomically
 from prunesearch.study.record import UtteranceResult
 from prunesearch.training.batches import plan_batches
 from prunesearch.training.decode import Decoder, scored
@@ -260,8 +258,3 @@ class TrainingContext:
 
 def _part_held_out(drawn: Sequence[int]) -> list[int]:
     return list(drawn[::HELD_OUT][:MOST_HELD_OUT])
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all. Raises OSError when the disk is full."""
-    write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))

@@ -1,12 +1,13 @@
 """The short fine-tune: projector and LoRA on cached encoder states, resumable at every step."""
 
+import hashlib
 import io
+import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.config import TrainingConfig
 from prunesearch.study.files import write_atomically
 from prunesearch.study.interrupt import Interrupted
+from prunesearch.study.progress import print_note
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import arithmetic, attention_for_training, peak_memory_bytes, seed_everything
 from prunesearch.training.process_group import ProcessGroup
 from prunesearch.training.states import Fetched, Prefetched, StateStore
+from prunesearch.training.tensors import different
 
 LOSS_EVERY = 10  # steps between two points of the recorded loss curve
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the start to the trained weights, that are tried
@@ -276,6 +279,7 @@ class FineTune:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {
+            "of": self._identity(path),
             "weights": {name: p.detach() for name, p in self._weights.items()},
             "optimizer": self._optimizer.state_dict(),
             "progressed": vars(self.progress),
@@ -288,13 +292,43 @@ class FineTune:
         path = self.settings.checkpoint
         if path is None or not path.exists():
             return None
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError):  # damaged, by a loss of power for example: start again
+        if problem := self._problem(path, content := _read_checkpoint(path)):
+            print_note(f"{path}: {problem}: training starts again from its first step")
             return None
         restore(self._weights, content["weights"])
         self._optimizer.load_state_dict(content["optimizer"])
         return FineTuneProgress(**content["progressed"])
+
+    def _identity(self, path: Path) -> str:
+        """What a checkpoint belongs to: the folder that it lies in, which is named after its candidate, and the budget."""
+        return hashlib.sha256(json.dumps([path.parent.name, asdict(self.budget)]).encode()).hexdigest()[:16]
+
+    def _problem(self, path: Path, content: dict[str, Any]) -> str | None:
+        """Why this fine-tune cannot continue from a checkpoint; None if it can."""
+        parts = [content.get(name) for name in ("weights", "optimizer", "progressed")]
+        if (
+            not all(isinstance(part, dict) for part in parts)
+            or not content["progressed"].keys() <= vars(FineTuneProgress(1)).keys()
+        ):
+            return "the checkpoint is damaged"
+        if content.get("of") not in (None, self._identity(path)):  # None: an earlier version wrote it
+            return "the checkpoint belongs to another candidate or study"
+        moments = content["optimizer"]["state"].values()
+        shapes = [tuple(moment["exp_avg"].shape) for moment in moments]
+        if different(content["weights"], self._weights) or shapes not in ([], [tuple(p.shape) for p in self._parameters]):
+            return "the checkpoint belongs to another candidate or study"
+        return None
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint's content; empty if it is damaged, by a loss of power for example."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception:  # torch raises whatever its parts meet in a damaged file: RuntimeError, EOFError, KeyError and others
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def schedule(step: int, steps: int, warmup: float, final: float) -> float:

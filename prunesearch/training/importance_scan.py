@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from safetensors.torch import load_file
 from torch import Tensor
 
 from prunesearch.model.encoder import run_layers
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import version_of
 from prunesearch.study.candidate import Candidate
-from prunesearch.study.files import write_atomically
+from prunesearch.study.files import read_unless_damaged, write_atomically
 from prunesearch.study.importance import (
     Evaluations,
     LayerScore,
@@ -32,12 +31,11 @@ from prunesearch.study.importance import (
     evaluations,
     family,
     prefixes,
-    read_scan,
     write_scan,
 )
 from prunesearch.study.interrupt import locked
 from prunesearch.study.record import SplitResult
-from prunesearch.training.anchor import anchor_weights, train_anchor
+from prunesearch.training.anchor import anchor_weights, read_anchor, train_anchor
 from prunesearch.training.batches import by_length
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.device import arithmetic
@@ -107,7 +105,7 @@ def _scan(context: TrainingContext, folder: Path, weights: Path, settings: ScanS
     anchor = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
     removable = context.config.removable(context.depth)
     name = _scan_name(context, anchor, settings)
-    if finished := read_scan(folder / f"{name}.json"):
+    if finished := read_unless_damaged(folder / f"{name}.json", Scan):
         write_scan(folder / "scan.json", finished)
         return finished
     sets = family(removable, settings.most)
@@ -142,7 +140,7 @@ class _Screening(BaseModel):
 
 def _screened(context: TrainingContext, path: Path, scan: Scan, settings: ScanSettings) -> Scan:
     """The scan with losses after the repair, of its own sets and of larger ones."""
-    done = _Screening.model_validate_json(path.read_text()) if path.exists() else _Screening()
+    done = read_unless_damaged(path, _Screening) or _Screening()
     known = {tuple(map(int, key.split(","))) if key else (): found for key, found in done.sets.items()}
     begin = time.perf_counter() - done.seconds
 
@@ -185,7 +183,7 @@ class Scanner:
         self.batches = [[chosen[j] for j in b] for b in by_length([self.prefix.length(i) for i in chosen], batch)]
         self.texts = {i: context.llm.tokens(corpus[i].target) for i in chosen}
         projector = context.fresh_projector()
-        projector.load_state_dict(load_file(anchor))
+        projector.load_state_dict(read_anchor(anchor, projector))
         self.slam = SpeechLlm(projector.eval(), context.llm, context.llm.model)
 
     def layer(self, states: Sequence[Tensor], lengths: Tensor, layer: int) -> list[Tensor]:
@@ -228,7 +226,7 @@ class Scanner:
     def run(self, path: Path, sets: Sequence[LayerSet], with_loss: set[LayerSet], statistics: bool = True) -> _Sums:
         """All batches that an earlier run, whose sums are in the file, has not done yet."""
         context = self.context
-        sums = _Sums.model_validate_json(path.read_text()) if path.exists() else _Sums()
+        sums = read_unless_damaged(path, _Sums) or _Sums()
         for done, indices in list(enumerate(self.batches))[sums.batches :]:
             begin = time.perf_counter()
             self._batch(indices, sets, with_loss, statistics, sums)

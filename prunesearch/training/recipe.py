@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors.torch import load_file
 
 from prunesearch import __version__
 from prunesearch.model.llm import lora
@@ -22,6 +21,8 @@ from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.interrupt import LeaseLost
 from prunesearch.study.record import (
+    TRAIN_AGAIN,
+    WEIGHTS_FILE,
     HeldOutLoss,
     Parameters,
     RepairSummary,
@@ -35,7 +36,7 @@ from prunesearch.study.record import (
     write_record,
     write_utterances,
 )
-from prunesearch.training.context import TrainingContext, write_tensors
+from prunesearch.training.context import TrainingContext
 from prunesearch.training.curve import LearningCurve
 from prunesearch.training.device import device_name, peak_memory_bytes, reset_peak_memory
 from prunesearch.training.finetune import (
@@ -49,6 +50,7 @@ from prunesearch.training.finetune import (
 )
 from prunesearch.training.repair import keep_repaired_maps, repaired_encoder, start_of
 from prunesearch.training.states import StateStore
+from prunesearch.training.tensors import read_tensors, write_tensors
 
 
 class TrialMonitor(Protocol):
@@ -236,7 +238,7 @@ def _confirm(context: TrainingContext, monitor: TrialMonitor) -> None:
 
 def _existing_record(context: TrainingContext, candidate: Candidate, name: str | None) -> RunRecord | None:
     """The candidate's record, if it has one. A record from before the candidate was a baseline gets the baseline's name."""
-    record = context.group.broadcast(read_record(context.records, candidate))
+    record = context.group.broadcast(read_record(context.records, candidate, context.config.name))
     if record is not None and name and record.name is None:
         record = record.model_copy(update={"name": name})
         if context.group.is_main_process:
@@ -279,7 +281,7 @@ def write(context: TrainingContext, system: Prepared, run: Run, name: str | None
     record = context.group.broadcast(record)
     if context.group.is_main_process:
         if run.state != "failed":
-            write_tensors(folder / "weights.safetensors", trainable(system.slam))
+            write_tensors(folder / WEIGHTS_FILE, trainable(system.slam))
         write_record(context.records, record)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     return record
@@ -294,7 +296,8 @@ def decode_test(context: TrainingContext, record: RunRecord) -> RunRecord:
     keep_repaired_maps(context, candidate, encoder)
     with lora(context.llm, record.lora_rank, config.llm, config.seed) as model:
         slam = SpeechLlm(context.fresh_projector(), context.llm, model)
-        restore(trainable(slam), load_file(record_folder(context.records, candidate) / "weights.safetensors"))
+        weights = trainable(slam)
+        restore(weights, read_tensors(record_folder(context.records, candidate) / WEIGHTS_FILE, weights, TRAIN_AGAIN))
         slam.projector.eval()
         model.eval()
         states = context.encoded(encoder, "test", context.used("test"))

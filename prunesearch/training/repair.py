@@ -24,19 +24,21 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from safetensors.torch import load_file
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.model.encoder import remove_layers, run_layers, with_repaired_maps
 from prunesearch.model.projector import Projector
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
+from prunesearch.study.errors import StudyError
+from prunesearch.study.progress import print_note
 from prunesearch.study.record import ENCODER_FILE, RepairSummary, RunRecord, record_folder
 from prunesearch.training.anchor import starting_projector
-from prunesearch.training.context import TrainingContext, write_tensors
+from prunesearch.training.context import TrainingContext
 from prunesearch.training.refit import Refit
 from prunesearch.training.ridge import LADDER, Solution
 from prunesearch.training.streams import Stream
+from prunesearch.training.tensors import is_whole, read_tensors, write_tensors
 
 
 @dataclass
@@ -125,9 +127,12 @@ def repaired_encoder(context: TrainingContext, candidate: Candidate) -> WhisperE
     """The candidate's encoder, with its repair from the record's folder if it was kept there, else made again."""
     if context.config.training.repair != "layers" or not candidate.removed_layers:
         return context.pruned_encoder(candidate)
-    file = record_folder(context.records, candidate) / ENCODER_FILE
+    file, encoder = record_folder(context.records, candidate) / ENCODER_FILE, context.pruned_encoder(candidate)
     if file.exists():
-        return with_repaired_maps(context.pruned_encoder(candidate), load_file(file))
+        try:
+            return with_repaired_maps(encoder, read_tensors(file, encoder.state_dict(), "it is made again", complete=False))
+        except StudyError as error:
+            print_note(str(error))
     repair = Repair(context, candidate.removed_layers)
     repair.layers()
     return repair.encoder
@@ -142,7 +147,7 @@ def keep_repaired_maps(context: TrainingContext, candidate: Candidate, encoder: 
 
 
 def keep_maps_of(config: StudyConfig, records: Iterable[RunRecord]) -> None:
-    """See to it that the repaired maps of these records are kept beside them; missing ones are made again.
+    """See to it that the repaired maps of these records are kept beside them; missing and damaged ones are made again.
 
     Only the baselines and the front keep theirs from the start. Raises StudyError where the study's recordings cannot be read.
     """
@@ -151,7 +156,7 @@ def keep_maps_of(config: StudyConfig, records: Iterable[RunRecord]) -> None:
         for r in records
         if r.repair is not None
         and r.repair.method == "layers"
-        and not (record_folder(config.run_folder / "records", r.candidate) / ENCODER_FILE).exists()
+        and not is_whole(record_folder(config.run_folder / "records", r.candidate) / ENCODER_FILE)
     ]
     if missing:
         context = TrainingContext.open(config)

@@ -26,8 +26,9 @@ from prunesearch.model.llm import sent_to
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, version_of
 from prunesearch.speech.corpus import Utterance
 from prunesearch.study.errors import StudyError
-from prunesearch.study.files import write_atomically
+from prunesearch.study.files import naming, read_unless_damaged, write_atomically
 from prunesearch.study.interrupt import locked
+from prunesearch.study.progress import print_note
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import arithmetic
 from prunesearch.training.process_group import ProcessGroup
@@ -188,15 +189,32 @@ class StateCache:
         name = f"{split}-{self._identity([utterances[i] for i in order])}"
         index_file, values_file = self.folder / f"{name}.json", self.folder / f"{name}.states"
         with locked(self.folder / f"{name}.lock", lambda: self.progress(f"waiting for the states of {split}", 0, 1)):
-            if not index_file.exists():
+            lengths = self._stored_lengths(index_file, values_file, order)
+            if lengths is None:
                 unfinished = self.folder / f"{name}.partial"  # one that a killed worker left is begun anew
-                with unfinished.open("wb") as file:
+                with naming(unfinished), unfinished.open("wb") as file:
                     lengths = self._write_prefix(file, split, utterances, order)
                 unfinished.replace(values_file)
                 write_atomically(index_file, json.dumps(lengths))
-        spans = _spans({int(i): n for i, n in json.loads(index_file.read_text()).items()})
+        spans = _spans(lengths)
         width = self.encoder.config.d_model
         return StateStore(_mapped(values_file, sum(n for _, n in spans.values()), width, self.dtype), spans)
+
+    def _stored_lengths(self, index_file: Path, values_file: Path, order: list[int]) -> dict[int, int] | None:
+        """The lengths of the stored states, in the order of their file; None if states must be computed.
+
+        A damaged index, or states of another size than it says, are computed again. Mapped as it is, a file that was cut off
+        would give zeros.
+        """
+        lengths = read_unless_damaged(index_file, dict[int, int])
+        if lengths is None:
+            return None
+        size = sum(lengths.values()) * self.encoder.config.d_model * self.dtype.itemsize
+        found = values_file.stat().st_size if values_file.exists() else 0
+        if sorted(lengths) == order and found == size:
+            return lengths
+        print_note(f"{values_file}: must have {size} bytes, got {found}: it is made again")
+        return None
 
     def _write_prefix(self, file: BinaryIO, split: str, utterances: Sequence[Utterance], order: list[int]) -> dict[int, int]:
         """Append the utterances' states to the file; returns their lengths, in the order of the file."""
@@ -267,7 +285,8 @@ def _nameless_file(folder: Path, positions: int, width: int, dtype: torch.dtype)
     size = positions * width * dtype.itemsize
     try:
         if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)  # a full disk is an OSError now, and not a SIGBUS later
+            with naming(folder):
+                os.posix_fallocate(handle, 0, size)  # a full disk is an OSError now, and not a SIGBUS later
         return _mapped(path, positions, width, dtype)
     finally:
         os.close(handle)

@@ -29,7 +29,7 @@ def fetch_records(config: StudyConfig, storage: str | None = None) -> None:
 
 def untested(config: StudyConfig) -> list[RunRecord]:
     """All complete trainings of the baselines' and the front's systems that were not decoded on test yet."""
-    complete = [r for r in read_records(config.run_folder / "records") if r.state == "complete"]
+    complete = [r for r in read_records(config.run_folder / "records", config.name) if r.state == "complete"]
     named = (s for s in pooled_by_system(complete) if s.name)
     wanted = {r.candidate for r in (*study_front(config, complete), *named)}
     return [r for r in complete if r.candidate.system in wanted and r.test is None]

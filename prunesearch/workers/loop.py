@@ -8,6 +8,7 @@ from typing import Protocol
 from optuna.exceptions import UpdateFinishedTrialError
 
 from prunesearch.search.study_progress import StudyProgress
+from prunesearch.study.errors import StudyError, user_error_lines
 from prunesearch.study.interrupt import Interrupt, Interrupted, LeaseLost
 from prunesearch.study.progress import NullListener, ProgressListener
 from prunesearch.study.record import RunRecord
@@ -59,9 +60,13 @@ def run_loop(
         except (Interrupted, KeyboardInterrupt):
             trial.hand_back()
             raise
+        except StudyError as error:  # such as a damaged file of the study: not the candidate's fault
+            trial.hand_back(str(error))
+            raise
         except OSError as error:
             if not _is_temporary(error):
-                trial.crash(str(error))
+                end = trial.crash if user_error_lines(error) is None else trial.hand_back
+                end(str(error))
                 raise
             trial.hand_back(str(error))
             what = "the disk is full" if _is_full(error) else "files cannot be read or written"

@@ -20,13 +20,14 @@ from prunesearch.search.space import ParamsOf, SearchSpace
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, completed_definition
 from prunesearch.study.errors import StudyError
-from prunesearch.study.files import write_atomically
+from prunesearch.study.files import read_json, write_atomically
 from prunesearch.study.importance import Scan
 from prunesearch.workers.optuna_internals import StoredStudy
-from prunesearch.workers.retry import bounded
+from prunesearch.workers.retry import StorageRefused, bounded
 from prunesearch.workers.storage import open_storage
 from prunesearch.workers.urls import first_line
 
+MOST_NAMES = 5  # of other studies, in a message
 CREATE_ATTEMPTS = 5  # when several workers create a study at once, some databases refuse all but one
 
 
@@ -52,22 +53,58 @@ def open_study(
     false.
     """
     sampler = sampler or CandidateSampler(space, config.seed)
-    stored = _created(config.name, storage, sampler) if create else load_stored_study(config, storage, sampler)
     copy = config.run_folder / "definition.json"  # the folder's records and anchor belong to one definition, too
-    definition = stored.attrs.get("definition") or (copy.read_text(encoding="utf-8") if copy.exists() else None)
+    if create:
+        _check_name(config, copy)
+    stored = _created(config.name, storage, sampler) if create else load_stored_study(config, storage, sampler)
+    locked = stored.attrs.get("definition")
+    definition = _definition(locked, config) if locked else _copied_definition(copy)
     if definition is None:
         write_atomically(copy, json.dumps(config.definition()))
-    if "definition" not in stored.attrs:
-        stored.set_attr("definition", definition or json.dumps(config.definition()))
+    if locked is None:
+        stored.set_attr("definition", json.dumps(definition or config.definition()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             stored.study.set_metric_names(["dev_wer", config.search.params_objective])
-    if definition and (changed := _differences(completed_definition(json.loads(definition)), config.definition())):
+    if definition and (changed := _differences(completed_definition(definition), config.definition())):
         raise StudyError(
             [f"{path}: this study was started with {old!r}, the study file now says {new!r}" for path, old, new in changed]
             + ["records of two definitions cannot be compared: restore the old values, or rename the study and its folder"]
         )
     return stored
+
+
+def _copied_definition(copy: Path) -> dict[str, Any] | None:
+    """The definition in the run folder; None if there is none. Raises StudyError for a damaged file."""
+    if not copy.exists():
+        return None
+    return read_json(copy, dict[str, Any], "restore it from a copy, or delete it: it is written again from the study file")
+
+
+def _definition(locked: str, config: StudyConfig) -> dict[str, Any]:
+    """The definition in the study's storage. Raises StudyError for a damaged one."""
+    try:
+        found = json.loads(locked)
+        if isinstance(found, dict):
+            return found
+    except (ValueError, TypeError):
+        pass
+    raise StudyError([f"the definition of {config.name} in its storage is damaged: restore the storage from a copy"])
+
+
+def _check_name(config: StudyConfig, copy: Path) -> None:
+    """Raises StudyError for the run folder of a study of another name: its folder was renamed or copied.
+
+    A damaged definition is named later, if the storage has none.
+    """
+    try:
+        name = (_copied_definition(copy) or {}).get("name", config.name)
+    except StudyError:
+        return
+    if name != config.name:
+        folder = config.run_folder
+        fix = f"add name = {json.dumps(name)} to {config.source} to continue that study, or move {folder} away to start anew"
+        raise StudyError([f"name: {folder} belongs to the study {name}, this study is {config.name}: {fix}"])
 
 
 def load_stored_study(config: StudyConfig, storage: BaseStorage, sampler: CandidateSampler | None = None) -> StoredStudy:
@@ -76,6 +113,11 @@ def load_stored_study(config: StudyConfig, storage: BaseStorage, sampler: Candid
         return StoredStudy(optuna.load_study(study_name=config.name, storage=storage, sampler=sampler), storage)
     except KeyError:
         fix = f"`prunesearch launch {config.source}` creates it"
+        names = sorted(study.study_name for study in storage.get_all_studies() if "definition" in study.user_attrs)
+        if names and config.name not in names:
+            listed = ", ".join(names[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
+            older = json.dumps(names[0]) if len(names) == 1 else "its older name"
+            fix = f"it holds {listed}; if the study was renamed, add name = {older} to {config.source}; else {fix}"
         raise StudyError([f"the storage holds no study named {config.name}: {fix}"]) from None
 
 
@@ -119,7 +161,7 @@ def check_writable(stored: StoredStudy) -> None:
     """Raises StudyError if this worker may read the storage but not write to it: now, and not after a training."""
     try:
         stored.write_mark("prunesearch:joined", socket.gethostname())
-    except (optuna.exceptions.StorageInternalError, OSError) as error:
+    except (optuna.exceptions.StorageInternalError, StorageRefused, OSError) as error:
         raise StudyError([f"storage.url: the storage can be read, but not written ({first_line(error)})"]) from None
 
 

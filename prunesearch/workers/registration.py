@@ -10,6 +10,7 @@ from prunesearch.speech.corpus import load_corpus
 from prunesearch.speech.overlap import shared_recordings
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.progress import print_note
+from prunesearch.study.record import read_records
 from prunesearch.workers.optuna_internals import StoredStudy
 from prunesearch.workers.optuna_study import annotate, open_study
 
@@ -24,16 +25,35 @@ def check_corpora(config: StudyConfig, note: Callable[[str], None] = print_note)
 def create_study(config: StudyConfig, storage: BaseStorage, trials: int | None = None, scan_only: bool = False) -> StoredStudy:
     """The study, created if there is none. `trials` sets its budget; without it, the budget never shrinks.
 
-    A study that was aborted continues. A scan (`scan_only`) leaves the budget of an existing study as it is.
+    A study that was aborted continues. A scan (`scan_only`) leaves the budget of an existing study as it is. If the storage is
+    new and the run folder has records (the storage was lost), their candidates are queued first: a worker that claims one
+    finds its record, and trains nothing.
     """
     space = SearchSpace.of(config, encoder_layers(config))
     stored = open_study(config, storage, space)
-    attrs = stored.attrs
+    attrs, known = stored.attrs, 0
     if "trials" not in attrs:
         annotate(stored, config, space.named)
+        known = _queue_recorded(config, stored, space)
     elif scan_only:
         return stored
-    stored.set_attr("trials", max(config.search.trials, attrs.get("trials", 0)) if trials is None else trials)
+    default = max(config.search.trials, attrs.get("trials", 0), known)
+    stored.set_attr("trials", default if trials is None else trials)
     if attrs.get("aborted"):
         stored.set_attr("aborted", False)
     return stored
+
+
+def _queue_recorded(config: StudyConfig, stored: StoredStudy, space: SearchSpace) -> int:
+    """Queue the candidates that have a record in the run folder, baselines excepted (they come in any case).
+
+    Returns the number of records. Raises StudyError for a damaged one.
+    """
+    records = read_records(config.run_folder / "records", config.name)
+    named = set(space.named.values())
+    for candidate in (r.candidate for r in records):
+        params = space.params(candidate)
+        is_in_space = space.candidate(params) == candidate and candidate.lora_rank in space.ranks
+        if is_in_space and candidate not in named:
+            stored.study.enqueue_trial(params, user_attrs={"candidate": candidate.key})
+    return len(records)

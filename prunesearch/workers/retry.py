@@ -1,6 +1,7 @@
 """One policy for storages and artifact stores that may be unavailable for a while: a call is repeated until it succeeds."""
 
 import errno
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Container, Sequence
@@ -16,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, Pending
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from prunesearch.study.errors import StudyError
+from prunesearch.workers.urls import first_line
 
 R = TypeVar("R")
 
@@ -23,6 +25,8 @@ UNAVAILABLE_SECONDS = 3600.0  # a storage that is away for longer ends the worke
 LEAVING_SECONDS = 10.0  # the same, for a worker that has been asked to stop
 PROXY_FAULT_SECONDS = 120.0  # a proxy's UNKNOWN may mean that its database is away, or that the proxy has a bug
 REFUSED = {1044, 1045, 1142, 1143, 1227}  # MySQL's error codes for what an account may not do
+DAMAGED = ("malformed", "not a database", "no such table", "no such column")  # SQLite, for a damaged file
+MEND = "restore the file from a copy; or move it away and launch the study again: candidates that have a record are kept"
 FIRST_WAIT, LONGEST_WAIT = 0.2, 15.0  # seconds
 
 
@@ -45,9 +49,20 @@ def is_away(error: BaseException | None) -> bool:
     return isinstance(error, UnboundLocalError) and type(error.__context__).__module__.startswith("grpc")
 
 
+class StorageRefused(StudyError):
+    """The storage refuses a call for good: its account or its file may be read only, or its content is damaged."""
+
+
+def is_damaged(error: BaseException | None) -> bool:
+    """Whether an error says that the content of a SQLite file is damaged, or is no database."""
+    if isinstance(error, DBAPIError):
+        return isinstance(error.orig, sqlite3.DatabaseError) and any(text in str(error.orig) for text in DAMAGED)
+    return error is not None and is_damaged(error.__cause__)
+
+
 def _is_refusal(error: OperationalError) -> bool:
     """Whether the database refuses the call for good: repeating it would change nothing."""
-    if "readonly" in str(error):  # SQLite, for a file that cannot be written
+    if "readonly" in str(error) or is_damaged(error):  # SQLite, for a file that cannot be written
         return True
     if str(getattr(error.orig, "sqlstate", None) or "").startswith("28"):  # PostgreSQL, for a wrong password
         return True
@@ -63,17 +78,24 @@ class RetryPolicy:
     """Repeats calls while a storage is away. `note` gets one message when it becomes unavailable, and one when it is back.
 
     `reset` drops a broken connection before a call is repeated. `leaving`: whether the worker has been asked to stop; then
-    it waits for a few seconds only.
+    it waits for a few seconds only. `place`: how messages name the storage.
     """
 
-    def __init__(self, note: Callable[[str], None], reset: Callable[[], None], leaving: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        note: Callable[[str], None],
+        reset: Callable[[], None],
+        leaving: Callable[[], bool] = lambda: False,
+        place: str = "the storage",
+    ):
+        self._place = place
         self._note, self._reset, self._leaving = note, reset, leaving
         self._lock = threading.Lock()
         self._away_since: float | None = None
         self._backoff = wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
 
     def call(self, function: Callable[..., R], *args: Any) -> R:
-        """The function's result. Raises StudyError when the storage stays away for too long."""
+        """The function's result. Raises StudyError when the storage stays away for too long, and StorageRefused."""
         retrying = Retrying(
             retry=retry_if_exception(is_away),
             stop=self._has_waited_long_enough,
@@ -81,7 +103,16 @@ class RetryPolicy:
             before_sleep=self._before_sleep,
             retry_error_callback=self._give_up,
         )
-        result: R = retrying(function, *args)
+        try:
+            result: R = retrying(function, *args)
+        except (DBAPIError, StorageInternalError) as error:
+            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+            if is_damaged(cause):
+                raise StorageRefused([f"storage.url: {self._place} is damaged ({first_line(error)}): {MEND}"]) from error
+            if isinstance(cause, OperationalError) and _is_refusal(cause):
+                refusal = f"{self._place} refuses the access ({first_line(error)})"
+                raise StorageRefused([f"storage.url: {refusal}: get the right to write it"]) from error
+            raise
         self._tell_back()
         return result
 
@@ -142,10 +173,11 @@ class RetryingStorage(BaseStorage):
         note: Callable[[str], None],
         leaving: Callable[[], bool] = lambda: False,
         advisory_lock: Callable[[str], AbstractContextManager[None]] = lambda study_name: nullcontext(),
+        place: str = "the storage",
     ):
         self.inner = inner
         self.advisory_lock = advisory_lock
-        self._call = RetryPolicy(note, inner.remove_session, leaving).call
+        self._call = RetryPolicy(note, inner.remove_session, leaving, place).call
 
     # Studies
 

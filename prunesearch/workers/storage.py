@@ -12,52 +12,22 @@ from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
-from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import NoSuchModuleError
 
 from prunesearch.study.errors import StudyError
 from prunesearch.study.progress import print_note
+from prunesearch.workers.journal import open_journal
 from prunesearch.workers.optuna_internals import StoredStudy, cached
-from prunesearch.workers.retry import RetryingStorage, bounded
+from prunesearch.workers.retry import MEND, RetryingStorage, bounded, is_damaged
 from prunesearch.workers.urls import filled_in, first_line, shown
 
 logging.getLogger("filelock").setLevel(logging.WARNING)
 
 LOCK_SECONDS = 30.0  # a worker that has the advisory lock for longer has stalled: the others continue without it
 CREATE_ATTEMPTS = 8  # when several workers create the tables of a new database at once, all but one fail
-
-
-class _RepairingLock(JournalFileOpenLock):
-    """The journal's lock. The operating system releases it when its holder is killed; Optuna's own lock files would stay.
-
-    A kill in the middle of a write leaves half a line. Once another worker has appended to it, Optuna cannot read the journal
-    any more. So each worker that takes the lock first cuts the file back to its last complete line.
-    """
-
-    def __init__(self, journal: Path):
-        super().__init__(str(journal))
-        self._journal = journal
-        self._lock = FileLock(f"{journal}.lock")
-
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        try:
-            with self._journal.open("rb+") as file:
-                end = file.seek(0, 2)
-                file.seek(max(0, end - 1))
-                if end and file.read(1) != b"\n":
-                    file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
-        except OSError:
-            self._lock.release()
-            raise
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
 
 
 def open_storage(
@@ -69,35 +39,25 @@ def open_storage(
     """The storage at the URL; without one, `journal.log` in the run folder.
 
     A URL may hold ${VARIABLES}; a password may also come from where the driver looks for it (PGPASSWORD). If the storage
-    becomes unavailable later, its calls wait for it, and `note` gets a message. `leaving`: see `RetryPolicy`. Raises
-    StudyError, without the password, if it cannot be opened.
+    becomes unavailable later, its calls wait for it, and `note` gets a message. `leaving`: see `RetryPolicy`. A file that
+    can be read but not written is opened, too; its first change then fails. Raises StudyError, without the password, if the
+    storage cannot be opened or is damaged.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # `note` tells when a storage is unavailable
     if url is None or url.startswith("journal://"):
         journal = run_folder / "journal.log" if url is None else Path(expandvars(url).removeprefix("journal://"))
-        return RetryingStorage(_journal(journal), note, leaving, lambda name: _file_lock(Path(f"{journal}.turn")))
+        return RetryingStorage(open_journal(journal), note, leaving, lambda name: _file_lock(Path(f"{journal}.turn")))
     url = filled_in(url)
     try:
         if url.startswith("grpc://"):
-            return RetryingStorage(_grpc(url), note, leaving)
+            return RetryingStorage(_grpc(url), note, leaving, place=shown(url))
         database = _database(url)
     except StudyError:
         raise
     except Exception as error:
-        raise StudyError([f"storage.url: {shown(url)} cannot be opened ({first_line(error)})"]) from None
-    return RetryingStorage(cached(database), note, leaving, _lock_of(database.engine, run_folder))
-
-
-def _journal(journal: Path) -> BaseStorage:
-    try:
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        journal.touch()
-        lock = _RepairingLock(journal)
-        lock.acquire()
-        lock.release()
-    except OSError as error:
-        raise StudyError([f"storage.url: {journal} cannot be written ({error.strerror})"]) from None
-    return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))
+        fix = f": {MEND}" if is_damaged(error) else ""
+        raise StudyError([f"storage.url: {shown(url)} cannot be opened ({first_line(error)}){fix}"]) from None
+    return RetryingStorage(cached(database), note, leaving, _lock_of(database.engine, run_folder), shown(url))
 
 
 def _grpc(url: str) -> BaseStorage:
@@ -117,7 +77,9 @@ def _grpc(url: str) -> BaseStorage:
 def _database(url: str) -> RDBStorage:
     options = _engine_options(url)
     create = bounded(
-        CREATE_ATTEMPTS, lambda error: not isinstance(error, StudyError) and _answers(url, options), longest_wait=2
+        CREATE_ATTEMPTS,
+        lambda error: not isinstance(error, StudyError) and not is_damaged(error) and _answers(url, options),
+        longest_wait=2,
     )
     return create(_database_once, url, options)
 

@@ -2,7 +2,6 @@
 evaluates candidates until the study's budget is used."""
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -11,12 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from prunesearch.model.skeleton import params_of_candidates
 from prunesearch.search.space import SearchSpace
 from prunesearch.speech.corpus import fingerprint
 from prunesearch.speech.overlap import shared_recordings
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
+from prunesearch.study.files import read_json
 from prunesearch.study.importance import Scan, read_scan
 from prunesearch.study.interrupt import Interrupt, Interrupted, LeaseLost
 from prunesearch.study.progress import ProgressListener
@@ -253,7 +255,11 @@ class Worker:
         log = weights.with_name("anchor.json")
         if "anchor_wer" in self.stored.attrs or not log.exists():
             return
-        wer = json.loads(log.read_text(encoding="utf-8"))["dev_wer"]
+        try:
+            wer = read_json(log, _AnchorLog, "how well the anchor does is not checked").dev_wer
+        except StudyError as error:
+            self.listener.note(str(error))
+            return
         self.stored.set_attr("anchor_wer", round(wer, 4))
         if wer > POOR_ANCHOR:
             self.listener.note(
@@ -270,11 +276,11 @@ class Worker:
         file = config.run_folder / path  # a scan that a person asked for may hold more than the default one
         wanted = config.search.scan and config.search.sampler not in ("random", "grid") and config.training.init == "anchor"
         if not wanted:
-            return read_scan(file)
+            return read_scan(file, config.name)
         if self._artifacts is None:
             if not file.exists():  # a lock in the shared folder decides which worker scans
                 write_scan_report(file.parent, importance_scan(self.context))
-            return read_scan(file)
+            return read_scan(file, config.name)
         artifacts = self._artifacts
 
         def measure(confirm: Callable[[], None]) -> None:
@@ -284,7 +290,13 @@ class Worker:
 
         task = ExclusiveTask(f"{config.name} (scan)", lambda: artifacts.fetch(path), measure)
         run_exclusively(self.storage, task, self.interrupt)
-        return read_scan(file)
+        return read_scan(file, config.name)
+
+
+class _AnchorLog(BaseModel):
+    """What is needed here of the file that `training.anchor` writes."""
+
+    dev_wer: float
 
 
 class _GroupInterrupt(Interrupt):
