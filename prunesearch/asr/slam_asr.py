@@ -246,8 +246,8 @@ class SlamAsr:
 def windows(samples: Samples, longest: int) -> list[tuple[int, int]]:
     """Cut a recording into parts (first sample, end) of at most `longest` samples, each ending at a quiet place.
 
-    That is the middle of the quietest 20 ms among a part's last `QUIET_SECONDS` (at most half of the part). The last part has at
-    least `LAST_PART_SECONDS` (at most a quarter of the longest).
+    That is the middle of the quietest 20 ms among a part's last `QUIET_SECONDS` (at most half of the part). The last
+    part has at least `LAST_PART_SECONDS`, or a quarter of `longest` if that is less.
     """
     cuts, start = [], 0
     least = min(longest // 4, int(LAST_PART_SECONDS * SAMPLE_RATE))

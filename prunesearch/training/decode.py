@@ -78,10 +78,11 @@ class Decoder:
                 stopping_criteria=StoppingCriteriaList([_RowLimits(most)]),
             )
         texts = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
-        rows = [row[:limit] for row, limit in zip(written.tolist(), limits, strict=True)]  # padding may look like an end
-        counts = [count_new_tokens(row, slam.llm.eos) for row in rows]
-        reached = [len(row) == limit and slam.llm.eos not in row for row, limit in zip(rows, limits, strict=True)]
-        return [Hypothesis(*each) for each in zip(texts, counts, reached, strict=True)]
+        rows = list(zip(texts, written.tolist(), limits, strict=True))
+        return [
+            Hypothesis(text, count_new_tokens(row, limit, slam.llm.eos), reached_limit(row, limit, slam.llm.eos))
+            for text, row, limit in rows
+        ]
 
     def decode(
         self,
@@ -112,9 +113,15 @@ class Decoder:
         return found
 
 
-def count_new_tokens(row: Sequence[int], eos: int) -> int:
-    """The tokens of a row, up to its end of sequence if it has one; padding after that does not count."""
+def count_new_tokens(row: Sequence[int], limit: int, eos: int) -> int:
+    """The tokens of a row that ends with its end of sequence or at its limit; padding after that does not count."""
+    row = row[:limit]  # an LLM may pad with its end of sequence
     return row.index(eos) + 1 if eos in row else len(row)
+
+
+def reached_limit(row: Sequence[int], limit: int, eos: int) -> bool:
+    """Whether a row has as many tokens as its limit allows, and none of them is its end of sequence."""
+    return len(row) >= limit and eos not in row[:limit]
 
 
 def scored(
