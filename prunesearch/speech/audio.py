@@ -12,7 +12,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from prunesearch.speech.containers import layout_of
+from prunesearch.speech.containers import layout_of, without_tags
 from prunesearch.speech.layout import AudioFile, Layout
 
 SAMPLE_RATE = 16_000
@@ -137,7 +137,7 @@ def decode_audio(recording: Recording) -> DecodedAudio:
     are not finite.
     """
     name = display_name(recording)
-    file = AudioFile(_read_bytes(recording))
+    file = AudioFile(without_tags(_read_bytes(recording)))
     if file.size == 0:
         raise AudioError(f"{name}: the file is empty")
     if file.at(0, 4) == APPLE_DOUBLE:

@@ -110,16 +110,27 @@ class LengthField:
         return self.offset, struct.pack(self.code, min(value, (1 << 8 * struct.calcsize(self.code)) - 2))
 
 
-def sized(file: AudioFile, start: int, value: int, fields: Sequence[LengthField], unit: int = 1) -> Layout:
+def sized(
+    file: AudioFile,
+    start: int,
+    value: int,
+    fields: Sequence[LengthField],
+    unit: int = 1,
+    block: int = 1,
+    bounded: bool = False,
+) -> Layout:
     """The layout of a file whose audio begins at `start`, and whose header announces `value` units of `unit` bytes.
 
     fields: what a header that fits the file would hold; the first one is the field that `value` comes from.
+    block: bytes that the encoding makes at once; of an incomplete one, noise would be decoded.
+    bounded: libsndfile stops where the announced audio ends; of other formats, it reads what lies behind, too.
     """
     present = max(0, file.size - start)
-    there = present // unit
+    there = present // block * block // unit
     unknown = is_unknown(value, there, 8 * struct.calcsize(fields[0].code))
-    if not unknown and value <= there:
-        return Layout(value * unit, present)
+    if not unknown and value * unit <= present:
+        end = start + value * unit
+        return Layout(value * unit, value * unit, (Part(0, end),) if end < file.size and not bounded else ())
     replaced = tuple(field.replacement(there) for field in fields)
-    parts = (Part(0, file.size, replaced=replaced),) if there else ()
+    parts = (Part(0, file.size if bounded else start + there * unit, replaced=replaced),) if there else ()
     return Layout(None if unknown else value * unit, present, parts)

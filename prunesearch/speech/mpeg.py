@@ -34,13 +34,13 @@ class _Frame:
         return self.header[1] & 0xFE, self.header[2] & 0x0C
 
 
-def mpeg_layout(file: AudioFile, start: int) -> Layout | None:
-    """None if there is no MPEG frame at `start`. The unit of the layout's sizes is a frame.
+def mpeg_layout(file: AudioFile) -> Layout | None:
+    """None if there is no MPEG frame at the beginning. The unit of the layout's sizes is a frame.
 
     libsndfile reads as many frames as a Xing frame tells or, without one, as the first frames' bit rate makes likely. So a
     file without a Xing frame, or with one that is wrong, is decoded with an Info frame that tells how many frames there are.
     """
-    content = file.content[start:]
+    content = file.content
     frames = list(_frames(content))
     if not frames or frames[0].start > 0:
         return None
@@ -57,8 +57,10 @@ def mpeg_layout(file: AudioFile, start: int) -> Layout | None:
         announced = len(body)
     if announced == len(body) or (announced is None and one_rate and not tagged):
         parts: tuple[Part, ...] = ()
+    elif announced is not None:  # the tag also holds the encoder's delay: it stays
+        parts = (Part(0, file.size, replaced=((tag + 8, len(body).to_bytes(4, "big")),)),)
     else:
-        parts = (Part(start + body[0].start, file.size, head=_info_frame(first, len(body))),)
+        parts = (Part(body[0].start, file.size, head=_info_frame(first, len(body))),)
     if announced is None or announced in (0, 0xFFFFFFFF):
         return Layout(None, len(body), parts, "its last frame is not complete" if incomplete else None)
     return Layout(max(announced, len(body)), len(body), parts)

@@ -17,12 +17,12 @@ class _Page:
     number: int
 
 
-def ogg_layout(file: AudioFile, start: int) -> Layout:
+def ogg_layout(file: AudioFile) -> Layout:
     """Streams one behind the other (a chained file) become parts. A file whose streams lack their end has a problem.
 
     A gap in the pages' numbers is a problem, too.
     """
-    pages = list(_pages(file.content[start:], start))
+    pages = list(_pages(file.content))
     links: list[list[_Page]] = []
     for page in pages:
         if page.flags & _FIRST and (not links or not links[-1][-1].flags & _FIRST):
@@ -48,7 +48,7 @@ def _problem(link: list[_Page]) -> str | None:
     return "its last page is not marked as the end of the stream" if begun - ended else None
 
 
-def _pages(content: bytes, offset: int) -> Iterator[_Page]:
+def _pages(content: bytes) -> Iterator[_Page]:
     """All pages; bytes between them are skipped."""
     at = content.find(b"OggS")
     while at >= 0 and at + 27 <= len(content):
@@ -57,5 +57,5 @@ def _pages(content: bytes, offset: int) -> Iterator[_Page]:
         end = at + 27 + count + sum(sizes)
         serial = int.from_bytes(content[at + 14 : at + 18], "little")
         number = int.from_bytes(content[at + 18 : at + 22], "little")
-        yield _Page(offset + at, offset + end, content[at + 5], serial, number)
+        yield _Page(at, end, content[at + 5], serial, number)
         at = content.find(b"OggS", end)
