@@ -160,7 +160,7 @@ def _decoded_parts(file: AudioFile, layout: Layout, name: str) -> list[_Frames]:
         if layout.excess > 1:
             raise AudioError(f"{name}: is cut off: {100 / layout.excess:.0f} % of its audio is there; {RESTORE}") from None
         if layout.problem:
-            raise AudioError(f"{name}: is damaged or cut off: {layout.problem}; {RESTORE}") from None
+            raise AudioError(f"{name}: is cut off or damaged ({layout.problem}); {RESTORE}") from None
         raise AudioError(f"{name}: cannot be decoded ({getattr(error, 'error_string', error)})") from None
 
 
@@ -185,14 +185,12 @@ def _require_all(streams: Sequence[_Frames], layout: Layout, name: str) -> None:
     announced = seconds * layout.excess
     if layout.end_is_known and not layout.parts:
         announced = max(announced, streams[0].announced / streams[0].rate)
-    error = next((stream.error for stream in streams if stream.error), None)
+    error = layout.problem or next((stream.error for stream in streams if stream.error), None)
     reason = f" ({error})" if error else ""
     if announced - seconds > SLACK_SECONDS:
         raise AudioError(f"{name}: is cut off or damaged after {seconds:.2f} of {announced:.2f} s{reason}; {RESTORE}")
-    if layout.problem:
-        raise AudioError(f"{name}: is damaged or cut off: {layout.problem} ({seconds:.2f} s were read); {RESTORE}")
     if error:
-        raise AudioError(f"{name}: cannot be decoded beyond {seconds:.2f} s{reason}; {RESTORE}")
+        raise AudioError(f"{name}: is cut off or damaged after {seconds:.2f} s{reason}; {RESTORE}")
 
 
 def _mono_16_khz(stream: _Frames) -> NDArray[np.float32]:
