@@ -58,7 +58,10 @@ def mpeg_layout(file: AudioFile) -> Layout | None:
     if announced == len(body) or (announced is None and one_rate and not tagged):
         parts: tuple[Part, ...] = ()
     elif announced is not None:  # the tag also holds the encoder's delay: it stays
-        parts = (Part(0, file.size, replaced=((tag + 8, len(body).to_bytes(4, "big")),)),)
+        replaced = [(tag + 8, len(body).to_bytes(4, "big"))]
+        if content[tag + 7] & 2:  # it tells the size of the stream, too: mpg123 would print a warning
+            replaced.append((tag + 12, len(content).to_bytes(4, "big")))
+        parts = (Part(0, file.size, replaced=tuple(replaced)),)
     else:
         parts = (Part(body[0].start, file.size, head=_info_frame(first, len(body))),)
     if announced is None or announced in (0, 0xFFFFFFFF):
