@@ -183,8 +183,10 @@ def _require_all(streams: Sequence[_Frames], layout: Layout, name: str) -> None:
     """Raises AudioError where less was decoded than was announced, and where decoding ended with an error."""
     seconds = sum(stream.seconds for stream in streams)
     announced = seconds * layout.excess
-    if layout.end_is_known and not layout.parts:
-        announced = max(announced, streams[0].announced / streams[0].rate)
+    if layout.end_is_known or layout.parts:  # else, libsndfile guesses
+        announced = max(announced, sum(stream.announced / stream.rate for stream in streams))
+    if layout.frames is not None:
+        announced = max(announced, layout.frames / streams[0].rate)
     error = layout.problem or next((stream.error for stream in streams if stream.error), None)
     reason = f" ({error})" if error else ""
     if announced - seconds > SLACK_SECONDS:

@@ -3,6 +3,7 @@
 import re
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from prunesearch.speech.layout import STREAMED, AudioFile, Layout, LengthField, Part, is_unknown, sized
@@ -97,24 +98,33 @@ def _w64(file: AudioFile) -> Layout | None:
 
 def _form(file: AudioFile) -> Layout | None:
     """AIFF, AIFC, 8SVX and 16SV."""
-    is_aiff = file.at(8, 3) == b"AIF"
+    is_aiff, frames = file.at(8, 3) == b"AIF", None
     for name, offset, size in _chunks(file, 12, ">"):
+        if name == b"COMM" and file.at(offset + 22, 4) not in (b"ima4", b"GSM "):  # those count packets
+            told = _number(file, offset + 6, ">I")
+            frames = None if is_unknown(told, 0, 32) else told
         if name == (b"SSND" if is_aiff else b"BODY"):
             gap = 8 + min(_number(file, offset + 4, ">I"), file.size) if is_aiff else 0  # its two fields, and an offset
             value = size if is_unknown(size, file.size, 32) else max(0, size - gap)
             fields = LengthField(offset, ">I", extra=gap), LengthField(4, ">I", fixed=file.size - 8)
-            return sized(file, offset + 4 + gap, value, fields, bounded=is_aiff)
+            return replace(sized(file, offset + 4 + gap, value, fields, bounded=is_aiff), frames=frames)
     return None
 
 
 def _caf(file: AudioFile) -> Layout | None:
-    """Apple's Core Audio Format: 64-bit sizes, -1 for an unknown one. Samples follow a 4-byte edit count."""
-    at = 8
+    """Apple's Core Audio Format: 64-bit sizes, -1 for an unknown one. Samples follow a 4-byte edit count.
+
+    A table of packets (`pakt`), which compressed audio has, tells the number of frames, too.
+    """
+    at, frames = 8, None
     while at + 12 <= file.size:
         name, size = struct.unpack(">4sQ", file.at(at, 12))
+        if name == b"pakt":
+            told = _number(file, at + 20, ">Q")
+            frames = None if is_unknown(told, 0, 64) else told
         if name == b"data":
             value = size - 4 if 4 < size < 1 << 62 else size
-            return sized(file, at + 16, value, (LengthField(at + 4, ">Q", extra=4),), bounded=True)
+            return replace(sized(file, at + 16, value, (LengthField(at + 4, ">Q", extra=4),), bounded=True), frames=frames)
         at += 12 + size
     return None
 

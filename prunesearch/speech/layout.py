@@ -48,6 +48,7 @@ class Layout:
 
     announced: the size of the audio, in the same unit as `present`; None if the header does not tell.
     present: the size of the audio that is there.
+    frames: the number of samples per channel, where the header tells it besides the size.
     parts: what to decode, if not the file as it is: with a header that fits what is there, or several streams one by one.
     problem: the rule of the format that the file breaks, such as "its last page is not marked as the end of the stream".
     marked_end: the format marks the end of the audio, and the mark was checked.
@@ -58,6 +59,7 @@ class Layout:
     parts: tuple[Part, ...] = ()
     problem: str | None = None
     marked_end: bool = False
+    frames: int | None = None
 
     @property
     def length_is_known(self) -> bool:
@@ -66,7 +68,7 @@ class Layout:
     @property
     def end_is_known(self) -> bool:
         """Whether a file that was cut off would be noticed."""
-        return self.marked_end or self.announced is not None
+        return self.marked_end or (self.announced, self.frames) != (None, None)
 
     @property
     def excess(self) -> float:

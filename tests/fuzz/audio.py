@@ -28,6 +28,7 @@ from tests.fuzz import FuzzResult
 
 READ, NAMED, UNKNOWN, WRONG = "read", "named", "cannot be known", "wrong"
 NOT_FILES = ("RAW", "SD2")  # without a header; with the header in another file
+LENGTHLESS = ("IRCAM", "PAF", "PVF", "XI")  # what is lost in the middle of them is not missed
 SECONDS = 2.0
 
 
@@ -210,7 +211,7 @@ def mutated(rng: random.Random, kind: Format) -> tuple[str, bytes]:
     """A description, and the damaged file."""
     content = whole_file(kind)
     assert content is not None
-    choice = rng.randrange(5)
+    choice = rng.randrange(6)
     if choice == 0:
         at = rng.randrange(len(content))
         return f"cut at byte {at}", content[:at]
@@ -223,6 +224,10 @@ def mutated(rng: random.Random, kind: Format) -> tuple[str, bytes]:
     if choice == 3:
         zero, at = rng.random() < 0.5, rng.randrange(len(content) // 4, len(content))
         return f"length {'0' if zero else 'huge'} and cut at byte {at}", (with_length(kind, content, zero) or content)[:at]
+    if choice == 4 and kind.container not in LENGTHLESS:
+        at = rng.randrange(len(content) // 4, len(content) * 3 // 4)
+        lost = len(content) // 8
+        return f"{lost} bytes lost at byte {at}", content[:at] + content[at + lost :]
     return "an ID3 tag before it", b"ID3\3\0\0\0\0\0\x14" + b"\0" * 20 + content
 
 
