@@ -197,7 +197,8 @@ def _require_all(streams: Sequence[_Frames], layout: Layout, name: str) -> None:
 
 def _mono_16_khz(stream: _Frames) -> NDArray[np.float32]:
     """The average of the channels or, where they cancel each other, the loudest channel."""
-    mono = stream.values.mean(axis=1)
+    with np.errstate(invalid="ignore"):  # values that are not finite are named later
+        mono = stream.values.mean(axis=1)
     if stream.values.shape[1] > 1:
         loudness = np.square(stream.values, dtype=np.float32).mean(axis=0)
         if np.square(mono).mean() < CANCELLED * loudness.mean():
