@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from prunesearch.speech.audio import AudioError, read_audio
+from prunesearch.speech.audio import AudioError, display_name, read_audio
 from prunesearch.study.errors import StudyError
 
 if TYPE_CHECKING:
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 TranscriptFormat = Literal["text", "json", "srt"]
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf", ".m4a")
+# Formats of recordings. Some of the last ones cannot be decoded: they are named, and not passed over.
+SUFFIXES = (
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".w64", ".rf64", ".caf", ".sph",
+    ".voc", ".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr", ".3gp",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Transcript:
 def recordings(arguments: Sequence[str]) -> Iterator[dict[str, Path]]:
     """The recordings that arguments name: files, all recordings in a folder, and `-` for standard input.
 
-    Yields paths by name. Raises StudyError for every argument that names no recording.
+    Yields paths by name. macOS's companion files (`._name`) in a folder are passed over. A file that is not there is yielded,
+    and cannot be read later, so that it does not cost the others. Raises StudyError for every argument that names no recording
+    if none does.
     """
     found: dict[str, Path] = {}
     problems = []
@@ -45,21 +51,25 @@ def recordings(arguments: Sequence[str]) -> Iterator[dict[str, Path]]:
                 file.write_bytes(sys.stdin.buffer.read())
                 found["stdin"] = file
             elif path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-                problems += [] if inside else [f"{path}: no recording in this folder ({', '.join(SUFFIXES)})"]
-                found |= {str(p): p for p in inside}
-            elif path.is_file():
-                found[argument] = path
+                inside = sorted(p for p in path.rglob("*") if _is_recording(p))
+                problems += [] if inside else [f"{display_name(path)}: no recording in this folder ({', '.join(SUFFIXES)})"]
+                found |= {str(p): p for p in inside} or {argument: path}
             else:
-                problems.append(f"{argument}: there is no such file")
-        if problems:
+                found[argument] = path
+                problems += [] if path.exists() else [f"{display_name(argument)}: there is no such file"]
+        if len(problems) == len(found):
             raise StudyError(problems)
         yield found
 
 
+def _is_recording(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and path.is_file()
+
+
 def transcribe_files(asr: "SlamAsr", files: Mapping[str, Path], beams: int | None = None) -> Iterator[Transcript]:
     """Transcribe files one after the other. A file that cannot be used gives a transcript with a problem."""
-    for name, path in files.items():
+    for argument, path in files.items():
+        name = display_name(argument)
         try:
             samples = read_audio(path)
         except AudioError as error:

@@ -24,9 +24,10 @@ def score_manifest(asr: "SlamAsr", manifest: Path, batch_size: int | None = None
     """
     utterances, samples = _read_manifest(manifest, asr.settings.text)
     results = []
-    for utterance, transcript in zip(utterances, asr.transcribe(samples, batch_size, beams), strict=True):
+    for utterance, segments in zip(utterances, asr.segments(samples, batch_size, beams), strict=True):
         normalize = normalizer_for(asr.settings.text.normalizer_of(utterance.language), utterance.language)
-        results.append(score(utterance, normalize(transcript)))
+        result = score(utterance, normalize(" ".join(s.text for s in segments if s.text)))
+        results.append(result.model_copy(update={"reached_limit": any(s.reached_limit for s in segments)}))
     split = SplitResult.of(results)
     return {
         "wer": split.errors.wer,
@@ -34,6 +35,7 @@ def score_manifest(asr: "SlamAsr", manifest: Path, batch_size: int | None = None
         "utterances": split.utterances,
         "loop_rate": split.loop_rate,
         "empty_rate": split.empty_rate,
+        "token_limit_rate": split.token_limit_rate,
         "by_language": {name: e.wer if e.reference_words else None for name, e in split.by_language.items()},
     }
 

@@ -45,15 +45,16 @@ from prunesearch.model.checkpoint_files import CheckpointError
 from prunesearch.model.digest import sampled_digest
 from prunesearch.model.encoder import encode
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.speech.audio import SAMPLE_RATE, read_audio
+from prunesearch.speech.audio import SAMPLE_RATE, checked_samples, read_audio
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 from prunesearch.training.batches import by_length
 from prunesearch.training.decode import Decoder, Hypothesis, token_limit
 from prunesearch.training.device import arithmetic
-from prunesearch.training.states import ENCODING_BATCH, batch_of, first_layers, last_layers, log_mel
+from prunesearch.training.states import ENCODING_BATCH, batch_of, first_layers, last_layers, log_mel, window_seconds
 
 QUIET_SECONDS = 5.0  # a long recording is cut at the quietest place within this time before a window's end
+LAST_PART_SECONDS = 0.5  # from less than a short word, an LLM makes words up
 FRAME = SAMPLE_RATE // 50  # samples whose loudness is compared: 20 ms
 
 Samples = NDArray[np.float32]
@@ -61,11 +62,15 @@ Samples = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a recording, in seconds, and its transcript."""
+    """A part of a recording, in seconds, and its transcript.
+
+    reached_limit: the LLM wrote as many tokens as it may, and did not come to an end.
+    """
 
     start: float
     end: float
     text: str
+    reached_limit: bool = False
 
 
 @dataclass
@@ -154,7 +159,7 @@ class SlamAsr:
     @property
     def window_seconds(self) -> float:
         """The longest recording that the encoder can take as a whole."""
-        return self.encoder.max_source_positions * 2 * self.extractor.hop_length / SAMPLE_RATE
+        return window_seconds(self.encoder, self.extractor)
 
     def transcribe(
         self, recordings: Iterable[str | Path | Samples], batch_size: int | None = None, beams: int | None = None
@@ -171,12 +176,13 @@ class SlamAsr:
         self, recordings: Iterable[str | Path | Samples], batch_size: int | None = None, beams: int | None = None
     ) -> list[list[Segment]]:
         """As `transcribe`, in segments: a recording longer than a window is cut where it is quietest. Raises AudioError."""
-        samples = [r if isinstance(r, np.ndarray) else read_audio(Path(r)) for r in recordings]
+        samples = [checked_samples(r) if isinstance(r, np.ndarray) else read_audio(Path(r)) for r in recordings]
         parts = [(n, start, end) for n, s in enumerate(samples) for start, end in windows(s, self._window_samples())]
         hypotheses = self.decode([samples[n][start:end] for n, start, end in parts], batch_size, beams)
         segments: list[list[Segment]] = [[] for _ in samples]
         for (n, start, end), hypothesis in zip(parts, hypotheses, strict=True):
-            segments[n].append(Segment(start / SAMPLE_RATE, end / SAMPLE_RATE, " ".join(hypothesis.text.split())))
+            text = " ".join(hypothesis.text.split())
+            segments[n].append(Segment(start / SAMPLE_RATE, end / SAMPLE_RATE, text, hypothesis.reached_limit))
         return segments
 
     def _window_samples(self) -> int:
@@ -245,14 +251,17 @@ class SlamAsr:
 def windows(samples: Samples, longest: int) -> list[tuple[int, int]]:
     """Cut a recording into parts (first sample, end) of at most `longest` samples, each ending at a quiet place.
 
-    That is the middle of the quietest 20 ms among a part's last `QUIET_SECONDS` (at most half of the part).
+    That is the middle of the quietest 20 ms among a part's last `QUIET_SECONDS` (at most half of the part). The last
+    part has at least `LAST_PART_SECONDS`, or a quarter of `longest` if that is less.
     """
     cuts, start = [], 0
+    least = min(longest // 4, int(LAST_PART_SECONDS * SAMPLE_RATE))
     while len(samples) - start > longest:
-        tail = samples[start + longest - min(longest // 2, int(QUIET_SECONDS * SAMPLE_RATE)) : start + longest]
+        end = min(start + longest, len(samples) - least)
+        tail = samples[end - min(longest // 2, int(QUIET_SECONDS * SAMPLE_RATE)) : end]
         count = len(tail) // FRAME
         loudness = (tail[len(tail) - count * FRAME :].reshape(count, FRAME) ** 2).mean(1)
-        quiet = start + longest - (count - int(loudness.argmin())) * FRAME + FRAME // 2
+        quiet = end - (count - int(loudness.argmin())) * FRAME + FRAME // 2
         cuts.append((start, quiet))
         start = quiet
     return [*cuts, (start, len(samples))]

@@ -33,6 +33,7 @@ from prunesearch.study.record import RunRecord
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import device_name, peak_memory_bytes, reset_peak_memory
 from prunesearch.training.repair import keep_maps_of
+from prunesearch.training.states import window_seconds
 from prunesearch.workers.final_test import fetch_records
 
 UNPRUNED = Candidate()
@@ -69,8 +70,9 @@ def measure(
     fetch_records(config, storage)
     unpruned, others = _records_to_measure(config, candidates, listener)
     keep_maps_of(config, [unpruned, *others])
-    recordings = _read_recordings(config, utterances, listener)
     loaded = StudyModels.load(config, recorded_dtype(unpruned))
+    window = window_seconds(loaded.models.encoder, loaded.models.extractor)
+    recordings = _read_recordings(config, utterances, window, listener)
 
     systems: list[MeasuredSystem] = []
     of_unpruned: list[SystemMetrics] = []
@@ -123,8 +125,8 @@ def _front_and_baselines(config: StudyConfig, complete: Sequence[RunRecord]) -> 
     return [first[system] for system in baseline_and_front_systems(config, complete) if system in first]
 
 
-def _read_recordings(config: StudyConfig, most: int, listener: ProgressListener) -> _Recordings:
-    samples = [read_audio(u.audio) for u in checked_corpus(config, "dev", listener.progress).utterances[:most]]
+def _read_recordings(config: StudyConfig, most: int, window: float, listener: ProgressListener) -> _Recordings:
+    samples = [read_audio(u.audio) for u in checked_corpus(config, "dev", listener.progress, window).utterances[:most]]
     lengths = [len(s) for s in samples]
     batches = [[samples[i] for i in batch] for batch in by_length(lengths, config.decoding.batch_size)]
     return _Recordings([[s] for s in samples], batches, sum(lengths) / SAMPLE_RATE)

@@ -85,7 +85,7 @@ RECORD_KEYS = (
     *("encoder_params", "projector_params", "lora_params", "llm_params", "speech_params", "total_params"),
     *("errors_split", "substitutions", "deletions", "insertions", "reference_words"),
     *("dev_wer_by_language", "test_wer_by_language", "dev_wer_by_group", "test_wer_by_group"),
-    *("dev_worst_group_wer", "test_worst_group_wer", "loop_rate", "empty_rate"),
+    *("dev_worst_group_wer", "test_worst_group_wer", "loop_rate", "empty_rate", "token_limit_rate"),
     *("encoder_reduction", "speech_reduction", "total_reduction", "train_seconds", "trainings", "state"),
 )
 
@@ -112,6 +112,7 @@ def record_data(comparison: Comparison, record: RunRecord) -> dict[str, Any]:
         **{f"{name}_worst_group_wer": result and result.worst_group_wer for name, result in results.items()},
         "loop_rate": decoded and decoded.loop_rate,
         "empty_rate": decoded and decoded.empty_rate,
+        "token_limit_rate": decoded and decoded.token_limit_rate,
         **{f"{g}_reduction": getattr(reductions, g) if reductions else None for g in ("encoder", "speech", "total")},
         "train_seconds": record.cost.train_seconds,
         "trainings": comparison.trainings.get(record.candidate, 0),

@@ -71,17 +71,23 @@ def _changed(change: ErrorChange, kind: str) -> str:
 
 
 def failures_table(comparison: Comparison) -> Table:
-    """Rates of hypotheses that loop or are empty, and the length of hypotheses."""
+    """Rates of hypotheses that loop, are empty or end at their token limit, and the length of hypotheses."""
     return Table(
         "failures",
-        "Loops, empty hypotheses and length",
-        ("system", "split", "loops, %", "empty, %", "recognised words per reference word"),
+        "Loops, empty hypotheses, token limits and length",
+        ("system", "split", "loops, %", "empty, %", "at token limit, %", "recognised words per reference word"),
         tuple(
-            (title(r), split, f"{100 * s.loop_rate:.1f}", f"{100 * s.empty_rate:.1f}", f"{length_ratio(s):.3f}")
+            (title(r), split, *map(_percent, (s.loop_rate, s.empty_rate, s.token_limit_rate)), f"{length_ratio(s):.3f}")
             for r, split, s in _reported(comparison)
         ),
-        "A loop is a phrase that the hypothesis repeats four times in a row or more, and more often than the reference.",
+        "A loop is a phrase that the hypothesis repeats four times in a row or more, and more often than the reference. A "
+        "hypothesis that ends at its token limit is cut off: if it is no loop, `decoding.tokens_per_second` or "
+        "`decoding.max_tokens` is too small.",
     )
+
+
+def _percent(rate: float | None) -> str:
+    return UNKNOWN if rate is None else f"{100 * rate:.1f}"
 
 
 def groups_table(comparison: Comparison) -> Table:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from prunesearch.speech.audio import SAMPLE_RATE, AudioError, Recording, is_there, read_audio, seconds_of, version_of
+from prunesearch.speech.audio import SAMPLE_RATE, AudioError, Recording, decode_audio, is_there, seconds_of, version_of
 from prunesearch.speech.sources import Row, read_source
 from prunesearch.speech.text import none, normalizer_for
 from prunesearch.study.config import Split, StudyConfig
@@ -18,6 +19,7 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.files import read_unless_damaged, write_atomically
 
 Progress = Callable[[str, int, int], None]  # what, done, total
+ROUNDING_SECONDS = 0.01  # by which headers, manifests and resampled recordings differ
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,18 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A split. `dropped` are its sources' unusable lines; lines that were merely not drawn are in neither list."""
+    """A split. `dropped` are its sources' unusable lines; lines that were merely not drawn are in neither list.
+
+    end_unknown: ids of utterances whose file announces neither its length nor its end, so that it cannot be known whether it
+    was cut off. None if the recordings were not decoded.
+    """
 
     utterances: list[Utterance]
     dropped: list[Dropped]
+    end_unknown: list[str] | None = None
 
     def report(self) -> dict[str, Any]:
-        """Hours and counts, in total and by language, and every dropped line with its reason."""
+        """Hours and counts, in total and by language, every dropped line with its reason, and recordings of unknown end."""
         languages = sorted({u.language or "" for u in self.utterances})
         return {
             "utterances": len(self.utterances),
@@ -60,6 +67,7 @@ class Corpus:
                 if (those := [u for u in self.utterances if (u.language or "") == name])
             },
             "dropped": [asdict(d) for d in self.dropped],
+            "end_unknown": self.end_unknown,
         }
 
 
@@ -85,60 +93,115 @@ def load_corpus(config: StudyConfig, split: Split) -> list[Utterance]:
     return corpus.utterances
 
 
-def checked_corpus(config: StudyConfig, split: Split, progress: Progress) -> Corpus:
+@dataclass(frozen=True)
+class _Checked:
+    """What decoding a split's recordings told, by utterance id: why some cannot be used, and the seconds of the others.
+
+    end_unknown: ids of recordings of which it cannot be known whether they were cut off.
+    """
+
+    unreadable: dict[str, str]
+    seconds: dict[str, float]
+    end_unknown: list[str]
+
+
+def checked_corpus(config: StudyConfig, split: Split, progress: Progress, window_seconds: float = math.inf) -> Corpus:
     """As `load_corpus`, after decoding every recording once, so that an unreadable one is reported before training.
 
-    Lengths are those of the decoded samples, not those of headers or manifests. The result is stored in the study's run
-    folder as `corpus/<split>.json`, and used again for the same recordings. Raises StudyError as `load_corpus` does.
+    window_seconds: the longest recording that the encoder takes, padding included; a longer one counts as unreadable.
+
+    Lengths are those of the decoded samples, not those of headers or manifests, and the study's limits hold for them. What
+    decoding told is stored in the study's run folder as `corpus/<split>.json`, and used again for the same recordings. Raises
+    StudyError as `load_corpus` does.
     """
     problems, corpus = _select(config, split)
     recordings = [(u.id, version_of(u.audio)) for u in corpus.utterances]
-    identity = hashlib.sha256(json.dumps(["seconds", recordings]).encode()).hexdigest()[:16]  # "seconds": what is stored
+    stored = ["seconds", "end_unknown"]
+    identity = hashlib.sha256(json.dumps([stored, recordings]).encode()).hexdigest()[:16]
     path = config.run_folder / "corpus" / f"{split}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         known = read_unless_damaged(path, dict[str, Any]) or {}
         if known.get("identity") == identity:
-            unreadable, seconds = known["unreadable"], known["seconds"]
+            found = _Checked(known["unreadable"], known["seconds"], known["decoded_end_unknown"])
         else:
-            unreadable, seconds = _decode_all(corpus.utterances, split, progress)
-        _require_no_problem([*(d.reason for d in problems), *unreadable.values()], config)
-        kept = [replace(u, seconds=seconds[u.id]) for u in corpus.utterances if u.id not in unreadable]
-        corpus = Corpus(kept, corpus.dropped + [Dropped(i, reason) for i, reason in unreadable.items()])
+            found = _decode_all(corpus.utterances, split, progress)
+        corpus, too_long = _within_limits(config, split, corpus, found, window_seconds)
+        advice = [f"data.max_seconds: set it to at most {window_seconds:g}"] if too_long else []
+        _require_no_problem([*(d.reason for d in problems), *found.unreadable.values(), *too_long], config, advice)
         if known.get("identity") != identity:
-            whole = {"identity": identity, **corpus.report(), "unreadable": unreadable, "seconds": seconds}
-            write_atomically(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-    _require_utterances(kept, config, split)
+            write_atomically(path, _stored_report(identity, corpus, found))
+    _require_utterances(corpus.utterances, config, split)
     return corpus
 
 
-def _decode_all(utterances: Sequence[Utterance], split: Split, progress: Progress) -> tuple[dict[str, str], dict[str, float]]:
-    """By utterance id: the reasons why recordings cannot be used, and the seconds of the others."""
-    unreadable: dict[str, str] = {}
-    seconds: dict[str, float] = {}
+def _stored_report(identity: str, corpus: Corpus, found: _Checked) -> str:
+    """The corpus's report, and what decoding told, for the next time."""
+    decoded = {"unreadable": found.unreadable, "seconds": found.seconds, "decoded_end_unknown": found.end_unknown}
+    return json.dumps({"identity": identity, **corpus.report(), **decoded}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _within_limits(
+    config: StudyConfig, split: Split, corpus: Corpus, found: _Checked, window_seconds: float
+) -> tuple[Corpus, list[str]]:
+    """The utterances whose decoded length is within the study's limits; and a line for each that the encoder cannot take."""
+    data, block = config.data, config.data.pad_to_seconds
+    kept: list[Utterance] = []
+    dropped = [Dropped(i, reason) for i, reason in found.unreadable.items()]
+    too_long: list[str] = []
+    for utterance in corpus.utterances:
+        if utterance.id in found.unreadable:
+            continue
+        seconds = found.seconds[utterance.id]
+        padded = seconds if block is None else math.ceil(seconds / block) * block
+        if not data.min_seconds <= seconds <= data.max_seconds and abs(seconds - utterance.seconds) > ROUNDING_SECONDS:
+            dropped.append(Dropped(utterance.id, _outside(seconds, config)))
+        elif padded - window_seconds >= ROUNDING_SECONDS:  # Whisper's features round down to 10 ms
+            padding = "" if padded == seconds else f" ({padded:g} s with padding)"
+            reason = f"lasts {seconds:.2f} s{padding}, longer than the encoder's window of {window_seconds:g} s"
+            dropped.append(Dropped(utterance.id, reason))
+            too_long.append(f"{utterance.id}: {reason}")
+        else:
+            kept.append(replace(utterance, seconds=seconds))
+    hours = data.max_train_hours if split == "train" else None
+    if hours is not None and sum(u.seconds for u in kept) > 3600 * hours * 1.01:  # manifests claimed less than there is
+        kept = _draw(kept, config, split)
+    ids = {u.id for u in kept}
+    return Corpus(kept, corpus.dropped + dropped, [i for i in found.end_unknown if i in ids]), too_long
+
+
+def _decode_all(utterances: Sequence[Utterance], split: Split, progress: Progress) -> _Checked:
+    checked = _Checked({}, {}, [])
     with ThreadPoolExecutor() as pool:  # libsndfile releases Python's global lock
-        for done, (utterance, found) in enumerate(zip(utterances, pool.map(_decoded_seconds, utterances), strict=True)):
+        for done, (utterance, found) in enumerate(zip(utterances, pool.map(_decoded, utterances), strict=True)):
             if isinstance(found, AudioError):
-                unreadable[utterance.id] = str(found)
+                checked.unreadable[utterance.id] = str(found)
             else:
-                seconds[utterance.id] = found
+                checked.seconds[utterance.id], end_is_known = found
+                checked.end_unknown.extend([] if end_is_known else [utterance.id])
             if done % 100 == 0:
                 progress(f"checking the recordings of {split}", done, len(utterances))
-    return unreadable, seconds
+    return checked
 
 
-def _decoded_seconds(utterance: Utterance) -> float | AudioError:
+def _decoded(utterance: Utterance) -> tuple[float, bool] | AudioError:
+    """The seconds of a recording, and whether its end is known; or why it cannot be used."""
     try:
-        return len(read_audio(utterance.audio)) / SAMPLE_RATE
+        decoded = decode_audio(utterance.audio)
     except AudioError as error:
         return error
+    return len(decoded.samples) / SAMPLE_RATE, decoded.end_is_known
 
 
-def _require_no_problem(problems: Sequence[str], config: StudyConfig) -> None:
-    """Raises StudyError with (at most 20) problems, unless the study has `skip_unreadable`."""
+def _require_no_problem(problems: Sequence[str], config: StudyConfig, advice: Sequence[str] = ()) -> None:
+    """Raises StudyError with (at most 20) problems and advice, unless the study has `skip_unreadable`."""
     if problems and not config.data.skip_unreadable:
         more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise StudyError([*problems[:20], *more, "data.skip_unreadable = true leaves them out"])
+        raise StudyError([*problems[:20], *more, *advice, "data.skip_unreadable = true leaves them out"])
+
+
+def _outside(seconds: float, config: StudyConfig) -> str:
+    return f"lasts {seconds:.2f} s, outside {config.data.min_seconds:g} to {config.data.max_seconds:g} s"
 
 
 def _require_utterances(utterances: list[Utterance], config: StudyConfig, split: Split) -> None:
@@ -170,8 +233,7 @@ def _select(config: StudyConfig, split: Split) -> tuple[list[Dropped], Corpus]:
             if not utterance.reference and split != "repair":
                 outside.append(Dropped(utterance.id, "its text is empty after normalisation"))
             elif not data.min_seconds <= utterance.seconds <= data.max_seconds:
-                limits = f"{data.min_seconds:g} to {data.max_seconds:g} s"
-                outside.append(Dropped(utterance.id, f"lasts {utterance.seconds:.2f} s, outside {limits}"))
+                outside.append(Dropped(utterance.id, _outside(utterance.seconds, config)))
             else:
                 kept.append(utterance)
     return problems, Corpus(_draw(kept, config, split), problems + outside)
@@ -200,11 +262,15 @@ def _utterance(row: Row, config: StudyConfig) -> Utterance | Dropped:
     if row.problem:
         return Dropped(row.id, f"{row.where}: {row.problem}")
     try:
-        # a missing or empty file is reported here, also where the source gives the duration
-        seconds = seconds_of(row.audio) if row.seconds is None or not is_there(row.audio) else row.seconds
+        # a missing or empty file is reported here, also where the source gives the duration; and a source's word alone
+        # excludes no recording
+        seconds = row.seconds
+        if seconds is None or not config.data.min_seconds <= seconds <= config.data.max_seconds or not is_there(row.audio):
+            seconds = seconds_of(row.audio)
     except AudioError as error:
         return Dropped(row.id, f"{row.where}: {error}")
     name = config.text.normalizer_of(row.language)
     reference = normalizer_for(name, row.language)(row.text)
     target = reference if name == "paper" else none(row.text)
-    return Utterance(row.id, row.audio, reference, target, seconds, row.language, row.group)
+    name_of_row = row.id.encode("utf-8", "backslashreplace").decode()  # bytes of a file name may not be UTF-8
+    return Utterance(name_of_row, row.audio, reference, target, seconds, row.language, row.group)

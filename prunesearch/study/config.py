@@ -185,14 +185,14 @@ class TrainingConfig(Section):
 
 class DecodingConfig(Section):
     """Beam search; greedy if `beams` is 1. The LLM may write `tokens_per_second` times the recording's seconds, plus
-    `extra_tokens`, and at most `max_tokens` tokens."""
+    `extra_tokens`, and at most `max_tokens` tokens if that is set."""
 
     beams: Count = 1
     test_beams: Count | None = Field(None, description="default: beams")
     repetition_penalty: Annotated[float, Field(ge=1)] = 1.0
     tokens_per_second: Positive = 12.0
     extra_tokens: Count = 8
-    max_tokens: Count = 128
+    max_tokens: Count | None = None
     batch_size: Count = 64
 
 

@@ -61,7 +61,10 @@ class WordErrors(_Frozen):
 
 
 class UtteranceResult(_Frozen):
-    """One decoded utterance; both texts are normalised. `looped`: see `speech.wer.is_loop`."""
+    """One decoded utterance; both texts are normalised. `looped`: see `speech.wer.is_loop`.
+
+    reached_limit: the hypothesis ended at its token limit; None in results of versions that did not tell.
+    """
 
     id: str
     reference: str
@@ -70,12 +73,14 @@ class UtteranceResult(_Frozen):
     language: str | None = None
     group: str | None = None
     looped: bool = False
+    reached_limit: bool | None = None
 
 
 class SplitResult(_Frozen):
     """Error counts of a decoded split: in total, by language, and by group (the column that `data.group` names).
 
     loop_rate, empty_rate: fractions of utterances in which the LLM looped, or wrote nothing.
+    token_limit_rate: fraction of utterances whose hypothesis ended at its token limit; None if that was not counted.
     """
 
     errors: WordErrors
@@ -84,6 +89,7 @@ class SplitResult(_Frozen):
     by_group: dict[str, WordErrors] = {}
     loop_rate: float = 0.0
     empty_rate: float = 0.0
+    token_limit_rate: float | None = None
 
     @classmethod
     def of(cls, results: Sequence[UtteranceResult]) -> "SplitResult":
@@ -96,6 +102,7 @@ class SplitResult(_Frozen):
             by_group=_summed((r.group, r.errors) for r in results),
             loop_rate=sum(r.looped for r in results) / count,
             empty_rate=sum(not r.hypothesis for r in results) / count,
+            token_limit_rate=_mean([r.reached_limit for r in results]),
         )
 
     @classmethod
@@ -108,6 +115,7 @@ class SplitResult(_Frozen):
             by_group=_summed(pair for r in results for pair in r.by_group.items()),
             loop_rate=sum(r.loop_rate for r in results) / len(results),
             empty_rate=sum(r.empty_rate for r in results) / len(results),
+            token_limit_rate=_mean([r.token_limit_rate for r in results]),
         )
 
     @property
@@ -124,6 +132,12 @@ class SplitResult(_Frozen):
         """WER of the worst group minus WER of the best, a fraction; None if there are no groups."""
         wers = [errors.wer for errors in self.by_group.values()]
         return max(wers) - min(wers) if wers else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if a value is unknown, or if there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _summed(parts: Iterable[tuple[str | None, WordErrors]]) -> dict[str, WordErrors]:

@@ -17,7 +17,6 @@ from prunesearch.model.llm import Llm, embedding_scale, lora_targets, recompute_
 from prunesearch.model.loading import load_models
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.speech.audio import SAMPLE_RATE
 from prunesearch.speech.corpus import Utterance, checked_corpus
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import Split, StudyConfig
@@ -28,7 +27,7 @@ from prunesearch.training.decode import Decoder, scored
 from prunesearch.training.device import pick_dtype
 from prunesearch.training.finetune import Budget
 from prunesearch.training.process_group import ProcessGroup
-from prunesearch.training.states import Progress, StateCache, StateStore
+from prunesearch.training.states import Progress, StateCache, StateStore, window_seconds
 from prunesearch.training.streams import Streams, batches_of
 from prunesearch.training.tracker import tracker_for
 
@@ -106,17 +105,10 @@ class TrainingContext:
 
     @cached_property
     def corpora(self) -> dict[Split, list[Utterance]]:
-        """The study's splits. Raises StudyError for recordings that are longer than the encoder's window."""
-        corpora = {split: checked_corpus(self.config, split, self.progress).utterances for split in self.config.data.splits}
-        window = self.encoder.max_source_positions * 2 * self.extractor.hop_length / SAMPLE_RATE  # seconds
-        block = self.config.data.pad_to_seconds
-        for split, utterances in corpora.items():
-            seconds = [u.seconds if block is None else -(-u.seconds // block) * block for u in utterances]
-            if too_long := [u for u, s in zip(utterances, seconds, strict=True) if s > window]:
-                first = f"{too_long[0].id} ({too_long[0].seconds:.1f} s)"
-                line = f"{len(too_long)} recordings of {split} are longer than the encoder's window of {window:g} s, the first"
-                raise StudyError([f"data.max_seconds: {line} is {first}; set it to at most {window:g}"])
-        return corpora
+        """The study's splits. Raises StudyError for recordings that cannot be used, unless the study skips those."""
+        window = window_seconds(self.encoder, self.extractor)
+        splits = self.config.data.splits
+        return {split: checked_corpus(self.config, split, self.progress, window).utterances for split in splits}
 
     @cached_property
     def targets(self) -> list[list[int]]:

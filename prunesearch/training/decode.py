@@ -31,15 +31,20 @@ class _RowLimits(StoppingCriteria):
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """The LLM's text for one recording, and its number of tokens, end of sequence included."""
+    """The LLM's text for one recording, and its number of tokens, end of sequence included.
+
+    reached_limit: the text ends at its token limit, and not with an end of sequence.
+    """
 
     text: str
     new_tokens: int
+    reached_limit: bool
 
 
 def token_limit(seconds: float, decoding: DecodingConfig) -> int:
     """The most tokens that an utterance of so many seconds may have."""
-    return min(decoding.max_tokens, int(seconds * decoding.tokens_per_second) + decoding.extra_tokens)
+    limit = int(seconds * decoding.tokens_per_second) + decoding.extra_tokens
+    return limit if decoding.max_tokens is None else min(decoding.max_tokens, limit)
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,11 @@ class Decoder:
                 stopping_criteria=StoppingCriteriaList([_RowLimits(most)]),
             )
         texts = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
-        counts = [count_new_tokens(row, limit, slam.llm.eos) for row, limit in zip(written.tolist(), limits, strict=True)]
-        return [Hypothesis(text, count) for text, count in zip(texts, counts, strict=True)]
+        rows = list(zip(texts, written.tolist(), limits, strict=True))
+        return [
+            Hypothesis(text, count_new_tokens(row, limit, slam.llm.eos), reached_limit(row, limit, slam.llm.eos))
+            for text, row, limit in rows
+        ]
 
     def decode(
         self,
@@ -107,7 +115,13 @@ class Decoder:
 
 def count_new_tokens(row: Sequence[int], limit: int, eos: int) -> int:
     """The tokens of a row that ends with its end of sequence or at its limit; padding after that does not count."""
-    return row.index(eos) + 1 if eos in row else min(limit, len(row))
+    row = row[:limit]  # an LLM may pad with its end of sequence
+    return row.index(eos) + 1 if eos in row else len(row)
+
+
+def reached_limit(row: Sequence[int], limit: int, eos: int) -> bool:
+    """Whether a row has as many tokens as its limit allows, and none of them is its end of sequence."""
+    return len(row) >= limit and eos not in row[:limit]
 
 
 def scored(
@@ -118,5 +132,6 @@ def scored(
     for i in indices:
         language = utterances[i].language
         normalize = normalizer_for(text.normalizer_of(language), language)
-        results.append(score(utterances[i], normalize(hypotheses[i].text)))
+        result = score(utterances[i], normalize(hypotheses[i].text))
+        results.append(result.model_copy(update={"reached_limit": hypotheses[i].reached_limit}))
     return results

@@ -127,14 +127,20 @@ def ahead(work: Callable[[T], R], items: Iterable[T], device: torch.device, thre
 def log_mel(extractor: Any, samples: NDArray[np.float32], pad_to_seconds: float | None, device: torch.device) -> Tensor:
     """(M, F) of one recording, by the checkpoint's own feature extractor, without padding to 30 s.
 
-    Computed on `device`, returned on the CPU.
+    Computed on `device`, returned on the CPU. A recording shorter than the extractor's window is padded to one.
     """
     samples = padded(samples, pad_to_seconds)
+    samples = np.pad(samples, (0, max(0, extractor.n_fft - len(samples))))
     out = extractor(
         samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="pt", device=str(device)
     )
     mel: Tensor = out["input_features"][0]
     return mel
+
+
+def window_seconds(encoder: WhisperEncoder, extractor: Any) -> float:
+    """The longest recording that the encoder can take as a whole."""
+    return float(encoder.max_source_positions * 2 * extractor.hop_length / SAMPLE_RATE)
 
 
 def batch_of(mels: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
