@@ -1,5 +1,6 @@
 # make quickstart    install what a user needs, run the embedded study, write its report
 # make test          install the development tools as well, run the whole test suite
+# make fuzz          damage audio, models, studies and tables for ten minutes; each must be read right or named
 # make check         lint, format, types, import contracts
 # make format        let ruff fix and format the code
 # make bench         compare our fine-tune with a plain training loop, on the quickstart
@@ -7,9 +8,10 @@
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
 PYTEST_OPTIONS ?=
+FUZZ_SECONDS ?= 600
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench bench-search format clean
+.PHONY: quickstart test fuzz check bench bench-search format clean
 
 quickstart: .venv/installed
 	$(BIN)/prunesearch launch studies/quickstart
@@ -20,6 +22,10 @@ quickstart: .venv/installed
 test: export OMP_NUM_THREADS = 1
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_OPTIONS)
+
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: .venv/installed-dev
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
