@@ -264,9 +264,10 @@ def plot(context: TrainingContext, sets: Sequence[LayerSet], rate: float, path: 
         bars = axes.bar([i + 0.27 * place for i in range(len(sets))], wers, 0.25, color=colour, label=labels[name])
         axes.bar_label(bars, fmt="%.0f", fontsize=7, color=INK)
     axes.axhline(unpruned, color=INK, linewidth=0.8, linestyle=":")
-    axes.annotate(f"whole encoder: {unpruned:.1f}", (len(sets) - 0.5, unpruned), (0, 3), textcoords="offset points",
+    axes.annotate(f"whole encoder: {unpruned:.1f}", (-0.5, unpruned), (0, 3), textcoords="offset points",
                   ha="right", fontsize=7, color=INK)  # fmt: skip
-    axes.set_xticks(range(len(sets)), [spaced(s) for s in sets])
+    axes.set_xlim(-1.4, len(sets) - 0.4)
+    axes.set_xticks(range(len(sets)), [spaced(s) for s in sets], fontsize=8)
     axes.set_xlabel("removed layers")
     axes.set_ylabel("dev WER, %")
     axes.spines[["top", "right"]].set_visible(False)

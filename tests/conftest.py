@@ -22,12 +22,13 @@ LAYERS = 4
 
 
 def write_split(folder: Path, split: str, count: int) -> None:
-    rng, lines = random.Random(split), []
+    rng, phases, lines = random.Random(split), random.Random(f"{split} phases"), []
     (folder / split).mkdir(parents=True)
     for i in range(count):
         words = [rng.choice(list(WORDS)) for _ in range(rng.randint(1, 4))]
         t = np.arange(3200) / 16_000
-        samples = np.concatenate([np.sin(2 * np.pi * WORDS[w] * t) for w in words]) * 0.5
+        phase = phases.uniform(0, 2 * np.pi)  # no two recordings are the same
+        samples = np.concatenate([np.sin(2 * np.pi * WORDS[w] * t + phase) for w in words]) * 0.5
         soundfile.write(folder / split / f"{i}.wav", samples, 16_000)
         row = {"audio": f"{split}/{i}.wav", "text": " ".join(words), "language": "en", "speaker": rng.choice("ab")}
         lines.append(json.dumps(row))

@@ -29,6 +29,7 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.interrupt import Interrupted
 from prunesearch.study.record import read_records
 from tests.conftest import write_study
+from tests.report_records import give_to_study
 
 ROOT = Path(__file__).parents[1]
 
@@ -149,7 +150,10 @@ def test_json_is_the_only_output_on_stdout(run: Run, launched: Path, toy: Path, 
 
 def test_json_of_several_studies_is_one_value(run: Run, launched: Path, tmp_path: Path) -> None:
     shutil.copytree(launched.parent, tmp_path / "other")
+    give_to_study(tmp_path / "other" / "run" / "records", "other")
+    shutil.rmtree(tmp_path / "other" / "run" / "scan")
     done = run("report", launched, tmp_path / "other", "--out", tmp_path / "overlay", "--json")
+    assert done.code == 0, done.err
     assert [found["study"] for found in json.loads(done.out)] == ["s", "other"]
 
 

@@ -44,7 +44,7 @@ def loss_after_repair(context: TrainingContext, removed: LayerSet) -> float:
 def test_a_tree_of_sets_is_repaired_as_each_set_on_its_own(toy: Path, tmp_path: Path, repair: str) -> None:
     context = TrainingContext.open(load_study(write_study(tmp_path / "s", toy, training={"repair": repair})))
     sets = [s for k in range(4) for s in combinations(range(4), k)]  # up to three of four layers, the lowest ones included
-    found = dict(Screen(context).measure(sets))
+    found = dict(Screen(context, starting_projector(context).eval()).measure(sets))
     assert sorted(found) == sorted(sets)
     for layers, screened in found.items():
         assert screened.loss == pytest.approx(loss_after_repair(context, layers), rel=1e-4), layers
@@ -55,11 +55,11 @@ def test_every_size_is_screened_and_known_sets_are_not_measured_again(toy: Path,
     context = TrainingContext.open(load_study(write_study(tmp_path / "s", toy, search={"max_removed": 3})))
     counts: list[int] = []
     known: Known = {}
-    screen_sets(Screen(context), known, most=11, on_set=counts.append)
+    screen_sets(Screen(context, starting_projector(context).eval()), known, most=11, on_set=counts.append)
     assert [sum(len(s) == size for s in known) for size in range(4)] == [1, 4, 3, 3]
     assert counts == list(range(1, 12))
     counts.clear()
-    screen_sets(Screen(context), known, most=11, on_set=counts.append)
+    screen_sets(Screen(context, starting_projector(context).eval()), known, most=11, on_set=counts.append)
     assert counts == []
 
 

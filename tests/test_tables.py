@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from prunesearch.asr.scoring import score_manifest
+from prunesearch.asr.slam_asr import Segment
 from prunesearch.model.llm import load_llm
 from prunesearch.speech.audio import read_audio
 from prunesearch.speech.corpus import load_corpus
@@ -131,7 +132,8 @@ def test_evaluate_refuses_references_without_words_and_never_divides_by_none(toy
         return tmp_path / "m.jsonl"
 
     asr: Any = SimpleNamespace(
-        settings=SimpleNamespace(text=TextConfig()), transcribe=lambda samples, *options: ["a b"] * len(samples)
+        settings=SimpleNamespace(text=TextConfig()),
+        segments=lambda samples, *options: [[Segment(0.0, 1.0, "a b")]] * len(samples),
     )
     with pytest.raises(StudyError, match="no text has a word left after normalisation"):
         score_manifest(asr, write(("...", "en"), ("!", "da")))

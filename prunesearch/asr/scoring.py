@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunesearch.speech.audio import SAMPLE_RATE, AudioError, read_audio
+from prunesearch.speech.audio import SAMPLE_RATE, AudioError, Recording, is_there, read_audio
 from prunesearch.speech.corpus import Utterance
 from prunesearch.speech.tables import read_manifest
 from prunesearch.speech.text import normalizer_for
@@ -48,7 +48,7 @@ def _read_manifest(manifest: Path, text: TextConfig) -> tuple[list[Utterance], l
     if not manifest.is_file():
         raise StudyError([f"--data: there is no file {manifest}"])
     rows = read_manifest(manifest)
-    _require_none([f"{row.where}: {row.problem}" for row in rows if row.problem])
+    _require_none([f"{row.where}: {problem}" for row in rows if (problem := row.problem or _missing(row.audio))])
     if not rows:
         raise StudyError([f"--data: {manifest} has no line"])
     references = [normalizer_for(text.normalizer_of(row.language), row.language)(row.text) for row in rows]
@@ -67,6 +67,16 @@ def _read_manifest(manifest: Path, text: TextConfig) -> tuple[list[Utterance], l
             utterances.append(Utterance(row.id, row.audio, reference, row.text, seconds, row.language))
     _require_none(problems)
     return utterances, samples
+
+
+def _missing(recording: Recording) -> str | None:
+    """Why a recording is not there; None if it is. A recording that is there is not read."""
+    try:
+        if not is_there(recording):
+            read_audio(recording)
+    except AudioError as error:
+        return str(error)
+    return None
 
 
 def _require_none(problems: list[str]) -> None:

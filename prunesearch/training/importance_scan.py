@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from prunesearch.model.encoder import run_layers
+from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import version_of
 from prunesearch.study.candidate import Candidate
@@ -123,7 +124,7 @@ def _scan(context: TrainingContext, folder: Path, weights: Path, settings: ScanS
         counted = counted.model_copy(update=scanner.compare(sets))
     result = scanner.result(sums, sets, wer, counted, anchor)
     if settings.screened and context.config.training.repair != "none":
-        result = _screened(context, folder / f"{name}.screened", result, settings)
+        result = _screened(context, scanner.slam.projector, folder / f"{name}.screened", result, settings)
     write_scan(folder / f"{name}.json", result)
     write_scan(folder / "scan.json", result)
     for part in ("first", "second", "screened"):
@@ -138,7 +139,7 @@ class _Screening(BaseModel):
     sets: dict[str, Screened] = {}
 
 
-def _screened(context: TrainingContext, path: Path, scan: Scan, settings: ScanSettings) -> Scan:
+def _screened(context: TrainingContext, projector: Projector, path: Path, scan: Scan, settings: ScanSettings) -> Scan:
     """The scan with losses after the repair, of its own sets and of larger ones."""
     done = read_unless_damaged(path, _Screening) or _Screening()
     known = {tuple(map(int, key.split(","))) if key else (): found for key, found in done.sets.items()}
@@ -149,7 +150,7 @@ def _screened(context: TrainingContext, path: Path, scan: Scan, settings: ScanSe
         write_atomically(path, kept.model_dump_json())
         context.progress("screening layer sets", count, max(count, settings.screened))
 
-    screen_sets(Screen(context), known, settings.screened, on_set)
+    screen_sets(Screen(context, projector), known, settings.screened, on_set)
     whole = known.pop(()).loss
     scores = {score.removed_layers: score for score in scan.sets}
     for layers, found in known.items():

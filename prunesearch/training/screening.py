@@ -13,9 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.study.importance import LayerSet
-from prunesearch.training.anchor import starting_projector
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.device import arithmetic
 from prunesearch.training.refit import Refit
@@ -43,10 +43,11 @@ Known = dict[LayerSet, Screened]
 class Screen:
     """Screens layer sets with the anchor's system.
 
-    `utterances`: of dev, for the loss. `fitted`: that repairs are fitted on, one in eight of them held out.
+    `projector`: the anchor's. `utterances`: of dev, for the loss. `fitted`: utterances that repairs are fitted on; one in eight
+    of them is held out.
     """
 
-    def __init__(self, context: TrainingContext, utterances: int = SCORED, fitted: int = FITTED):
+    def __init__(self, context: TrainingContext, projector: Projector, utterances: int = SCORED, fitted: int = FITTED):
         self.context = context
         self._refit_layers = context.config.training.repair == "layers"
         drawn, split = context.repair_utterances[:fitted], context.repair_split
@@ -61,7 +62,7 @@ class Screen:
             context.group.check_anywhere, (Group(context.prefix("dev"), self._dev),),
         )  # fmt: skip
         self._refit = Refit(self._streams, context.dtype)
-        self._projector = starting_projector(context).eval()
+        self._projector = projector
 
     @torch.no_grad()
     def measure(self, sets: Sequence[LayerSet]) -> Iterator[tuple[LayerSet, Screened]]:

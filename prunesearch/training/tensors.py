@@ -31,6 +31,8 @@ def read_tensors(path: Path, like: Mapping[str, Tensor], fix: str, complete: boo
     except SafetensorError as error:
         what = "the file is empty" if path.stat().st_size == 0 else f"the file is cut off or damaged ({error})"
         raise StudyError([f"{path}: {what}: {fix}"]) from None
+    if broken := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        raise StudyError([f"{path}: weights must be finite numbers, got NaN or infinite values in {broken}: {fix}"])
     if reason := different(tensors, like, complete):
         raise StudyError([f"{path}: the file belongs to another system ({reason}): {fix}"])
     return tensors
