@@ -138,11 +138,20 @@ def test_a_damaged_file_is_named_with_the_way_out(
         assert any(way in error for way in ("restore", "delete", "move the folder away"))
 
 
-@pytest.mark.parametrize("damage", [half, empty, nuls])
-@pytest.mark.parametrize("pattern", ["corpus/*.json", "features/*.json", "features/*.states", "records/*/encoder.safetensors"])
+NUMBERS = ["features/*.states", "records/*/encoder.safetensors"]  # a change of a number cannot be noticed
+MADE_AGAIN = ["corpus/*.json", "features/*.json", *NUMBERS]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        (pattern, damage)
+        for pattern in MADE_AGAIN
+        for damage in (half, empty, nuls)
+        if damage is not nuls or pattern not in NUMBERS
+    ],
+)
 def test_a_file_that_can_be_made_again_is_made_again(study: Path, pattern: str, damage: Damage) -> None:
-    if damage is nuls and pattern.endswith(("states", "safetensors")):
-        pytest.skip("numbers have no check")
     files = {path: path.read_bytes() for path in sorted((study / "run").glob(pattern))}
     assert files
     record = next(r for r in read_records(study / "run" / "records") if r.candidate.key == "minus-2-3")
