@@ -28,7 +28,7 @@ from prunesearch.training.device import pick_dtype
 from prunesearch.training.finetune import Budget
 from prunesearch.training.process_group import ProcessGroup
 from prunesearch.training.states import Progress, StateCache, StateStore, window_seconds
-from prunesearch.training.streams import Streams, batches_of
+from prunesearch.training.streams import Group, Streams, batches_of
 from prunesearch.training.tracker import tracker_for
 
 HELD_OUT = 8  # one in so many of the utterances that a repair draws is held out
@@ -145,11 +145,6 @@ class TrainingContext:
         """The utterances that repairs are fitted on, drawn by the study's seed; none if nothing is repaired."""
         return [] if self.config.training.repair == "none" else self._sample(self.repair_split)
 
-    @property
-    def ridge_utterances(self) -> list[int]:
-        """Those of the repair's utterances that it is not fitted to: ridges are chosen on them."""
-        return _part_held_out(self.repair_utterances)
-
     @cached_property
     def held_out(self) -> list[int]:
         """Utterances of train that no batch draws. How far a training goes is chosen on them; if repairs are fitted on train,
@@ -196,12 +191,17 @@ class TrainingContext:
     @cached_property
     def streams(self) -> Streams:
         """The unpruned encoder's streams on the utterances that repairs are fitted on."""
-        seconds = [u.seconds for u in self.corpora[self.repair_split]]
-        left_out = set(self.ridge_utterances)
-        fitted = batches_of(seconds, [i for i in self.repair_utterances if i not in left_out])
-        held_out = batches_of(seconds, self.ridge_utterances)
-        start, scratch, check = self.prefix(self.repair_split), self.states.scratch, self.group.check_anywhere
-        return Streams(self.encoder, start, fitted, held_out, self.shared_depth, scratch, self.device, check)
+        return self.streams_over(self.repair_utterances)
+
+    def streams_over(self, drawn: Sequence[int], others: tuple[Group, ...] = ()) -> Streams:
+        """The same on some of these utterances, and the streams of other groups of utterances."""
+        seconds, held_out = [u.seconds for u in self.corpora[self.repair_split]], _part_held_out(drawn)
+        left_out = set(held_out)
+        fitted = batches_of(seconds, [i for i in drawn if i not in left_out])
+        return Streams(
+            self.encoder, self.prefix(self.repair_split), fitted, batches_of(seconds, held_out), self.shared_depth,
+            self.states.scratch, self.device, self.group.check_anywhere, others,
+        )  # fmt: skip
 
     @cached_property
     def model_digests(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ from prunesearch.study.importance import LayerSet
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.device import arithmetic
 from prunesearch.training.refit import Refit
-from prunesearch.training.streams import Group, Stream, Streams, batches_of
+from prunesearch.training.streams import Group, Stream, batches_of
 
 SCORED = 256  # dev utterances: with 64, the order of sets is half noise
 FITTED = 128  # utterances that a screened repair is fitted on: fewer than the study's, for speed
@@ -50,17 +50,12 @@ class Screen:
     def __init__(self, context: TrainingContext, projector: Projector, utterances: int = SCORED, fitted: int = FITTED):
         self.context = context
         self._refit_layers = context.config.training.repair == "layers"
-        drawn, split = context.repair_utterances[:fitted], context.repair_split
-        seconds, dev = [u.seconds for u in context.corpora[split]], context.corpora["dev"]
+        dev = context.corpora["dev"]
         chosen = sorted(random.Random(context.config.seed).sample(range(len(dev)), min(utterances, len(dev))))
         self._dev = batches_of([u.seconds for u in dev], chosen)
         self._texts = {i: context.llm.tokens(dev[i].target) for i in chosen}
-        held_out = drawn[::8]
-        self._streams = Streams(
-            context.encoder, context.prefix(split), batches_of(seconds, [i for i in drawn if i not in set(held_out)]),
-            batches_of(seconds, held_out), context.shared_depth, context.states.scratch, context.device,
-            context.group.check_anywhere, (Group(context.prefix("dev"), self._dev),),
-        )  # fmt: skip
+        others = (Group(context.prefix("dev"), self._dev),)
+        self._streams = context.streams_over(context.repair_utterances[:fitted], others)
         self._refit = Refit(self._streams, context.dtype)
         self._projector = projector
 
