@@ -266,7 +266,7 @@ def plot(context: TrainingContext, sets: Sequence[LayerSet], rate: float, path: 
     axes.axhline(unpruned, color=INK, linewidth=0.8, linestyle=":")
     axes.annotate(f"whole encoder: {unpruned:.1f}", (-0.5, unpruned), (0, 3), textcoords="offset points",
                   ha="right", fontsize=7, color=INK)  # fmt: skip
-    axes.set_xlim(-1.4, len(sets) - 0.4)
+    axes.set_xlim(-1.9, len(sets) - 0.4)
     axes.set_xticks(range(len(sets)), [spaced(s) for s in sets], fontsize=8)
     axes.set_xlabel("removed layers")
     axes.set_ylabel("dev WER, %")
