@@ -11,6 +11,7 @@ import pytest
 from optuna.trial import TrialState
 
 from prunesearch.search.layer_sets import LayerSetSampler, expected_improvement
+from prunesearch.search.loss_model import loss_model
 from prunesearch.search.samplers import CandidateSampler, optuna_sampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.surrogate import EXPECTED, Surrogate
@@ -79,7 +80,7 @@ def test_the_gain_is_the_expected_growth_of_the_hypervolume() -> None:
 def test_the_surrogates_prior_is_a_covariance() -> None:
     rng = random.Random(0)
     candidates = list({c.key: c for c in (SPACE.draw(rng) for _ in range(60))}.values())
-    surrogate = Surrogate(SPACE.removable, RANKS, SCAN)
+    surrogate = Surrogate(SPACE.removable, RANKS, loss_model(SPACE.removable, SCAN))
     encoded = surrogate.encode(candidates)
     parts = surrogate.parts(encoded, encoded)
     assert len(parts) == len(EXPECTED)
@@ -97,7 +98,7 @@ def test_the_surrogate_predicts_unseen_candidates(scan: dict | None) -> None:
     drawn = list({c.key: c for c in (SPACE.draw(rng) for _ in range(120))}.values())
     seen, unseen = drawn[:50], drawn[50:]
     values, truth = (np.array([log_wer(c) for c in cs]) for cs in (seen, unseen))
-    surrogate = Surrogate(SPACE.removable, RANKS, scan)
+    surrogate = Surrogate(SPACE.removable, RANKS, loss_model(SPACE.removable, scan))
     surrogate.fit(seen, values, np.zeros(len(seen)))
     means, deviations = surrogate.given(seen, values, np.zeros(len(seen))).predict(unseen)
     error = means - truth

@@ -137,8 +137,12 @@ def scan(
         bool, typer.Option("--check", help="Also run each set separately, compare the results, and time both ways.")
     ] = False,
     screened: Annotated[
-        int, typer.Option(min=0, help="Number of sets, of all sizes, to measure after the repair; the best ones are shown.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of sets, of all sizes, to measure after the repair; default: eight for each removable layer.",
+        ),
+    ] = None,
     sets: Annotated[int, typer.Option(min=1, help="Number of best sets of each size to show.")] = 3,
     storage: StorageUrl = None,
     as_json: Json = False,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from prunesearch.search.screening_choice import next_to_screen
 from prunesearch.study.config import load_study
 from prunesearch.study.importance import Scan
 from prunesearch.study.interrupt import Interrupt
@@ -16,7 +17,7 @@ def scan(
     loss_sets: int = 128,
     with_wer: bool = False,
     check: bool = False,
-    screened: int = 64,
+    screened: int | None = None,
     storage: str | None = None,
     listener: ProgressListener | None = None,
 ) -> Scan:
@@ -32,7 +33,7 @@ def scan(
     listener, interrupt = listener or NullListener(), Interrupt()
     with interrupt.on_signals(listener.note):
         worker = Worker.open(config, WorkerOptions(storage, scan_only=True), listener, interrupt)
-        found = importance_scan(worker.context, settings)
+        found = importance_scan(worker.context, settings, next_to_screen)
         worker.close()
     write_scan_report(config.run_folder / "scan", found)
     return found

@@ -18,12 +18,13 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
+from prunesearch.search.loss_model import loss_model
 from prunesearch.search.samplers import WORST_GROUP_WER, CandidateSampler
 from prunesearch.search.scan_costs import Array, log_wer
 from prunesearch.search.scan_proposer import ScanProposer
 from prunesearch.search.space import ParamsOf, SearchSpace
 from prunesearch.search.study_progress import candidate_key
-from prunesearch.search.surrogate import Posterior, Surrogate
+from prunesearch.search.surrogate import FIT_AT_MOST, LossModel, Posterior, Surrogate
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.front import non_dominated
 from prunesearch.study.importance import LayerSet
@@ -35,7 +36,6 @@ SMALL_SPACE = 3000  # in a space of so many candidates, all of them are consider
 POOL = 800
 REFINED = 5  # candidates whose neighbours are considered in each round
 ROUNDS = 2
-FIT_AT_MOST = 160  # results that the variances are fitted to
 PREDICT_FROM = 260  # results that predictions use: half of them near the front, the others spread over the rest
 LEAST_NOISE = 0.01  # of log WER; with less, repeats are never worth a training
 REFERENCE_WER = 1.0
@@ -79,6 +79,7 @@ class LayerSetSampler(CandidateSampler):
         self._seen: dict[int, tuple[Candidate, float]] = {}  # trial number -> candidate, log WER
         self._fitted: tuple[int, Surrogate] | None = None
         self._everything: list[Candidate] | None = None
+        self._losses: LossModel | None = None
 
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
@@ -175,7 +176,9 @@ class LayerSetSampler(CandidateSampler):
         if self._fitted is None or self._fitted[0] != count:
             then = self._results([t for t in trials if t.number <= known.numbers[count - 1]])
             layers = tuple(sorted({*self._space.removable, *(i for c in self._space.named.values() for i in c.removed_layers)}))
-            surrogate = Surrogate(layers, self._space.ranks, self._scan)
+            if self._losses is None:
+                self._losses = loss_model(layers, self._scan)
+            surrogate = Surrogate(layers, self._space.ranks, self._losses)
             order = np.argsort(then.values, kind="stable")
             chosen = sorted(order[np.linspace(0, len(order) - 1, min(len(order), FIT_AT_MOST)).astype(int)])
             surrogate.fit([then.candidates[i] for i in chosen], then.values[chosen], then.extra[chosen])

@@ -3,29 +3,41 @@
 The costs of layers do not add up: two neighbours removed together may cost a fraction of one of them alone, and a pair may cost
 more than its sum. So the prior is a sum of parts. Each part has a variance of its own, fitted to the data by marginal
 likelihood: single layers, pairs at any distance, neighbours, pairs one apart, the number of layers and the shape of their runs,
-the LoRA rank alone, with the number of layers and with each layer, the scan's prediction, and a smooth rest over the Hamming
-distance.
+the LoRA rank alone, with the number of layers and with each layer, the loss that a scan measured or predicts, alone and with
+the number of layers, and a smooth rest over the Hamming distance. So results decide, for small and for large sets, how far the
+scan is to be trusted.
 
 Shapes: N candidates, L removable layers, K parts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import scipy.linalg
 
-from prunesearch.search.scan_costs import Array, layer_costs
+from prunesearch.search.scan_costs import Array
 from prunesearch.study.candidate import Candidate
-from prunesearch.study.importance import LayerSet
 
-PARTS = ("one", "layers", "pairs", "neighbours", "one apart", "runs", "rank", "rank x size", "rank x layers", "scan", "rest")
 # prior standard deviations of the standardised log WER, part by part
-EXPECTED = np.array([1.0, 0.4, 0.05, 0.15, 0.1, 0.4, 0.1, 0.05, 0.05, 0.5, 0.2])
+EXPECTED = {
+    "one": 1.0, "layers": 0.4, "pairs": 0.05, "neighbours": 0.15, "one apart": 0.1, "runs": 0.4, "rank": 0.1,
+    "rank x size": 0.05, "rank x layers": 0.05, "scan": 0.5, "scan x size": 0.1, "rest": 0.2,
+}  # fmt: skip
+PARTS = tuple(EXPECTED)
 NOISE = 0.1
 SPREAD = 1.0  # prior standard deviation of the natural logarithm of a variance
 FIT_STEPS, FIT_RATE = 60, 0.25
+FIT_AT_MOST = 160  # values that the variances are fitted to
 REACH = 3.0  # Hamming distance over which the smooth rest falls to 1 / e
+
+
+class LossModel(Protocol):
+    """What a scan says about layer sets, given as rows of zeros and ones (N, L)."""
+
+    def __call__(self, bits: Array) -> tuple[Array, Array]:
+        """Features (N, F), such as the logarithm of a set's loss, and the variance of the last one (N,)."""
 
 
 @dataclass(frozen=True)
@@ -37,31 +49,30 @@ class Encoded:
     one_apart: Array  # (N, pairs of layers i, i + 2)
     runs: Array  # (N, 4), scaled to about one
     rank: Array  # (N, 2)
-    scan: Array  # (N, 0 or 3)
+    scan: Array  # (N, F)
+    unsure: Array  # (N,): variance of the last of these
 
 
 @dataclass
 class Surrogate:
     """Fitted to candidates and their values (log WER), it predicts the values of other candidates. `layers` are in rising
-    order.
+    order. `scan`: what a scan says about a set.
     """
 
     layers: tuple[int, ...]
     ranks: tuple[int, ...]
-    scan: Mapping[LayerSet, float] | None = None  # criterion of single layers, and of pairs where measured
-    variances: Array = field(default_factory=lambda: np.append(EXPECTED**2, NOISE**2))
+    scan: LossModel | None = None
+    variances: Array = field(default_factory=lambda: np.append(_expected() ** 2, NOISE**2))
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(0)
         width = len(self.layers)
         draws = [Candidate(tuple(rng.choice(self.layers, rng.integers(1, width), False).tolist())) for _ in range(256)]
-        sets = [s for s in self.scan or () if set(s) <= set(self.layers)]
-        measured = self._bits([Candidate(s) for s in sets]).astype(bool)
-        self._measured = {row.tobytes(): (self.scan or {})[s] for row, s in zip(measured, sets, strict=True)}
-        raw = self._predicted_by_scan(self._bits(draws))
+        raw, _ = self._by_scan(self.bits(draws))
         self._scan_mean, self._scan_sd = raw.mean(0), raw.std(0) + 1e-12
 
-    def _bits(self, candidates: Sequence[Candidate]) -> Array:
+    def bits(self, candidates: Sequence[Candidate]) -> Array:
+        """(N, L): 1 for a removed layer."""
         place = {layer: k for k, layer in enumerate(self.layers)}
         bits = np.zeros((len(candidates), len(self.layers)))
         for row, candidate in zip(bits, candidates, strict=True):
@@ -75,20 +86,15 @@ class Surrogate:
         left, right = ([pair[side] for pair in both] for side in (0, 1))
         return bits[:, left] * bits[:, right]
 
-    def _predicted_by_scan(self, bits: Array) -> Array:
-        """(N, 3): the scan's sum over layers, the same with pairs, and the logarithm of the latter; (N, 0) without a scan."""
-        if not self.scan:
-            return np.zeros((len(bits), 0))
-        single, beyond = layer_costs(self.scan, self.layers)
-        alone = bits @ single
-        both = alone + np.einsum("na,ab,nb->n", bits, beyond, bits)
-        for row, removed in enumerate(bits.astype(bool)):  # where the set itself was measured, its own cost
-            both[row] = self._measured.get(removed.tobytes(), both[row])
-        scale = np.median(np.abs(single)) + 1e-12
-        return np.stack([np.arcsinh(alone / scale), np.arcsinh(both / scale), np.log1p(np.maximum(both, 0) / scale)], 1)
+    def _by_scan(self, bits: Array) -> tuple[Array, Array]:
+        return self.scan(bits) if self.scan else (np.zeros((len(bits), 0)), np.zeros(len(bits)))
 
     def encode(self, candidates: Sequence[Candidate]) -> Encoded:
-        bits = self._bits(candidates)
+        return self.encode_bits(self.bits(candidates), np.array([c.lora_rank for c in candidates], dtype=float))
+
+    def encode_bits(self, bits: Array, lora: Array | None = None) -> Encoded:
+        """Of sets (N, L) and ranks (N,); without LoRA by default."""
+        lora = np.zeros(len(bits)) if lora is None else lora
         width = bits.shape[1]
         neighbours, one_apart = self._pairs(bits, 1), self._pairs(bits, 2)
         size = bits.sum(1)
@@ -96,12 +102,11 @@ class Surrogate:
         encoder[:, self.layers] = bits
         longest = _longest_runs(encoder)
         runs = np.stack([size, size**2 / width, longest, size - neighbours.sum(1)], 1) / (width / 2)
-        lora = np.array([c.lora_rank for c in candidates], dtype=float)
         top = np.log2(1 + max(self.ranks)) or 1.0
         rank = np.stack([lora > 0, np.log2(1 + lora) / top], 1).astype(float)
-        return Encoded(
-            bits, neighbours, one_apart, runs, rank, (self._predicted_by_scan(bits) - self._scan_mean) / self._scan_sd
-        )
+        scan, variance = self._by_scan(bits)
+        unsure = variance / self._scan_sd[-1] ** 2 if len(self._scan_sd) else variance
+        return Encoded(bits, neighbours, one_apart, runs, rank, (scan - self._scan_mean) / self._scan_sd, unsure)
 
     @staticmethod
     def parts(a: Encoded, b: Encoded) -> Array:
@@ -112,6 +117,7 @@ class Surrogate:
         ranks = a.rank @ b.rank.T
         same_rank = np.exp(-np.abs(a.rank[:, 1:] - b.rank[:, 1:].T) * 2)
         half = a.bits.shape[1] / 2
+        scan = a.scan @ b.scan.T
         return np.stack(
             [
                 np.ones_like(common),
@@ -123,7 +129,8 @@ class Surrogate:
                 ranks,
                 ranks * sizes[0] * sizes[1] / half**2,
                 ranks * common,
-                a.scan @ b.scan.T,
+                scan + (apart == 0) * a.unsure[:, None],
+                scan * sizes[0] * sizes[1] / half**2,
                 np.exp(-apart / REACH) * same_rank,
             ]
         )
@@ -147,6 +154,9 @@ class Surrogate:
         shared *= sets_b
         whole += shared
         whole += v["one"]
+        if a.unsure.any() and b.unsure.any():  # a set's own deviation from what the scan predicts
+            both = a.bits.sum(1)[:, None] + b.bits.sum(1)
+            whole += (2 * common == both) * (v["scan"] * a.unsure)[:, None]
         return whole
 
     def _linear(self, a: Encoded) -> Array:
@@ -156,7 +166,7 @@ class Surrogate:
         return np.hstack(
             [
                 v["layers"] * a.bits, v["neighbours"] * a.neighbours, v["one apart"] * a.one_apart, v["runs"] * a.runs,
-                v["rank"] * a.rank, v["rank x size"] * size * a.rank, v["scan"] * a.scan,
+                v["rank"] * a.rank, v["rank x size"] * size * a.rank, v["scan"] * a.scan, v["scan x size"] * size * a.scan,
             ]
         )  # fmt: skip
 
@@ -167,7 +177,8 @@ class Surrogate:
         rank = (a.rank**2).sum(1)
         rows = [np.ones_like(size), size, (size**2 - size) / 2]
         rows += [(f**2).sum(1) for f in (a.neighbours, a.one_apart, a.runs)]
-        rows += [rank, rank * size**2 / half**2, rank * size, (a.scan**2).sum(1), np.ones_like(size)]
+        scan = (a.scan**2).sum(1)
+        rows += [rank, rank * size**2 / half**2, rank * size, scan + a.unsure, scan * size**2 / half**2, np.ones_like(size)]
         return np.stack(rows)
 
     def fit(self, candidates: Sequence[Candidate], values: Array, extra: Array) -> None:
@@ -179,7 +190,7 @@ class Surrogate:
         y, scale = _standardised(values)
         parts = self.parts(seen, seen)
         known = np.diag(extra / scale**2 + 1e-6)
-        expected = np.log(np.append(EXPECTED**2, NOISE**2))
+        expected = np.log(np.append(_expected() ** 2, NOISE**2))
         at, slope, size = expected.copy(), np.zeros(len(expected)), np.zeros(len(expected))
         for step in range(1, FIT_STEPS + 1):  # Adam, on logarithms
             variances = np.exp(at)
@@ -221,12 +232,19 @@ class Posterior:
 
     def predict(self, candidates: Sequence[Candidate]) -> tuple[Array, Array]:
         """Mean (N,) and standard deviation (N,) of the values, without noise."""
-        asked = self.surrogate.encode(candidates)
+        return self.predict_encoded(self.surrogate.encode(candidates))
+
+    def predict_encoded(self, asked: Encoded) -> tuple[Array, Array]:
+        """As `predict`."""
         variances = self.surrogate.variances[:-1]
         across = self.surrogate.covariance(asked, self.seen)
         explained = scipy.linalg.solve_triangular(self.lower, across.T, lower=True)
         variance = np.maximum(variances @ self.surrogate.own_parts(asked) - (explained**2).sum(0), 1e-12)
         return self.mean + self.scale * (across @ self.weights), self.scale * np.sqrt(variance)
+
+
+def _expected() -> Array:
+    return np.array(list(EXPECTED.values()))
 
 
 def _standardised(values: Array) -> tuple[Array, float]:

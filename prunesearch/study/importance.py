@@ -77,6 +77,7 @@ class Scan(_Frozen):
     unpruned_loss: float
     unpruned_wer: float | None = None
     screening_seconds: float = 0.0  # of the repaired losses
+    screening_unpruned_loss: float | None = None  # on the utterances of the repaired losses
     sets: tuple[SetScore, ...]
     layers: tuple[LayerScore, ...]
     first: int
@@ -101,6 +102,11 @@ class Scan(_Frozen):
     def score(self, criterion: str) -> dict[LayerSet, float]:
         """A set criterion's measured values, by layer set."""
         return {s.removed_layers: v for s in self.sets if (v := getattr(s, criterion)) is not None}
+
+    def increases(self) -> dict[LayerSet, float]:
+        """What each measured set adds to the loss, by the criterion that a search uses; `()` has the unpruned loss."""
+        unpruned = self.unpruned_loss if self.criterion == "delta_loss" else self.screening_unpruned_loss
+        return self.score(self.criterion) | ({} if unpruned is None else {(): unpruned})
 
     def table(self) -> dict[str, dict[int, float]]:
         """Criterion -> removable layer -> value, for all criteria that have values of single layers."""

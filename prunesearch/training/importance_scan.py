@@ -9,7 +9,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from prunesearch.model.encoder import run_layers
-from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import version_of
 from prunesearch.study.candidate import Candidate
@@ -40,11 +39,12 @@ from prunesearch.training.anchor import anchor_weights, read_anchor, train_ancho
 from prunesearch.training.batches import by_length
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.device import arithmetic
-from prunesearch.training.screening import Screen, Screened, screen_sets
+from prunesearch.training.screening import Screening, ScreeningChoice, set_key
 
 ROWS = 128  # sequences that go through a layer at once
 BATCH = 16  # utterances, if the end states of all sets fit into END_STATES bytes
 END_STATES = 2 * 2**30
+SCREENED_A_LAYER = 8  # sets that are screened for each removable layer
 CKA_POSITIONS = 2048  # positions of a batch that are compared, at most: the Gram matrices have this size squared
 
 
@@ -68,10 +68,6 @@ class _Sums(BaseModel):
         table[str(key)] = table.get(str(key), 0.0) + value
 
 
-def _key(layers: LayerSet) -> str:
-    return ",".join(map(str, layers))
-
-
 @dataclass(frozen=True)
 class ScanSettings:
     """`most`: largest number of layers in a set.
@@ -79,7 +75,7 @@ class ScanSettings:
     `utterances`: number of dev utterances. `loss_sets`: number of larger sets whose loss is measured (those with the least
     projector drift). `with_wer`: also decode without each single layer. `check`: also run each set on its own, compare, and
     time both ways. `screened`: number of sets of up to `search.max_removed` layers whose loss after the repair is measured, at
-    most; none in a study that repairs nothing.
+    most; by default SCREENED_A_LAYER for each removable layer; none in a study that repairs nothing.
     """
 
     most: int = 2
@@ -87,22 +83,37 @@ class ScanSettings:
     loss_sets: int = 128
     with_wer: bool = False
     check: bool = False
-    screened: int = 64
+    screened: int | None = None
 
 
-def importance_scan(context: TrainingContext, settings: ScanSettings | None = None) -> Scan:
+def importance_scan(
+    context: TrainingContext, settings: ScanSettings | None = None, choose: ScreeningChoice | None = None
+) -> Scan:
     """Score every set of at most `most` removable layers, continuing where a killed scan stopped.
 
-    A finished scan is not repeated. The result is in `scan/scan.json` in the study's run folder.
+    `choose`: which sets are screened; without it, none is. A finished scan is not repeated. The result is in `scan/scan.json`
+    in the study's run folder.
     """
     folder = context.config.run_folder / "scan"
     folder.mkdir(parents=True, exist_ok=True)
     weights = anchor_weights(context) if anchor_weights(context).exists() else train_anchor(context)
     with locked(folder / "lock", context.group.check_anywhere):  # the study's other workers wait, and find it finished
-        return _scan(context, folder, weights, settings or ScanSettings())
+        return _scan(context, folder, weights, _counted(context, settings or ScanSettings(), choose), choose)
 
 
-def _scan(context: TrainingContext, folder: Path, weights: Path, settings: ScanSettings) -> Scan:
+def _counted(context: TrainingContext, settings: ScanSettings, choose: ScreeningChoice | None) -> ScanSettings:
+    """The settings with the number of sets that are screened."""
+    screened = settings.screened
+    if choose is None or context.config.training.repair == "none":
+        screened = 0
+    elif screened is None:
+        screened = SCREENED_A_LAYER * len(context.config.removable(context.depth))
+    return replace(settings, screened=screened)
+
+
+def _scan(
+    context: TrainingContext, folder: Path, weights: Path, settings: ScanSettings, choose: ScreeningChoice | None
+) -> Scan:
     anchor = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
     removable = context.config.removable(context.depth)
     name = _scan_name(context, anchor, settings)
@@ -116,48 +127,21 @@ def _scan(context: TrainingContext, folder: Path, weights: Path, settings: ScanS
     all_losses = len(sets) - len(small) <= settings.loss_sets
     sums = scanner.run(folder / f"{name}.first", sets, set(sets if all_losses else small))
     if not all_losses:  # the LLM is slow: only the most promising sets go through it
-        best = sorted((s for s in sets if len(s) > 1), key=lambda s: sums.drift[_key(s)])[: settings.loss_sets]
+        best = sorted((s for s in sets if len(s) > 1), key=lambda s: sums.drift[set_key(s)])[: settings.loss_sets]
         sums.loss |= scanner.run(folder / f"{name}.second", [(), *best], set(best), statistics=False).loss
     counted = evaluations(sets, scanner.first, context.depth)
     wer = scanner.wer(small) if settings.with_wer else {}
     if settings.check:
         counted = counted.model_copy(update=scanner.compare(sets))
     result = scanner.result(sums, sets, wer, counted, anchor)
-    if settings.screened and context.config.training.repair != "none":
-        result = _screened(context, scanner.slam.projector, folder / f"{name}.screened", result, settings)
+    if settings.screened and choose is not None:
+        screening = Screening.continued(folder / f"{name}.screened")
+        result = screening.run(context, scanner.slam.projector, result, choose, settings.screened)
     write_scan(folder / f"{name}.json", result)
     write_scan(folder / "scan.json", result)
     for part in ("first", "second", "screened"):
         (folder / f"{name}.{part}").unlink(missing_ok=True)
     return result
-
-
-class _Screening(BaseModel):
-    """Sets screened so far; kept on disk, so that a killed scan can be continued."""
-
-    seconds: float = 0.0
-    sets: dict[str, Screened] = {}
-
-
-def _screened(context: TrainingContext, projector: Projector, path: Path, scan: Scan, settings: ScanSettings) -> Scan:
-    """The scan with losses after the repair, of its own sets and of larger ones."""
-    done = read_unless_damaged(path, _Screening) or _Screening()
-    known = {tuple(map(int, key.split(","))) if key else (): found for key, found in done.sets.items()}
-    begin = time.perf_counter() - done.seconds
-
-    def on_set(count: int) -> None:
-        kept = _Screening(seconds=time.perf_counter() - begin, sets={_key(s): found for s, found in known.items()})
-        write_atomically(path, kept.model_dump_json())
-        context.progress("screening layer sets", count, max(count, settings.screened))
-
-    screen_sets(Screen(context, projector), known, settings.screened, on_set)
-    whole = known.pop(()).loss
-    scores = {score.removed_layers: score for score in scan.sets}
-    for layers, found in known.items():
-        score = scores.get(layers, SetScore(removed_layers=layers))
-        scores[layers] = score.model_copy(update={"repaired_loss": found.loss - whole, "residual": found.residual})
-    ordered = sorted(scores.values(), key=lambda score: (len(score.removed_layers), score.removed_layers))
-    return scan.model_copy(update={"sets": tuple(ordered), "screening_seconds": time.perf_counter() - begin})
 
 
 def _scan_name(context: TrainingContext, anchor: str, settings: ScanSettings) -> str:
@@ -251,9 +235,9 @@ class Scanner:
                     continue
                 encoded, audio = self.projected(states, lengths)
                 whole = audio if whole is None else whole  # the empty set comes first
-                sums.add("drift", _key(node), (audio - whole).square().sum().item())
+                sums.add("drift", set_key(node), (audio - whole).square().sum().item())
                 if node in with_loss:
-                    sums.add("loss", _key(node), self.slam.loss_sum(encoded, lengths, texts).item())
+                    sums.add("loss", set_key(node), self.slam.loss_sum(encoded, lengths, texts).item())
         assert whole is not None
         sums.reference += whole.square().sum().item()
         sums.tokens += sum(map(len, texts))
@@ -336,7 +320,7 @@ class Scanner:
         depth = context.depth - self.first  # number of layers that the scan ran
 
         def scored(layers: LayerSet) -> SetScore:
-            key = _key(layers)
+            key = set_key(layers)
             return SetScore(
                 removed_layers=layers,
                 drift=(sums.drift[key] / sums.reference) ** 0.5,

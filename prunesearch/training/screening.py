@@ -7,7 +7,10 @@ some dev utterances.
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -15,7 +18,9 @@ from torch import nn
 
 from prunesearch.model.projector import Projector
 from prunesearch.model.slam import SpeechLlm
-from prunesearch.study.importance import LayerSet
+from prunesearch.study.candidate import count_candidates
+from prunesearch.study.files import read_unless_damaged, write_atomically
+from prunesearch.study.importance import LayerSet, Scan, SetScore
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.device import arithmetic
 from prunesearch.training.refit import Refit
@@ -23,7 +28,6 @@ from prunesearch.training.streams import Group, Stream, batches_of
 
 SCORED = 256  # dev utterances: with 64, the order of sets is half noise
 FITTED = 128  # utterances that a screened repair is fitted on: fewer than the study's, for speed
-GROWN = 4  # sets of each size that are grown by another layer
 
 
 class Screened(BaseModel):
@@ -113,36 +117,71 @@ class Screen:
         return Screened(loss=loss / tokens, residual=residual)
 
 
-def screen_sets(screen: Screen, known: Known, most: int, on_set: Callable[[int], None]) -> None:
-    """Screen at most `most` sets of up to the study's `max_removed` layers, and add them to `known`, which may hold some
-    already.
+class ScreeningChoice(Protocol):
+    """Chooses the sets that are screened next, or none."""
 
-    All single layers come first. Sets of each further size are the best ones of the size before with another layer, as many of
-    each size. `on_set` gets the number of known sets, after each new one.
-    """
-    config, depth = screen.context.config, screen.context.depth
-    removable, largest = config.removable(depth), config.max_removed(depth)
+    def __call__(
+        self, known: Mapping[LayerSet, float], removable: Sequence[int], largest: int, most: int
+    ) -> Sequence[LayerSet]:
+        """`known`: what each screened set adds to the loss; `()` has the unpruned loss. At most `most` sets of up to `largest`
+        layers shall be known in the end."""
 
-    def measure(sets: Sequence[LayerSet]) -> None:
-        for layers, found in screen.measure([s for s in sets if s not in known]):
-            known[layers] = found
-            on_set(len(known))
 
-    singles: list[LayerSet] = [(i,) for i in removable]
-    measure([(), *singles])
-    quota = max(1, (most - len(known)) // max(1, largest - 1))
-    best = sorted(singles, key=lambda s: known[s].loss)
-    for size in range(2, largest + 1):
-        parents = best if size == 2 else best[:GROWN]
-        expected: dict[LayerSet, float] = {}
-        for parent in parents:
-            for layer in set(removable) - set(parent):
-                grown = tuple(sorted((*parent, layer)))
-                loss = known[parent].loss + known[(layer,)].loss
-                expected[grown] = min(loss, expected.get(grown, loss))
-        chosen = sorted(expected, key=expected.__getitem__)[:quota]
-        measure(chosen)
-        best = sorted(chosen, key=lambda s: known[s].loss)
+class Screening(BaseModel):
+    """Sets screened so far, and those of the present round; kept on disk, so that a killed scan can be continued."""
+
+    seconds: float = 0.0
+    sets: dict[str, Screened] = {}
+    round: list[LayerSet] = []
+    _path: Path
+
+    @classmethod
+    def continued(cls, path: Path) -> Self:
+        """What an earlier scan has left in the file."""
+        screening = read_unless_damaged(path, cls) or cls()
+        screening._path = path
+        return screening
+
+    def run(self, context: TrainingContext, projector: Projector, scan: Scan, choose: ScreeningChoice, most: int) -> Scan:
+        """The scan with losses after the repair, of its own sets and of larger ones."""
+        begin, removable = time.perf_counter() - self.seconds, context.config.removable(context.depth)
+        screen, largest = Screen(context, projector), context.config.max_removed(context.depth)
+        count = min(most + 1, count_candidates(len(removable), largest, 1))
+        while True:
+            self.round = self.round or list(choose(self.increases, removable, largest, most))
+            for layers, found in screen.measure([s for s in self.round if set_key(s) not in self.sets]):
+                self.sets[set_key(layers)] = found
+                self.seconds = time.perf_counter() - begin
+                write_atomically(self._path, self.model_dump_json())
+                context.progress("screening layer sets", len(self.sets), count)
+            if not self.round:
+                return self._added_to(scan)
+            self.round = []
+
+    @property
+    def known(self) -> Known:
+        return {tuple(map(int, key.split(","))) if key else (): found for key, found in self.sets.items()}
+
+    @property
+    def increases(self) -> dict[LayerSet, float]:
+        """What each set adds to the loss; `()` has the unpruned loss."""
+        known = self.known
+        return {s: found.loss - (known[()].loss if s else 0.0) for s, found in known.items()}
+
+    def _added_to(self, scan: Scan) -> Scan:
+        increases, scores = self.increases, {score.removed_layers: score for score in scan.sets}
+        unpruned = increases.pop(())
+        for layers, loss in increases.items():
+            score = scores.get(layers, SetScore(removed_layers=layers))
+            residual = self.sets[set_key(layers)].residual
+            scores[layers] = score.model_copy(update={"repaired_loss": loss, "residual": residual})
+        ordered = sorted(scores.values(), key=lambda score: (len(score.removed_layers), score.removed_layers))
+        update = {"sets": tuple(ordered), "screening_seconds": self.seconds, "screening_unpruned_loss": unpruned}
+        return scan.model_copy(update=update)
+
+
+def set_key(layers: LayerSet) -> str:
+    return ",".join(map(str, layers))
 
 
 def _next_kept(layers: LayerSet, at: int) -> int:

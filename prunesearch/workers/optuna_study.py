@@ -34,7 +34,7 @@ CREATE_ATTEMPTS = 5  # when several workers create a study at once, some databas
 def sampler_of(config: StudyConfig, space: SearchSpace, params_of: ParamsOf, scan: Scan | None) -> CandidateSampler:
     """The sampler that the study file names. `params_of`: a candidate's second objective, known before it is trained."""
     search = config.search
-    scores = scan.score(scan.criterion) if scan else None
+    scores = scan.increases() if scan else None
     if search.sampler == "layer-sets":
         return LayerSetSampler(space, params_of, config.seed, search.startup_trials, scores, search.max_worst_group_wer)
     return optuna_sampler(search.sampler, space, config.seed, search.startup_trials, scores)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from prunesearch.model.skeleton import params_of_candidates
+from prunesearch.search.screening_choice import next_to_screen
 from prunesearch.search.space import SearchSpace
 from prunesearch.speech.corpus import fingerprint
 from prunesearch.speech.overlap import shared_recordings
@@ -279,12 +280,12 @@ class Worker:
             return read_scan(file, config.name)
         if self._artifacts is None:
             if not file.exists():  # a lock in the shared folder decides which worker scans
-                write_scan_report(file.parent, importance_scan(self.context))
+                write_scan_report(file.parent, importance_scan(self.context, choose=next_to_screen))
             return read_scan(file, config.name)
         artifacts = self._artifacts
 
         def measure(confirm: Callable[[], None]) -> None:
-            write_scan_report(file.parent, importance_scan(self.context))
+            write_scan_report(file.parent, importance_scan(self.context, choose=next_to_screen))
             confirm()
             artifacts.put(path)
 
