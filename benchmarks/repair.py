@@ -157,7 +157,9 @@ def compare(context: TrainingContext, sets: Sequence[LayerSet], rates: Sequence[
     trainings = Table("removed", "from", "rates", "start", *steps, "kept", "share kept", "seconds", title=title)
     rows: dict[tuple[str, float], list[list[float]]] = {}
     for removed in sets:
-        repaired(context, removed, repairs)
+        print(
+            f"{spaced(removed)}:", ", ".join(f"{k} {v:.1f}" for k, v in repaired(context, removed, repairs).items()), flush=True
+        )
         for origin in ("anchor", "repair"):
             start = start_from(context, removed, origin)
             before = dev_wer(context, start)
@@ -165,8 +167,9 @@ def compare(context: TrainingContext, sets: Sequence[LayerSet], rates: Sequence[
                 wers, share, seconds = trained(context, start, rate)
                 rows.setdefault((origin, rate), []).append([before, *wers])
                 shown = (f"{wer:.1f}" for wer in (before, *wers))
-                trainings.add_row(spaced(removed), origin, f"x {rate:g}", *shown, f"{share:.0%}", f"{seconds:.1f}")
-        print(f"{removed} done", flush=True)
+                row = spaced(removed), origin, f"x {rate:g}", *shown, f"{share:.0%}", f"{seconds:.1f}"
+                trainings.add_row(*row)
+                print(*row, sep=" | ", flush=True)
     trainings.add_section()
     for (origin, rate), wers in rows.items():
         means = (f"{sum(column) / len(column):.2f}" for column in zip(*wers, strict=True))
