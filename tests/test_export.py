@@ -180,7 +180,11 @@ def test_an_llm_that_is_left_out_is_given_when_the_export_is_loaded(
     files, _ = decoded(LORA)
     given = SlamAsr.from_pretrained(tmp_path / "out", llm=toy / "llm")
     assert given.transcribe(files) == SlamAsr.from_pretrained(exported).transcribe(files)
-    with pytest.raises(StudyError, match=r"the hub cannot be reached, .*\ngive a local folder instead: SlamAsr"):
+    named = cli("transcribe", tmp_path / "out", *files, "--llm", toy / "llm")
+    assert (named.returncode, named.stdout) == (0, cli("transcribe", exported, *files).stdout)
+    scored = cli("evaluate", tmp_path / "out", "--data", toy / "dev.jsonl", "--llm", toy / "llm")
+    assert (scored.returncode, scored.stdout) == (0, cli("evaluate", exported, "--data", toy / "dev.jsonl").stdout)
+    with pytest.raises(StudyError, match=r"the hub cannot be reached, .*\ngive a local folder instead: --llm"):
         SlamAsr.from_pretrained(tmp_path / "out", llm="nobody/nothing")
 
 

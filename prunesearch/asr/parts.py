@@ -201,7 +201,8 @@ def load_base_llm(folder: Path, source: str | Path, settings: Settings, given: s
     except StudyError:
         raise
     except (OSError, ValueError) as error:
-        give = f'give a local folder instead: SlamAsr.from_pretrained("{source}", llm="/path/to/{Path(llm).name}")'
+        path = f"/path/to/{Path(llm).name}"
+        give = f'give a local folder instead: --llm {path}, in Python SlamAsr.from_pretrained("{source}", llm="{path}")'
         first, *more = explain_loading(llm, config.revision, error, give)
         raise StudyError([f"{source}: its LLM: {first}", *more]) from error
 
@@ -220,8 +221,9 @@ def _llm_source(folder: Path, source: str | Path, settings: Settings, given: str
         name = name_without_path(model)
         raise StudyError(
             [
-                f"{source}: its LLM {name} was a local folder and is not part of the export: give it as "
-                f'SlamAsr.from_pretrained("{source}", llm="/path/to/{name}"), or export once more with --llm'
+                f"{source}: its LLM {name} was a local folder and is not part of the export: give it with "
+                f'--llm /path/to/{name}, in Python as SlamAsr.from_pretrained("{source}", llm="/path/to/{name}"); '
+                f"or repeat `prunesearch export` with --llm, which writes the LLM, too"
             ]
         )
     return model

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from prunesearch.cli.options import Beams, Folder, Json, TranscriptFormat
+from prunesearch.cli.options import Beams, ExportedLlm, Folder, Json, TranscriptFormat
 from prunesearch.cli.output import print_json
 
 
@@ -22,6 +22,7 @@ def transcribe(
         TranscriptFormat, typer.Option("--format", help="Format of the transcripts.")
     ] = TranscriptFormat.text,
     beams: Beams = None,
+    llm: ExportedLlm = None,
 ) -> None:
     """Transcribe recordings of any length."""
     from transformers.utils import logging
@@ -31,7 +32,7 @@ def transcribe(
 
     logging.disable_progress_bar()
     with recordings(audio) as files:
-        asr = SlamAsr.from_pretrained(folder)
+        asr = SlamAsr.from_pretrained(folder, llm=llm)
         failed = False
         for transcript in transcribe_files(asr, files, beams):
             if transcript.problem is not None:
@@ -47,6 +48,7 @@ def evaluate(
     folder: Folder,
     data: Annotated[Path, typer.Option("--data", help="Manifest: JSONL with audio, text and, optionally, language.")],
     beams: Beams = None,
+    llm: ExportedLlm = None,
     as_json: Json = False,
 ) -> None:
     """Measure an exported system's WER on a manifest."""
@@ -56,7 +58,7 @@ def evaluate(
     from prunesearch.asr.slam_asr import SlamAsr
 
     logging.disable_progress_bar()
-    found = score_manifest(SlamAsr.from_pretrained(folder), data, beams=beams)
+    found = score_manifest(SlamAsr.from_pretrained(folder, llm=llm), data, beams=beams)
     if as_json:
         print_json(found)
         return

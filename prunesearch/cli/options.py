@@ -25,6 +25,10 @@ AllowChanges = Annotated[
     bool,
     typer.Option("--allow-changes", help="Continue even though code, data, models or anchor differ from the study's start."),
 ]
+ExportedLlm = Annotated[
+    str | None,
+    typer.Option("--llm", metavar="FOLDER", help="Folder or hub name of the LLM, for a system that was exported without it."),
+]
 Beams = Annotated[int | None, typer.Option("--beams", min=1, help="Beam size. Default: the one that the study used on test.")]
 
 # names of earlier versions; they still work, and help does not show them
