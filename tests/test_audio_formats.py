@@ -20,7 +20,7 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.record import SplitResult, UtteranceResult, WordErrors
 from prunesearch.training.decode import reached_limit, token_limit
 from tests.conftest import write_study
-from tests.fuzz.audio import WRONG, Format, fuzz, judged, matrix, speech_like, whole_file, with_length
+from tests.fuzz.audio import NAMED, WRONG, Format, fuzz, judged, matrix, speech_like, whole_file, with_length
 
 
 def silent(what: str, done: int, of: int) -> None:
@@ -110,6 +110,25 @@ def test_a_cut_file_is_named_with_announced_and_found_seconds(tmp_path: Path) ->
     (tmp_path / "a.wav").write_bytes(content[: 44 + 3 * 32_000])
     with pytest.raises(AudioError, match=r"a.wav: is cut off or damaged after 3\.00 of 4\.00 s; .*ffmpeg -i OLD -c copy NEW"):
         read_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(
+    ("kind", "length_is_huge", "lost"),
+    [
+        (Format("WAV", "MS_ADPCM"), False, 19),  # less than a block: libsndfile decodes none of the incomplete one
+        (Format("W64", "MS_ADPCM"), False, 6),
+        (Format("WAV", "IMA_ADPCM"), False, 6),
+        (Format("AIFF", "DWVW_16"), True, 1200),  # libsndfile decodes noise behind the end
+        (Format("MP3", "MPEG_LAYER_III"), False, 8764),  # the file ends inside its Xing tag
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_is_lost_from_the_last_block_is_named(kind: Format, length_is_huge: bool, lost: int, tmp_path: Path) -> None:
+    content = whole_file(kind)
+    assert content is not None
+    damaged = (with_length(kind, content, zero=False) if length_is_huge else content) or b""
+    outcome, detail = judged(damaged[: len(content) - lost], kind, tmp_path)
+    assert outcome == NAMED, detail
 
 
 @pytest.mark.parametrize("size", [0, 0x7FFE0000, 0x7FFFFFFF, 0xFFFFFFFF])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from prunesearch import SlamAsr
@@ -24,7 +25,7 @@ from prunesearch.commands.launch import launch
 from prunesearch.speech.text import normalizer_for
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import load_study
-from prunesearch.study.errors import StudyError
+from prunesearch.study.errors import StudyError, user_error_lines
 from prunesearch.study.front import knee, pareto_front, pooled_by_system
 from prunesearch.study.record import read_records, read_utterances
 from tests.conftest import write_study
@@ -353,3 +354,18 @@ def test_all_unusable_manifest_lines_are_reported_at_once(exported: Path, toy: P
             score_manifest(asr, manifest)
     manifest.write_text(good)
     assert score_manifest(asr, manifest)["utterances"] == 1
+
+
+def test_a_full_disk_during_an_export_is_one_line_and_leaves_nothing(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:  # as safetensors reports it
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("prunesearch.asr.slam_asr.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        export(study, tmp_path / "out", BARE)
+    assert user_error_lines(caught.value) == [
+        f"{tmp_path / 'out'}: No space left on device: free space there, and run the same command again: finished work is kept"
+    ]
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from prunesearch.search.study_progress import candidate_key
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.errors import StudyError
-from prunesearch.study.files import write_atomically
+from prunesearch.study.files import whole_or_nothing, write_atomically
 from prunesearch.study.front import complete_records, knee, study_front
 from prunesearch.study.record import RunRecord, read_record
 from prunesearch.training.repair import keep_maps_of
@@ -44,10 +44,11 @@ def export(
     keep_maps_of(config, [record])
     asr = load_candidate(config, record, merge)
     llm_is_local = is_local(config.locate(config.llm.model))
-    asr.save_pretrained(out, with_llm=llm_is_local if with_llm is None else with_llm)
-    write_atomically(out / "record.json", record_without_paths(config, record).model_dump_json(indent=1) + "\n")
-    llm_missing = llm_is_local and not (out / "llm").is_dir()
-    write_atomically(out / "README.md", model_card(config, record, asr.settings.merged, llm_missing))
+    with whole_or_nothing(out):
+        asr.save_pretrained(out, with_llm=llm_is_local if with_llm is None else with_llm)
+        write_atomically(out / "record.json", record_without_paths(config, record).model_dump_json(indent=1) + "\n")
+        llm_missing = llm_is_local and not (out / "llm").is_dir()
+        write_atomically(out / "README.md", model_card(config, record, asr.settings.merged, llm_missing))
     return record
 
 

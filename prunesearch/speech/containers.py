@@ -98,15 +98,17 @@ def _w64(file: AudioFile) -> Layout | None:
 
 def _form(file: AudioFile) -> Layout | None:
     """AIFF, AIFC, 8SVX and 16SV."""
-    is_aiff, frames = file.at(8, 3) == b"AIF", None
+    is_aiff, frames, encoding = file.at(8, 3) == b"AIF", None, b""
     for name, offset, size in _chunks(file, 12, ">"):
-        if name == b"COMM" and file.at(offset + 22, 4) not in (b"ima4", b"GSM "):  # those count packets
-            told = _number(file, offset + 6, ">I")
-            frames = None if is_unknown(told, 0, 32) else told
+        if name == b"COMM":
+            encoding, told = file.at(offset + 22, 4), _number(file, offset + 6, ">I")
+            frames = None if is_unknown(told, 0, 32) or encoding in (b"ima4", b"GSM ") else told  # those count packets
         if name == (b"SSND" if is_aiff else b"BODY"):
             gap = 8 + min(_number(file, offset + 4, ">I"), file.size) if is_aiff else 0  # its two fields, and an offset
             value = size if is_unknown(size, file.size, 32) else max(0, size - gap)
             fields = LengthField(offset, ">I", extra=gap), LengthField(4, ">I", fixed=file.size - 8)
+            if encoding == b"DWVW" and is_unknown(size, file.size, 32):
+                return Layout(problem="of DWVW without a length, noise would be decoded behind the end")
             return replace(sized(file, offset + 4 + gap, value, fields, bounded=is_aiff), frames=frames)
     return None
 

@@ -128,11 +128,11 @@ def sized(
     bounded: libsndfile stops where the announced audio ends; of other formats, it reads what lies behind, too.
     """
     present = max(0, file.size - start)
-    there = present // block * block // unit
+    there = present // block * block // unit  # of an incomplete block, nothing is decoded
     unknown = is_unknown(value, there, 8 * struct.calcsize(fields[0].code))
     if not unknown and value * unit <= present:
         end = start + value * unit
         return Layout(value * unit, value * unit, (Part(0, end),) if end < file.size and not bounded else ())
     replaced = tuple(field.replacement(there) for field in fields)
     parts = (Part(0, file.size if bounded else start + there * unit, replaced=replaced),) if there else ()
-    return Layout(None if unknown else value * unit, present, parts)
+    return Layout(None if unknown else value * unit, there * unit, parts)

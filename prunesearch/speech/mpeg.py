@@ -46,7 +46,7 @@ def mpeg_layout(file: AudioFile) -> Layout | None:
         return None
     first = frames[0]
     tag = first.start + first.side_info
-    tagged = content[tag : tag + 4] in (b"Xing", b"Info")
+    tagged = content[tag : tag + 4] in (b"Xing", b"Info") and len(content) >= tag + 16
     announced = int.from_bytes(content[tag + 8 : tag + 12], "big") if tagged and content[tag + 7] & 1 else None
     body = [f for f in frames[tagged:] if f.end <= len(content)]
     if not body:

@@ -1,7 +1,9 @@
 """Files of a study: written so that a reader never sees a partial one, and read whole or named."""
 
 import os
+import re
 import secrets
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,12 +28,29 @@ class NotWritable(StudyError):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError of the block the name of the file. A full disk, for example, is reported by Python without it."""
+    """Give an OSError of the block the name of the file or folder. A full disk, for example, is reported by Python without it,
+    and by the libraries written in Rust, such as safetensors and tokenizers, as an error of their own.
+    """
     try:
         yield
     except OSError as error:
         if error.errno is not None:
             error.filename = str(path)
+        raise
+    except Exception as error:
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
+
+
+@contextmanager
+def whole_or_nothing(folder: Path) -> Iterator[None]:
+    """Delete the folder again if the block, which creates it or fills it, fails."""
+    try:
+        with naming(folder):
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

@@ -63,6 +63,12 @@ def _block_lost(content: bytes, rng: random.Random) -> bytes:
     return content[:first] + content[first + rng.randint(64, 4096) :]
 
 
+def _block_doubled(content: bytes, rng: random.Random) -> bytes:
+    first = rng.randrange(len(content))
+    last = first + rng.randint(64, 4096)
+    return content[:last] + content[first:last] + content[last:]
+
+
 def _lines(change: Callable[[list[bytes], random.Random], None]) -> Callable[[bytes, random.Random], bytes]:
     def mutate(content: bytes, rng: random.Random) -> bytes:
         lines = content.splitlines(keepends=True)
@@ -116,10 +122,10 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "empty": lambda content, rng: b"",
 }
 
-# Lines of a journal have checks. Other files have none: that a number lost its last digit cannot be known.
-FILE_MUTATIONS = {name: mutate for name, mutate in MUTATIONS.items() if name not in ("chunk lost", "line cut")} | {
-    "block lost": _block_lost
-}
+# Lines of a journal have checks. Other files have none: that a number lost its last digit, or has it twice, cannot be known.
+FILE_MUTATIONS = {
+    name: mutate for name, mutate in MUTATIONS.items() if name not in ("chunk lost", "chunk doubled", "line cut")
+} | {"block lost": _block_lost, "block doubled": _block_doubled}
 
 
 # --- what is damaged: a journal, and a record with its utterances ---
