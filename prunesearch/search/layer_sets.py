@@ -33,7 +33,8 @@ from prunesearch.study.importance import LayerSet
 # to learn from.
 FIRST_TEMPERATURE = 0.1
 SMALL_SPACE = 3000  # in a space of so many candidates, all of them are considered
-POOL = 800
+POOL = 1600
+SCREENED = 10  # of each size, sets that were cheapest when they were screened, besides
 REFINED = 5  # candidates whose neighbours are considered in each round
 ROUNDS = 2
 PREDICT_FROM = 260  # results that predictions use: half of them near the front, the others spread over the rest
@@ -244,6 +245,7 @@ class LayerSetSampler(CandidateSampler):
         draw = self._scan_proposer.draw
         sets = draw(sizes[third:], 1.0, noise) + draw(sizes[:third], math.inf, noise)
         pool += [Candidate(layers, rng.choice(self._space.ranks)) for layers in sets]
+        pool += [Candidate(layers, rank) for layers in self._scan_proposer.cheapest(SCREENED) for rank in self._space.ranks]
         return list({c.key: c for c in pool}.values())
 
     def _repeats(self, posterior: Posterior, front: list[tuple[float, float, Candidate]], seen: set[str]) -> list[Candidate]:

@@ -53,6 +53,10 @@ class ScanProposer:
                 return candidate
         return None
 
+    def cheapest(self, count: int) -> list[LayerSet]:
+        """Of each size above two, so many measured sets."""
+        return [layers for size in self._measured.values() for layers in size[:count]]
+
     def draw(self, sizes: Sequence[int], temperature: float, rng: np.random.Generator) -> list[LayerSet]:
         """One set for each size. A low temperature keeps to the cheapest layers; an infinite one ignores the scan."""
         costs = np.tile(self._alone, (len(sizes), 1))

@@ -8,7 +8,7 @@ import numpy as np
 from prunesearch.search.loss_model import loss_model
 from prunesearch.study.importance import LayerSet
 
-ROUNDS = 8  # rounds that the sets of more than two layers are screened in, at least; each learns from those before
+ROUNDS = 16  # rounds that the sets of more than two layers are screened in, at least; each learns from those before
 PAIRS_SHARE = 0.3  # of all sets: pairs, which the model of larger sets is learnt from
 PARENTS = 4  # sets of each size whose neighbours are considered
 

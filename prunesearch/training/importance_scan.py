@@ -44,7 +44,6 @@ from prunesearch.training.screening import Screening, ScreeningChoice, set_key
 ROWS = 128  # sequences that go through a layer at once
 BATCH = 16  # utterances, if the end states of all sets fit into END_STATES bytes
 END_STATES = 2 * 2**30
-SCREENED_A_LAYER = 8  # sets that are screened for each removable layer
 CKA_POSITIONS = 2048  # positions of a batch that are compared, at most: the Gram matrices have this size squared
 
 
@@ -75,7 +74,7 @@ class ScanSettings:
     `utterances`: number of dev utterances. `loss_sets`: number of larger sets whose loss is measured (those with the least
     projector drift). `with_wer`: also decode without each single layer. `check`: also run each set on its own, compare, and
     time both ways. `screened`: number of sets of up to `search.max_removed` layers whose loss after the repair is measured, at
-    most; by default SCREENED_A_LAYER for each removable layer; none in a study that repairs nothing.
+    most; by default `screened_by_default`; none in a study that repairs nothing.
     """
 
     most: int = 2
@@ -84,6 +83,12 @@ class ScanSettings:
     with_wer: bool = False
     check: bool = False
     screened: int | None = None
+
+
+def screened_by_default(layers: int) -> int:
+    """Number of sets to screen of an encoder with so many removable layers: eight for each of up to ten, and more for each of
+    more, since the sets of a deep encoder are many."""
+    return max(8 * layers, round(0.8 * layers**2))
 
 
 def importance_scan(
@@ -107,7 +112,7 @@ def _counted(context: TrainingContext, settings: ScanSettings, choose: Screening
     if choose is None or context.config.training.repair == "none":
         screened = 0
     elif screened is None:
-        screened = SCREENED_A_LAYER * len(context.config.removable(context.depth))
+        screened = screened_by_default(len(context.config.removable(context.depth)))
     return replace(settings, screened=screened)
 
 
