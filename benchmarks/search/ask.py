@@ -7,32 +7,20 @@ import argparse
 import random
 import statistics
 import time
-from itertools import combinations
 
-import numpy as np
 import optuna
+from landscapes import synthetic
 from optuna.trial import create_trial
 from rich.console import Console
 
 from prunesearch.search.layer_sets import LayerSetSampler
-from prunesearch.search.space import SearchSpace
-from prunesearch.study.candidate import Candidate
 
 
 def main(trials: int, layers: int, asks: int) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    rng = np.random.default_rng(0)
-    costs = np.exp(rng.normal(-2.6, 0.8, layers))
-    scan = {s: float(sum(costs[i] for i in s)) for k in (1, 2) for s in combinations(range(layers), k)}
-    space = SearchSpace(tuple(range(layers)), layers // 2, (0, 4, 8, 16), {})
-
-    def params_of(candidate: Candidate) -> float:
-        return 1000.0 - 20 * len(candidate.removed_layers) + candidate.lora_rank
-
-    def wer_of(candidate: Candidate) -> float:
-        return float(min(1, 0.05 * np.exp(sum(costs[i] for i in candidate.removed_layers) + rng.normal(0, 0.05))))
-
-    study = optuna.create_study(directions=["minimize"] * 2, sampler=LayerSetSampler(space, params_of, scan=scan))
+    landscape = synthetic(0, layers, layers // 2, (0, 4, 8, 16), noise=0.05)
+    space, params_of, wer_of = landscape.space, landscape.params, landscape.trained
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=LayerSetSampler(space, params_of, scan=landscape.screened))
     draw, kinds = random.Random(0), space.distributions
     while len(study.get_trials(deepcopy=False)) < trials:
         candidate = space.draw(draw)

@@ -5,8 +5,9 @@
 
 Every method runs through the study's own sampler interface, on synthetic landscapes and on committed tables of trained
 candidates. What is printed, and drawn in `curves/`, is the share of the true front's hypervolume after so many trials:
-median, and the worst tenth. A method that uses the scan is not charged for it: a scan trains nothing. Trials that are
-ended early count as what they were trained for; decoding at rungs is not counted.
+median, and the worst tenth. Screening is counted in the second
+column: what the screened sets of a scan cost, in trainings. Trials that are ended early count as what they were trained for;
+decoding at rungs is not counted.
 """
 
 import argparse
@@ -27,16 +28,23 @@ from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
-from strategies import STRATEGIES, Evolution, Scores, block_influence_order, fittest
+from strategies import SCREENING, STRATEGIES, Evolution, Scores, block_influence_order, fittest
 
 from prunesearch.search.layer_sets import LayerSetSampler
 from prunesearch.search.rungs import Finished, chance_of_domination
 from prunesearch.search.samplers import CandidateSampler, SpaceExhausted, optuna_sampler
 from prunesearch.search.space import SearchSpace
 from prunesearch.study.candidate import Candidate
-from prunesearch.study.importance import spearman
+from prunesearch.study.importance import LayerSet, spearman
 
 TABLES, CURVES = (Path(__file__).parent / name for name in ("tables", "curves"))
+TRAINING_NOISE = 0.1  # what the log WER of one training deviates by, as on the quickstart
+MEASURED = {  # keys of a table: what was measured for each set
+    "screened_loss": "loss after the repair",
+    "residual": "residual after the repair",
+    "scan": "Δ loss without a repair",
+    "drift": "projector drift",
+}
 SLOW = "gp"  # seconds to tens of seconds an ask: only when named
 CHECKPOINTS = (10, 20, 40, 80, 160)
 CONFIDENCE = 0.95  # with which a rung ends a trial, as in a study by default
@@ -70,30 +78,48 @@ class Method:
     make: Callable[[Landscape, int], BaseSampler]
     ends: Ends | None = None
     needs: tuple[str, ...] = ()  # of a landscape
+    screens: bool = False  # uses the screened sets
 
     def suits(self, landscape: Landscape) -> bool:
         return all(getattr(landscape, name) is not None for name in self.needs)
 
 
 def layer_sets(landscape: Landscape, seed: int, with_scan: bool = True) -> BaseSampler:
-    scan = landscape.scan if with_scan else None
+    scan = landscape.screened if with_scan else None
     return LayerSetSampler(landscape.space, lambda c: landscape.params(c.system), seed, scan=scan)
 
 
 def of_optuna(name: str) -> Method:
-    return Method(lambda landscape, seed: optuna_sampler(name, landscape.space, seed, 10, landscape.scan))
+    return Method(lambda landscape, seed: optuna_sampler(name, landscape.space, seed, 10, landscape.screened), screens=True)
 
 
-def of_scores(make: Callable[[SearchSpace, int, Scores], CandidateSampler]) -> Method:
-    return Method(lambda landscape, seed: make(landscape.space, seed, landscape.scan or {}), needs=("scan",))
+def of_scores(name: str, make: Callable[[SearchSpace, int, Scores], CandidateSampler]) -> Method:
+    screens = name in SCREENING
+    return Method(
+        lambda landscape, seed: make(landscape.space, seed, landscape.screened), needs=("screening",), screens=screens
+    )
+
+
+def of_lies(how: str) -> Method:
+    """A screening that misleads on purpose: how long until it is outvoted?"""
+
+    def make(landscape: Landscape, seed: int) -> BaseSampler:
+        assert landscape.screening
+        lying = replace(landscape, screening=landscape.screening.lying(how))
+        return layer_sets(lying, seed)
+
+    return Method(make, needs=("screening",), screens=True)
 
 
 METHODS: dict[str, Method] = {
-    "layer-sets": Method(layer_sets),
-    "layer-sets with rungs": Method(layer_sets, dominated(CONFIDENCE), needs=("rungs",)),
-    "layer-sets without scan": Method(lambda landscape, seed: layer_sets(landscape, seed, False)),
-    **{name: of_optuna(name) for name in ("tpe", "nsga2", "gp", "random")},
-    **{name: of_scores(make) for name, make in STRATEGIES.items()},
+    "layer-sets": Method(layer_sets, screens=True),
+    "layer-sets with rungs": Method(layer_sets, dominated(CONFIDENCE), needs=("rungs",), screens=True),
+    "layer-sets without screening": Method(lambda landscape, seed: layer_sets(landscape, seed, False)),
+    "layer-sets, random screening": of_lies("random"),
+    "layer-sets, reversed screening": of_lies("reversed"),
+    **{name: of_optuna(name) for name in ("tpe", "nsga2", "gp")},
+    "random": Method(lambda landscape, seed: optuna_sampler("random", landscape.space, seed, 10)),
+    **{name: of_scores(name, make) for name, make in STRATEGIES.items()},
     "Block Influence order": Method(
         lambda landscape, seed: block_influence_order(landscape.space, seed, landscape.block_influence or {}),
         needs=("block_influence",),
@@ -179,9 +205,16 @@ def methods_tables(
     at = [n for n in CHECKPOINTS if n <= trials]
     for scale in ("WER", "log WER"):
         heading = f"{title}: {landscapes[0].space.size:,} candidates; share of the front's hypervolume in {scale}, %"
-        tables.append(Table("method", *(f"{n} trainings" for n in at), "to 95 %", "to 99 %", "ms an ask", title=heading))
+        tables.append(
+            Table("method", "screening", *(f"{n} trainings" for n in at), "to 95 %", "to 99 %", "ms an ask", title=heading)
+        )
         for column in tables[-1].columns[1:]:
             column.justify = "right"
+    screened = [(landscape, landscape.screened) for landscape in landscapes]
+    screening = statistics.mean(len(s) * landscape.screening.price for landscape, s in screened if landscape.screening)
+    for shown, log in zip(tables, (False, True), strict=True):
+        alone = [landscape.share((Candidate(s).key for s in best_of_sizes(known)), log) for landscape, known in screened]
+        shown.caption = f"by screening alone, the best set of each size without LoRA: {_median_and_low(alone)}"
     for name in names:
         method = METHODS[name]
         if not all(map(method.suits, landscapes)):
@@ -197,10 +230,16 @@ def methods_tables(
             curves = [[landscape.share(r.finished(n), log) for n in range(1, trials + 1)] for landscape, r in runs]
             found = (_median_and_low([c[n - 1] for c in curves]) for n in at)
             needed = (f"{trials_needed(curves, s):g}" for s in (0.95, 0.99))
-            shown.add_row(name, *found, *needed, f"{milliseconds:.0f}")
+            price = f"{screening:.0f}" if method.screens else ""
+            shown.add_row(name, price, *found, *needed, f"{milliseconds:.0f}")
             if not log:
                 lines[name] = [statistics.median(values) for values in zip(*curves, strict=True)]
     return tables, lines
+
+
+def best_of_sizes(known: Scores) -> list[LayerSet]:
+    """The best set of each size."""
+    return [min((s for s in known if len(s) == size), key=known.__getitem__) for size in sorted({len(s) for s in known})]
 
 
 def draw(title: str, lines: dict[str, list[float]]) -> None:
@@ -274,6 +313,24 @@ def noise_table(count: int, runs: int, trials: int) -> Table:
     return shown
 
 
+def synthetic_screening_table(count: int) -> Table:
+    """The same of the synthetic encoders' screening, to compare: means of held-out encoders."""
+    sizes = (1, 2, 3, 4)
+    shown = Table(title=f"{count} synthetic landscapes: Spearman's ρ of the screening with trained WER, LoRA of rank 0")
+    for column in ("", "single layers", "pairs", "sets of 3", "sets of 4"):
+        shown.add_column(column, justify="right" if column else "left")
+    found: dict[int, list[float]] = {n: [] for n in sizes}
+    for seed in range(HELD_OUT, HELD_OUT + count):
+        landscape = synthetic(seed, noise=TRAINING_NOISE)
+        assert landscape.screening
+        for n in sizes:
+            sets = list(combinations(landscape.space.removable, n))
+            screened = [landscape.screening.increase(s) for s in sets]
+            found[n].append(spearman(screened, [landscape.trained(Candidate(s)) for s in sets]))
+    shown.add_row("loss after the repair, of the set", *(f"{statistics.mean(found[n]):+.2f}" for n in sizes))
+    return shown
+
+
 def criteria_table(path: Path) -> Table:
     """How well what a scan measures ranks what training makes of it."""
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -282,17 +339,20 @@ def criteria_table(path: Path) -> Table:
     wer = {c.removed_layers: errors for key, errors in wer.items() if (c := Candidate.from_key(key)).lora_rank == rank}
     singles = [i for i in stored["removable"] if (i,) in wer]
     shown = Table(title=f"{path.stem}: Spearman's ρ of a criterion with trained dev WER, LoRA of rank {rank}")
-    for column in ("criterion", "single layers", "pairs", "threes"):
+    sizes = range(2, stored["max_removed"] + 1)
+    for column in ("criterion", "single layers", "pairs", *(f"sets of {n}" for n in sizes[1:])):
         shown.add_column(column, justify="left" if column == "criterion" else "right")
-    sets = {n: [s for s in combinations(stored["removable"], n) if s in wer] for n in (2, 3)}
+    sets = {n: [s for s in combinations(stored["removable"], n) if s in wer] for n in sizes}
 
     def measured(scores: dict[str, float], of: list[tuple[int, ...]]) -> str:
         both = [(scores[k], wer[s]) for s in of if (k := ",".join(map(str, s))) in scores]
         return f"{spearman(*map(list, zip(*both, strict=True))):+.2f}" if len(both) > 2 else "–"
 
-    for name in ("scan", "drift"):
-        label = "Δ loss, of the set" if name == "scan" else "projector drift, of the set"
-        shown.add_row(label, *(measured(stored[name], of) for of in ([(i,) for i in singles], sets[2], sets[3])))
+    for name, label in MEASURED.items():
+        if name in stored:
+            shown.add_row(
+                f"{label}, of the set", *(measured(stored[name], of) for of in ([(i,) for i in singles], *sets.values()))
+            )
     for criterion, values in stored["criteria"].items():
         added = {n: [sum(values[str(i)] for i in s) for s in of] for n, of in sets.items()}
         rho = [spearman([values[str(i)] for i in singles], [wer[i,] for i in singles])]
@@ -348,6 +408,8 @@ def main(
         if not only:
             draw(title, lines)
         console.print(conditions_table(title, landscapes, seeds, most, confidence))
+    if synthetic_count and not layers:
+        console.print(synthetic_screening_table(synthetic_count))
     for path in tables:
         console.print(criteria_table(path))
         if said := spread(path):

@@ -3,8 +3,8 @@
 A landscape says what WER a candidate comes out at, and how many parameters it has. Synthetic ones are drawn by seed from
 what has been seen on real encoders: single layers whose costs span orders of magnitude (the first and the last are dear),
 pairs of both signs, neighbours that together cost a fraction of one of them alone, a price of length for runs, LoRA that
-repairs a share of the damage and overfits when its rank is high; and a scan that ranks layers about as well as it does on the
-tables (Spearman's rho of 0.7 to 0.9), since training repairs some layers' loss and not others'.
+repairs a share of the damage and overfits when its rank is high; and a screening that ranks sets about as well as it does on
+the tables, since training repairs some layers' loss and not others'.
 """
 
 import itertools
@@ -19,26 +19,35 @@ from pathlib import Path
 
 import numpy as np
 
+from prunesearch.search.screening_choice import next_to_screen
 from prunesearch.search.space import SearchSpace
 from prunesearch.search.surrogate import Array
 from prunesearch.study.candidate import Candidate
-from prunesearch.study.importance import LayerSet, family
+from prunesearch.study.importance import LayerSet
+from prunesearch.training.importance_scan import screened_by_default
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """What is true. `scan` is what a scan would have measured: a noisy relative of the truth."""
+    """What is true. `screening` is what screening would measure: a noisy relative of the truth."""
 
     name: str
     space: SearchSpace
     wer: Callable[[Candidate], float]
     params: Callable[[Candidate], float]
     true_front: list[tuple[float, float]]  # (parameters, WER), fewest parameters first
-    scan: Mapping[LayerSet, float] | None = None
+    screening: "Screening | None" = None
     block_influence: Mapping[LayerSet, float] | None = None  # of single layers
     rungs: Mapping[str, Mapping[int, float]] | None = None  # WER at earlier steps
     steps: int = 0
     noise: float = 0.0  # standard deviation of log WER between two trainings of the same system
+
+    @cached_property
+    def screened(self) -> dict[LayerSet, float]:
+        """What a scan measures by default; nothing without screening."""
+        if self.screening is None:
+            return {}
+        return self.screening.of_sets(self.space, screened_by_default(len(self.space.removable)))
 
     def trained(self, candidate: Candidate) -> float:
         """The WER that a training comes out at; the same whenever it is asked."""
@@ -82,6 +91,37 @@ def hypervolume(points: list[tuple[float, float]], reference: tuple[float, float
     return sum((end - params) * height(wer) for (params, wer), end in zip(inside, ends, strict=True))
 
 
+@dataclass(frozen=True)
+class Screening:
+    """Measures what any set adds to the loss. `price`: of a set, in trainings."""
+
+    increase: Callable[[LayerSet], float]
+    unpruned_loss: float
+    price: float
+
+    def of_sets(self, space: SearchSpace, most: int) -> dict[LayerSet, float]:
+        """The sets that a scan would choose, in the order in which it screens them; `()` has the unpruned loss."""
+        known: dict[LayerSet, float] = {}
+        while asked := next_to_screen(known, space.removable, space.max_removed, most):
+            known |= {s: self.increase(s) if s else self.unpruned_loss for s in asked}
+        return known
+
+    def lying(self, how: str) -> "Screening":
+        """`random`: values that have nothing to do with the sets; `reversed`: the worse a set, the better it looks."""
+
+        def random_increase(layers: LayerSet) -> float:
+            return self.unpruned_loss * random.Random(f"lie {layers}").lognormvariate(0, 1)
+
+        def reversed_increase(layers: LayerSet) -> float:
+            return self.unpruned_loss**2 / max(self.increase(layers), 1e-3 * self.unpruned_loss)
+
+        return replace(self, increase=random_increase if how == "random" else reversed_increase)
+
+
+# of a screening: standard deviations of the errors of a layer's cost and of a set's damage, in logarithms
+LAYER_ERROR, SET_ERROR = 0.25, 0.2
+LOSS_SLOPE = 1.3  # the loss after the repair grows with WER to this power
+PRICE = 0.1  # of a screened set, in trainings
 LEAST_SHARE = 0.1  # of what the dearest of a set's layers costs alone: what the set costs at least
 
 
@@ -124,10 +164,17 @@ class Effects:
         log_wer = np.log(self.base) + lost * (1 - self.repair * strength) - 0.03 * strength + self.overfit * rank
         return float(min(1.2, np.exp(log_wer)))
 
-    def untrained(self, rng: np.random.Generator) -> "Effects":
-        """What a scan sees: layers that training would repair look worse than they are, others better."""
-        seen = np.exp(rng.normal(0, 0.5, len(self.costs)))
-        return replace(self, costs=1.5 * seen * self.costs, pairs=1.5 * np.sqrt(np.outer(seen, seen)) * self.pairs)
+    def screening(self, rng: np.random.Generator) -> Screening:
+        """What is left after the repair: layers that training would repair look worse than they are, others better."""
+        seen = np.exp(rng.normal(0, LAYER_ERROR, len(self.costs)))
+        untrained = replace(self, costs=seen * self.costs, pairs=np.sqrt(np.outer(seen, seen)) * self.pairs)
+        seed = int(rng.integers(2**31))
+
+        def increase(layers: LayerSet) -> float:
+            error = random.Random(f"{seed} {layers}").gauss(0, SET_ERROR)
+            return float(np.expm1(LOSS_SLOPE * untrained.damage(layers) * np.exp(error)))
+
+        return Screening(increase, 1.0, PRICE)
 
     def mildest(self, most: int) -> list[LayerSet]:
         """The set of each size up to `most` that does least damage, of all there are. A set is a number, one bit a layer:
@@ -161,12 +208,10 @@ def synthetic(seed: int, layers: int = 12, most: int = 6, ranks: tuple[int, ...]
 
     # of the same size and rank, who does less damage errs less
     best = [Candidate(removed, rank) for removed in effects.mildest(most) for rank in ranks]
-    untrained = effects.untrained(rng)
     return Landscape(
         f"synthetic {seed}", SearchSpace(tuple(range(layers)), most, ranks, {}), cache(effects.wer), params,
         true_front=front((params(c), effects.wer(c)) for c in best),
-        scan={s: float(untrained.damage(s) * np.exp(rng.normal(0, 0.2))) for s in family(range(layers), 2) if s},
-        noise=noise,
+        screening=effects.screening(rng), noise=noise,
     )  # fmt: skip
 
 
@@ -174,17 +219,21 @@ def table(path: Path) -> Landscape | None:
     """An exhaustive table of trained candidates, as `make_table.py` writes it; None where some are missing."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     rows = stored["candidates"]
+    # a table that was made without a repair has losses without a repair
+    losses = {tuple(map(int, key.split(","))): loss for key, loss in stored.get("screened_loss", stored["scan"]).items()}
     space = SearchSpace(tuple(stored["removable"]), stored["max_removed"], tuple(stored["ranks"]), {})
     if len(rows) < space.size:
         return None
     words = stored["reference_words"]
     wer = {key: row["errors"] / words for key, row in rows.items()}
+    rungs = {key: {int(step): errors for step, errors in row["rungs"].items() if int(step)} for key, row in rows.items()}
+    price = stored["seconds_a_set"] / stored["seconds_a_training"] if "seconds_a_set" in stored else 0.0
     params = {key: float(row["params"]) for key, row in rows.items()}
     return Landscape(
         stored["name"], space, lambda c: wer[c.key], lambda c: params[c.key],
         true_front=front((params[key], wer[key]) for key in rows),
-        scan={tuple(map(int, key.split(","))): value for key, value in stored["scan"].items()},
+        screening=Screening(losses.__getitem__, stored.get("unpruned_loss", 0.0), price),
         block_influence={(int(layer),): value for layer, value in stored["criteria"]["block_influence"].items()},
-        rungs={key: {int(step): errors / words for step, errors in row["rungs"].items()} for key, row in rows.items()},
+        rungs={key: {step: errors / words for step, errors in of_key.items()} for key, of_key in rungs.items()},
         steps=stored["steps"],
     )  # fmt: skip

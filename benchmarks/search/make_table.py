@@ -12,8 +12,11 @@ import argparse
 import json
 import multiprocessing
 import random
+import statistics
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -23,10 +26,11 @@ from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.files import write_atomically
 from prunesearch.study.importance import family
 from prunesearch.study.record import RunRecord, read_record
-from prunesearch.training.anchor import train_anchor
+from prunesearch.training.anchor import starting_projector, train_anchor
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.importance_scan import ScanSettings, importance_scan
 from prunesearch.training.recipe import train_and_score
+from prunesearch.training.screening import Screen
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -73,10 +77,27 @@ def records_of(config: StudyConfig, depth: int, most: int, ranks: list[int]) -> 
     return {key: record for key, record in found.items() if record is not None and record.dev is not None}
 
 
+def screened(opened: TrainingContext, most: int) -> dict[str, Any]:
+    """Loss and residual of every set after the repair, and seconds a set."""
+    begin = time.perf_counter()
+    screen = Screen(opened, starting_projector(opened))
+    found = dict(screen.measure(family(opened.config.removable(opened.depth), most)))
+    seconds = (time.perf_counter() - begin) / len(found)
+    whole = found.pop(()).loss
+    keys = {layers: ",".join(map(str, layers)) for layers in found}
+    return {
+        "unpruned_loss": whole,
+        "screened_loss": {keys[layers]: round(left.loss - whole, 5) for layers, left in found.items()},
+        "residual": {keys[layers]: round(left.residual, 6) for layers, left in found.items()},
+        "seconds_a_set": round(seconds, 3),  # without what sets share in a scan's few rounds
+    }
+
+
 def write_table(source: Path, most: int, ranks: list[int], seeds: list[int]) -> None:
     opened = open_context(source, None)
     config = opened.config
-    scores = importance_scan(opened, ScanSettings(most=max(2, min(most, 3)), loss_sets=10_000))
+    scores = importance_scan(opened, ScanSettings(most=max(2, min(most, 3)), loss_sets=10_000, screened=0))
+    screening = {} if config.training.repair == "none" else screened(opened, most)
     records = records_of(config, opened.depth, most, ranks)
     first = next(iter(records.values()))
     assert first.dev
@@ -111,7 +132,9 @@ def write_table(source: Path, most: int, ranks: list[int], seeds: list[int]) -> 
             criterion: {str(layer): round(value, 5) for layer, value in values.items()}
             for criterion, values in scores.table().items()
         },
-        "drift": {",".join(map(str, s.removed_layers)): round(s.drift, 5) for s in scores.sets},
+        "drift": {",".join(map(str, s.removed_layers)): round(s.drift, 5) for s in scores.sets if s.drift is not None},
+        "seconds_a_training": statistics.median(record.cost.trial_seconds for record in records.values()),
+        **screening,
     }
     TABLES.mkdir(exist_ok=True)
     lines = json.dumps(table, indent=0, ensure_ascii=False).replace("\n", " ").replace("}, ", "},\n")

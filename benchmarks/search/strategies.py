@@ -3,13 +3,14 @@
 import math
 import random
 from collections.abc import Callable, Mapping
-from itertools import combinations
+from itertools import combinations, zip_longest
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.search.samplers import CandidateSampler
 from prunesearch.search.space import SearchSpace
+from prunesearch.search.study_progress import candidate_key
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.importance import LayerSet
 
@@ -36,7 +37,7 @@ class TrainedGreedy(CandidateSampler):
     def propose(
         self, study: Study, trial: FrozenTrial | None, seen: set[str], begun: int, rng: random.Random
     ) -> Candidate | None:
-        wer = {t.user_attrs["candidate"]: t.values[0] for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])}
+        wer = {candidate_key(t): t.values[0] for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])}
         for rank in self._space.ranks:
             gone: LayerSet = ()
             if Candidate(gone, rank).key not in seen:
@@ -99,7 +100,7 @@ def scanned_greedy(space: SearchSpace, scan: Scores) -> list[LayerSet]:
     def cost(layers: LayerSet) -> float:
         if layers in scan:
             return scan[layers]
-        beyond = sum(scan[a, b] - scan[a,] - scan[b,] for a, b in combinations(layers, 2))
+        beyond = sum(scan[p] - scan[p[:1]] - scan[p[1:]] for p in combinations(layers, 2) if p in scan)
         return sum(scan[i,] for i in layers) + beyond
 
     sets: list[LayerSet] = [()]
@@ -107,6 +108,14 @@ def scanned_greedy(space: SearchSpace, scan: Scores) -> list[LayerSet]:
         tries = [tuple(sorted((*sets[-1], i))) for i in space.removable if i not in sets[-1]]
         sets.append(min(tries, key=cost))
     return sets
+
+
+def best_screened(space: SearchSpace, scan: Scores) -> list[LayerSet]:
+    """The best set of each size, then the second best ones, and so on."""
+    ordered: dict[int, list[LayerSet]] = {}
+    for layers in sorted(scan, key=scan.__getitem__):
+        ordered.setdefault(len(layers), []).append(layers)
+    return [s for row in zip_longest(*(ordered[k] for k in sorted(ordered))) for s in row if s is not None]
 
 
 def block_influence_order(space: SearchSpace, seed: int, block_influence: Scores) -> CandidateSampler:
@@ -126,6 +135,9 @@ STRATEGIES: dict[str, Callable[[SearchSpace, int, Scores], CandidateSampler]] = 
     "evenly spaced": lambda space, seed, scan: Planned(space, seed, evenly_spaced(space)),
     "leave-one-out order": lambda space, seed, scan: Planned(space, seed, prefixes(space, by_score(space, scan))),
     "iterative greedy, by the scan": lambda space, seed, scan: Planned(space, seed, scanned_greedy(space, scan)),
+    "screened sets, best first": lambda space, seed, scan: Planned(space, seed, best_screened(space, scan)),
     "iterative greedy, by training": lambda space, seed, scan: TrainedGreedy(space, seed),
     "evolution": lambda space, seed, scan: Evolution(space, seed),
 }
+
+SCREENING = ("leave-one-out order", "iterative greedy, by the scan", "screened sets, best first")  # those that use a scan

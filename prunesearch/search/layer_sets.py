@@ -18,13 +18,13 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
-from prunesearch.search.loss_model import loss_model
+from prunesearch.search.loss_model import ScreenedLoss, loss_model
 from prunesearch.search.samplers import WORST_GROUP_WER, CandidateSampler
 from prunesearch.search.scan_costs import Array, log_wer
 from prunesearch.search.scan_proposer import ScanProposer
 from prunesearch.search.space import ParamsOf, SearchSpace
 from prunesearch.search.study_progress import candidate_key
-from prunesearch.search.surrogate import FIT_AT_MOST, LossModel, Posterior, Surrogate
+from prunesearch.search.surrogate import EXPECTED, EXPECTED_SCREENED, FIT_AT_MOST, LossModel, Posterior, Surrogate
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.front import non_dominated
 from prunesearch.study.importance import LayerSet
@@ -179,7 +179,8 @@ class LayerSetSampler(CandidateSampler):
             layers = tuple(sorted({*self._space.removable, *(i for c in self._space.named.values() for i in c.removed_layers)}))
             if self._losses is None:
                 self._losses = loss_model(layers, self._scan)
-            surrogate = Surrogate(layers, self._space.ranks, self._losses)
+            expected = EXPECTED_SCREENED if isinstance(self._losses, ScreenedLoss) else EXPECTED
+            surrogate = Surrogate(layers, self._space.ranks, self._losses, expected)
             order = np.argsort(then.values, kind="stable")
             chosen = sorted(order[np.linspace(0, len(order) - 1, min(len(order), FIT_AT_MOST)).astype(int)])
             surrogate.fit([then.candidates[i] for i in chosen], then.values[chosen], then.extra[chosen])

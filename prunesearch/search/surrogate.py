@@ -10,7 +10,7 @@ scan is to be trusted.
 Shapes: N candidates, L removable layers, K parts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,6 +26,8 @@ EXPECTED = {
     "rank x size": 0.05, "rank x layers": 0.05, "scan": 0.5, "scan x size": 0.1, "rest": 0.2,
 }  # fmt: skip
 PARTS = tuple(EXPECTED)
+# the same where sets of all sizes were screened after the repair: their losses tell most of it, as far as results agree
+EXPECTED_SCREENED = EXPECTED | {"scan": 1.0, "layers": 0.15, "runs": 0.15}
 NOISE = 0.1
 SPREAD = 1.0  # prior standard deviation of the natural logarithm of a variance
 FIT_STEPS, FIT_RATE = 60, 0.25
@@ -56,20 +58,26 @@ class Encoded:
 @dataclass
 class Surrogate:
     """Fitted to candidates and their values (log WER), it predicts the values of other candidates. `layers` are in rising
-    order. `scan`: what a scan says about a set.
+    order. `scan`: what a scan says about a set. `expected`: prior standard deviations of the parts.
     """
 
     layers: tuple[int, ...]
     ranks: tuple[int, ...]
     scan: LossModel | None = None
-    variances: Array = field(default_factory=lambda: np.append(_expected() ** 2, NOISE**2))
+    expected: Mapping[str, float] = field(default_factory=lambda: EXPECTED)
+    variances: Array = field(init=False)
 
     def __post_init__(self) -> None:
+        self.variances = self._expected_variances()
         rng = np.random.default_rng(0)
         width = len(self.layers)
         draws = [Candidate(tuple(rng.choice(self.layers, rng.integers(1, width), False).tolist())) for _ in range(256)]
         raw, _ = self._by_scan(self.bits(draws))
         self._scan_mean, self._scan_sd = raw.mean(0), raw.std(0) + 1e-12
+
+    def _expected_variances(self) -> Array:
+        """(K + 1,): of the parts, and of the noise."""
+        return np.array([*(self.expected[part] for part in PARTS), NOISE]) ** 2
 
     def bits(self, candidates: Sequence[Candidate]) -> Array:
         """(N, L): 1 for a removed layer."""
@@ -190,7 +198,7 @@ class Surrogate:
         y, scale = _standardised(values)
         parts = self.parts(seen, seen)
         known = np.diag(extra / scale**2 + 1e-6)
-        expected = np.log(np.append(_expected() ** 2, NOISE**2))
+        expected = np.log(self._expected_variances())
         at, slope, size = expected.copy(), np.zeros(len(expected)), np.zeros(len(expected))
         for step in range(1, FIT_STEPS + 1):  # Adam, on logarithms
             variances = np.exp(at)
@@ -241,10 +249,6 @@ class Posterior:
         explained = scipy.linalg.solve_triangular(self.lower, across.T, lower=True)
         variance = np.maximum(variances @ self.surrogate.own_parts(asked) - (explained**2).sum(0), 1e-12)
         return self.mean + self.scale * (across @ self.weights), self.scale * np.sqrt(variance)
-
-
-def _expected() -> Array:
-    return np.array(list(EXPECTED.values()))
 
 
 def _standardised(values: Array) -> tuple[Array, float]:

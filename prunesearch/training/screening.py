@@ -27,7 +27,7 @@ from prunesearch.training.refit import Refit
 from prunesearch.training.streams import Group, Stream, batches_of
 
 SCORED = 256  # dev utterances: with 64, the order of sets is half noise
-FITTED = 128  # utterances that a screened repair is fitted on: fewer than the study's, for speed
+FITTED = 256  # utterances that a screened repair is fitted on: with 128, the order of larger sets is noisier
 
 
 class Screened(BaseModel):
