@@ -205,6 +205,7 @@ def test_every_kind_of_broken_recording_is_handled_or_named(toy: Path, tmp_path:
 
     report = json.loads((lenient.run_folder / "corpus" / "dev.json").read_text())
     assert len(report["dropped"]) == len(wrong)
+    assert not any(line["reason"].startswith(line["id"]) for line in report["dropped"]), "the line is named once"
     assert report["utterances"] == len(expected) - len(wrong)
     shutil.rmtree(tmp_path / "folder.wav")
     assert [u.id for u in checked_corpus(lenient, "dev", silent).utterances] == [u.id for u in corpus.utterances]

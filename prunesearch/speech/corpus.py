@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from filelock import FileLock
@@ -66,7 +66,7 @@ class Corpus:
                 for name in languages
                 if (those := [u for u in self.utterances if (u.language or "") == name])
             },
-            "dropped": [asdict(d) for d in self.dropped],
+            "dropped": [{"id": d.id, "reason": d.reason.removeprefix(f"{d.id}: ")} for d in self.dropped],
             "end_unknown": self.end_unknown,
         }
 
