@@ -108,6 +108,20 @@ def test_a_trial_that_came_in_between_is_seen(config: StudyConfig, url: str | No
     assert [t.user_attrs.get("ended") for t in trials] == [None, "duplicate", None]
 
 
+@pytest.mark.parametrize("ended", ["lost", "crashed", "handed back"])
+def test_a_duplicate_whose_worker_was_killed_does_not_hide_the_outcome(ended: str) -> None:
+    complete = optuna.trial.create_trial(values=[0.1, 5.0], user_attrs={"candidate": "minus-2"})
+    lost = optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"candidate": "minus-2", "ended": ended})
+    retried = optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={**lost.user_attrs, "retry": True})
+    for number, trial in ((7, complete), (8, lost), (8, retried)):
+        trial.number = number
+    for trials in ([complete, lost], [lost, complete]):
+        progress = StudyProgress.of(trials)
+        assert (progress.finished, progress.released) == (1, [])
+    progress = StudyProgress.of([complete, retried])
+    assert (progress.finished, progress.released) == (0, ["minus-2"])
+
+
 def test_a_later_trial_does_not_hide_an_outcome(config: StudyConfig) -> None:
     """While a candidate is proposed, a rival completes it; before this worker looks again, another rival begins it."""
     elsewhere = asdict(replace(Lease.mine(), place="elsewhere"))

@@ -52,6 +52,18 @@ def is_finished(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
+def _counts_more(trial: FrozenTrial, other: FrozenTrial) -> bool:
+    """Of two trials of a candidate, the later one counts, with one exception: two workers took the candidate at once, one of
+    them finished it, and the other one was killed before it could withdraw its later trial. This one was no retry, so the
+    outcome stands.
+    """
+    earlier, later = sorted((trial, other), key=lambda t: t.number)
+    was_released = later.state == TrialState.FAIL and later.user_attrs.get("ended") in RELEASED
+    if was_released and is_finished(earlier) and not later.user_attrs.get("retry"):
+        return trial is earlier
+    return trial is later
+
+
 @dataclass(frozen=True)
 class StudyProgress:
     """A summary of a study's trials, made in one pass and used for several questions: a study may have ten thousand trials."""
@@ -72,7 +84,7 @@ class StudyProgress:
             key = candidate_key(trial)
             if key is None or (state == TrialState.FAIL and trial.user_attrs.get("ended") == "duplicate"):
                 continue
-            if key not in latest or latest[key].number < trial.number:
+            if key not in latest or _counts_more(trial, latest[key]):
                 latest[key] = trial
         return cls(latest, running, waiting)
 
