@@ -121,7 +121,7 @@ def test_a_cut_file_is_named_with_announced_and_found_seconds(tmp_path: Path) ->
         (Format("AIFF", "DWVW_16"), True, 1200),  # libsndfile decodes noise behind the end
         (Format("MP3", "MPEG_LAYER_III"), False, 8764),  # the file ends inside its Xing tag
     ],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_what_is_lost_from_the_last_block_is_named(kind: Format, length_is_huge: bool, lost: int, tmp_path: Path) -> None:
     content = whole_file(kind)

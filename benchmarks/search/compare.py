@@ -5,9 +5,8 @@
 
 Every method runs through the study's own sampler interface, on synthetic landscapes and on committed tables of trained
 candidates. What is printed, and drawn in `curves/`, is the share of the true front's hypervolume after so many trials:
-median, and the worst tenth. Screening is counted in the second
-column: what the screened sets of a scan cost, in trainings. Trials that are ended early count as what they were trained for;
-decoding at rungs is not counted.
+median, and the worst tenth. The column `screening` tells what the screened sets of a scan cost, in trainings; the other columns
+leave it out. Trials that are ended early count as what they were trained for; decoding at rungs is not counted.
 """
 
 import argparse

@@ -57,9 +57,9 @@ class LayerSetSampler(CandidateSampler):
     ask and tell.
 
     `params_of`: a candidate's second objective. `startup_trials`: proposals before the first model; they come from the scan, or
-    are random sets without one. `scan`: a criterion of single layers, and of pairs where it was measured
-    (`Scan.score("delta_loss")`). `max_worst_group_wer`: trials must carry the attribute `worst_group_wer`; it is modelled as
-    WER is, and an expected gain is multiplied by the probability that the limit holds.
+    are random sets without one. `scan`: what removing a set adds to the loss, for the sets that were measured; `()` has the
+    unpruned loss (`Scan.increases()`). `max_worst_group_wer`: trials must carry the attribute `worst_group_wer`; it is
+    modelled as WER is, and an expected gain is multiplied by the probability that the limit holds.
     """
 
     def __init__(

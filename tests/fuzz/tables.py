@@ -76,9 +76,9 @@ def _encoded(rng: random.Random, text: str, label: str) -> tuple[bytes, str]:
         content = text.encode(encoding)
     except UnicodeEncodeError:
         return text.encode(), label
-    if encoding.startswith("utf-8") or (encoding in ("cp1252", "latin-1") and _is_utf8(content)):
-        return text.encode("utf-8" if encoding in ("cp1252", "latin-1") else encoding), label  # by chance: nobody can tell
-    return content, f"{label} in {encoding}"
+    if encoding in ("cp1252", "latin-1") and _is_utf8(content):  # ASCII only, or by chance: nobody can tell
+        return text.encode(), label
+    return content, label if encoding.startswith("utf-8") else f"{label} in {encoding}"
 
 
 def _is_utf8(content: bytes) -> bool:
