@@ -3,20 +3,24 @@
 Shapes: B batch, T encoder positions, W prefix (everything before the text), S text tokens, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from prunesearch.model.families.slam_asr import SpeechLlm
 from prunesearch.model.llm import pad_tokens
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.system import Target
 
 IGNORED = -100  # the label of a position whose prediction does not count
 
 
-def plain_loss(slam: SpeechLlm, states: Tensor, lengths: Tensor, texts: list[list[int]]) -> Tensor:
+def plain_loss(slam: SpeechLlm, states: Tensor, lengths: Tensor, targets: Sequence[Target]) -> Tensor:
     """Mean cross-entropy per text token (nats) for encoder states (B, T, D) of these lengths (B,).
 
     The value is that of `SpeechLlm.loss`; the LLM computes logits for the prefix and for padding, too.
     """
+    texts = [target.tokens for target in targets]
     tokens = pad_tokens(texts, 0, states.device)  # (B, S)
     prefix, mask = slam.prefix(states, lengths)  # (B, W, D), (B, W)
     embedded = slam.llm.model.get_input_embeddings()(tokens).to(prefix.dtype)

@@ -30,11 +30,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
-from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.system import Reader, SpeechEncoder, SpeechProjector
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import Split, StudyConfig, load_study
 from prunesearch.study.record import SplitResult
@@ -59,8 +57,8 @@ LayerSet = tuple[int, ...]
 class Start:
     """What a training starts from."""
 
-    encoder: WhisperEncoder
-    projector: Projector
+    encoder: SpeechEncoder
+    projector: SpeechProjector
 
 
 def opened(study: Path, data: dict[str, Any] | None = None, **training: Any) -> TrainingContext:
@@ -77,13 +75,13 @@ def spaced(removed: LayerSet) -> str:
 
 def dev_wer(context: TrainingContext, start: Start, split: Split = "dev") -> float:
     """In %, without any change of the parts."""
-    slam = SpeechLlm(start.projector.eval(), context.llm, context.llm.model)
-    return percent(context, slam, start.encoder, split)
+    reader = context.system.attach(start.projector.eval())
+    return percent(context, reader, start.encoder, split)
 
 
-def percent(context: TrainingContext, slam: SpeechLlm, encoder: WhisperEncoder, split: Split = "dev") -> float:
+def percent(context: TrainingContext, reader: Reader, encoder: SpeechEncoder, split: Split = "dev") -> float:
     states = context.encoded(encoder, split, context.used(split))
-    return 100 * SplitResult.of(context.decode(slam, split, states)).errors.wer
+    return 100 * SplitResult.of(context.decode(reader, split, states)).errors.wer
 
 
 @contextmanager
@@ -131,16 +129,16 @@ def trained(context: TrainingContext, start: Start, rate: float) -> tuple[list[f
     seconds. Learning rates are the study's times `rate`; a LoRA is not trained."""
     budget = context.budget()
     budget = replace(budget, learning_rate=rate * budget.learning_rate)
-    slam = SpeechLlm(copy.deepcopy(start.projector), context.llm, context.llm.model)
+    reader = context.system.attach(copy.deepcopy(start.projector))
     states = context.encoded(start.encoder, "train", context.drawn(budget))
     settings = FineTuneSettings(context.config.training, context.group, context.dtype)
-    tuning = FineTune(slam, TrainingSet(states, context.targets), budget, settings)
+    tuning = FineTune(reader, TrainingSet(states, context.targets), budget, settings)
     found = []
     for share in SHARES:
         tuning.run_to(round(share * budget.steps))
-        found.append(percent(context, slam, start.encoder))
+        found.append(percent(context, reader, start.encoder))
     tuning.interpolate()
-    found.append(percent(context, slam, start.encoder))
+    found.append(percent(context, reader, start.encoder))
     losses = tuning.progress.interpolation or {}
     return found, min(losses, key=losses.__getitem__), tuning.progress.seconds
 
@@ -204,14 +202,14 @@ def sensitivity(study: Path, sets: Sequence[LayerSet], corpora: Sequence[str]) -
 
 def dev_loss(context: TrainingContext, start: Start) -> float:
     """Cross-entropy on dev, nats per token."""
-    slam = SpeechLlm(start.projector.eval(), context.llm, context.llm.model)
+    reader = context.system.attach(start.projector.eval())
     utterances, states = context.corpora["dev"], context.encoded(start.encoder, "dev", context.used("dev"))
     total, tokens = 0.0, 0
     for batch in by_length([u.seconds for u in utterances], BATCH):
-        texts = [context.llm.tokens(utterances[i].target) for i in batch]
+        targets = [context.system.target(utterances[i].target, utterances[i].language) for i in batch]
         with torch.no_grad(), arithmetic(context.device, context.dtype):
-            total += float(slam.loss_sum(*states.batch(batch, context.device), texts))
-        tokens += sum(map(len, texts))
+            total += float(reader.loss_sum(*states.batch(batch, context.device), targets))
+        tokens += sum(len(target.tokens) for target in targets)
     return total / tokens
 
 

@@ -30,18 +30,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.encoder import encode
+from prunesearch.model.encoder import WhisperLayers
+from prunesearch.model.families.slam_asr import SpeechLlm
 from prunesearch.model.hub import read_architecture
 from prunesearch.model.llm import Llm, embedding_scale, lora
 from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.system import Target
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.training.device import (
     arithmetic,
     attention_for_training,
-    forget_peak_memory,
     peak_memory_bytes,
     pick_dtype,
+    reset_peak_memory,
 )
 from prunesearch.training.finetune import trainable
 from prunesearch.training.process_group import ProcessGroup
@@ -65,7 +66,7 @@ class Workload:
 class Models:
     """A study's models with random weights, and where they compute."""
 
-    encoder: WhisperEncoder
+    encoder: WhisperLayers
     llm: Llm
     projector: Projector
     device: torch.device
@@ -74,15 +75,15 @@ class Models:
     @classmethod
     def random(cls, config: StudyConfig, device: torch.device, dtype: torch.dtype) -> "Models":
         torch.manual_seed(0)
-        architecture = read_architecture(config, config.encoder)
+        architecture = read_architecture(config, config.slam.encoder)
         with torch.device(device):
             encoder = WhisperEncoder(architecture).to(dtype).requires_grad_(False).eval()
-            model = AutoModelForCausalLM.from_config(read_architecture(config, config.llm), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(read_architecture(config, config.slam.llm), dtype=dtype)
         model.requires_grad_(False).eval()
         width = model.get_input_embeddings().embedding_dim
-        projector = Projector.for_models(config.projector, architecture.d_model, width, embedding_scale(model)).to(device)
+        projector = Projector.for_models(config.slam.projector, architecture.d_model, width, embedding_scale(model)).to(device)
         prompt = tuple(range(20, 26))  # six tokens
-        return cls(encoder, Llm(model, None, (), prompt, 0, 0), projector, device, dtype)
+        return cls(WhisperLayers(encoder, None), Llm(model, None, (), prompt, 0, 0), projector, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -92,24 +93,24 @@ class Inputs:
     mels: Tensor
     states: Tensor
     lengths: Tensor
-    texts: list[list[int]]
+    texts: list[Target]
 
     @classmethod
     def random(cls, models: Models, work: Workload) -> "Inputs":
-        window = 2 * models.encoder.config.max_source_positions  # mel frames
+        window = 2 * models.encoder.module.config.max_source_positions  # mel frames
         frames = min(window, round(FRAMES_PER_SECOND * work.seconds))
-        texts = [torch.randint(10, 500, (work.words,)).tolist() for _ in range(work.batch)]
-        mels = torch.randn(work.batch, models.encoder.config.num_mel_bins, window, device=models.device)
+        texts = [Target(torch.randint(10, 500, (work.words,)).tolist()) for _ in range(work.batch)]
+        mels = torch.randn(work.batch, models.encoder.module.config.num_mel_bins, window, device=models.device)
         with torch.no_grad(), arithmetic(models.device, models.dtype):
             lengths = torch.full((work.batch,), frames, device=models.device)
-            states, lengths = encode(models.encoder, mels[..., :frames], lengths)
+            states, lengths = models.encoder.encode(mels[..., :frames], lengths)
         return cls(mels, states, lengths, texts)
 
 
 def loss_at_full_window(models: Models, slam: SpeechLlm, inputs: Inputs) -> Tensor:
     """The plain loop's loss."""
     with torch.no_grad():
-        states = models.encoder(inputs.mels.to(models.dtype)).last_hidden_state
+        states = models.encoder.module(inputs.mels.to(models.dtype)).last_hidden_state
     lengths = torch.full((len(inputs.texts),), states.shape[1], device=models.device)
     return plain_loss(slam, states, lengths, inputs.texts)
 
@@ -161,7 +162,7 @@ def measure(trainer: Trainer, steps: int) -> dict[str, Measured]:
             trainer.step(loop)
         operations[loop] = counter.get_total_flops()
         if device.type == "cuda":
-            forget_peak_memory(device)
+            reset_peak_memory(device)
             trainer.step(loop)
             memory[loop] = peak_memory_bytes(device)
     seconds: dict[str, list[float]] = {loop: [] for loop in LOOPS}
@@ -215,10 +216,10 @@ def main(study: Path, work: Workload, steps: int) -> None:
     device = ProcessGroup.join().device
     models = Models.random(config, device, pick_dtype(config.training.precision, device))
     inputs = Inputs.random(models, work)
-    with lora(models.llm, work.rank, config.llm, seed=0) as adapted:
+    with lora(models.llm.model, work.rank, config.slam.llm, seed=0) as adapted:
         measured = measure(Trainer(models, inputs, adapted), steps)
-    positions = {"plain loop": models.encoder.config.max_source_positions, "ours": inputs.states.shape[1]}
-    prompt, stack = len(models.llm.prompt), config.projector.stack
+    positions = {"plain loop": models.encoder.module.config.max_source_positions, "ours": inputs.states.shape[1]}
+    prompt, stack = len(models.llm.prompt), config.slam.projector.stack
     tokens = {loop: work.batch * (-(-positions[loop] // stack) + prompt + work.words) for loop in LOOPS}
     peak, source = peak_of(device, models.dtype)
     console = Console(width=110)

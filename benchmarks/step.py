@@ -28,8 +28,7 @@ from rich.table import Table
 from torch import nn
 from transformers.utils import logging
 
-from prunesearch.model.llm import lora
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.families.slam_asr import SpeechLlm
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import load_study
@@ -53,11 +52,11 @@ class PlainLoop:
         context = self.context
         recordings = [read_audio(context.corpora["train"][i].audio) for i in batch]
         with torch.autocast(context.device.type, enabled=False):  # the extractor computes in torch, and returns NumPy arrays
-            extracted = context.extractor(recordings, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+            extracted = context.encoder.extractor(recordings, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         features = extracted["input_features"]  # (B, M, full window)
         with torch.no_grad():
-            states = context.encoder(features.to(context.device, context.dtype)).last_hidden_state
-        hop = 2 * context.extractor.hop_length  # samples per encoder position
+            states = context.encoder.module(features.to(context.device, context.dtype)).last_hidden_state
+        hop = 2 * context.encoder.extractor.hop_length  # samples per encoder position
         lengths = torch.tensor([-(-len(recording) // hop) for recording in recordings], device=context.device)
         return plain_loss(slam, states, lengths, [context.targets[i] for i in batch])
 
@@ -89,9 +88,8 @@ class Competitor:
     def take_turn(self, context: TrainingContext, batches: dict[int, Batch], rank: int, warm: bool) -> None:
         """Train on these batches, by step. LoRA sits on the one LLM that all competitors share, so each turn puts it on."""
         config, training = context.config, context.config.training
-        with lora(context.llm, rank, config.llm, config.seed) as model:
-            projector = starting_projector(context) if warm else context.fresh_projector()
-            slam = SpeechLlm(projector, context.llm, model)
+        projector = starting_projector(context) if warm else context.fresh_projector()
+        with context.system.reader(projector, rank, config.seed) as slam:
             weights = trainable(slam)
             optimizer = torch.optim.AdamW(weights.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
             if self.weights:

@@ -40,12 +40,14 @@ _PUBLIC = {
     "LayerSetSampler": "prunesearch.search.layer_sets",
     "SearchSpace": "prunesearch.search.space",
     # an exported system at work
+    "AutoAsr": "prunesearch.asr.auto",
     "SlamAsr": "prunesearch.asr.slam_asr",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # for editors and type checkers
+    from prunesearch.asr.auto import AutoAsr as AutoAsr
     from prunesearch.asr.slam_asr import SlamAsr as SlamAsr
     from prunesearch.commands.confirm import confirm as confirm
     from prunesearch.commands.export import export as export

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
+from prunesearch.asr.recognizer import windows
 from prunesearch.asr.recordings import recordings
-from prunesearch.asr.slam_asr import windows
 from prunesearch.speech.audio import AudioError, checked_samples, decode_audio, read_audio, seconds_of
 from prunesearch.speech.corpus import checked_corpus
 from prunesearch.speech.mpeg import _frames

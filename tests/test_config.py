@@ -119,7 +119,7 @@ def test_a_missing_file_and_invalid_toml_are_named(tmp_path: Path) -> None:
 def test_variables_are_expanded_when_the_path_is_opened(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY", str(toy))
     config = load_study(write_study(tmp_path, toy, encoder={"model": "${TOY}/encoder"}))
-    assert config.locate(config.encoder.model) == str(toy / "encoder")
+    assert config.locate(config.slam.encoder.model) == str(toy / "encoder")
     assert "${TOY}" in config.model_dump_json()  # the record says what the user wrote
 
 

@@ -21,10 +21,11 @@ from prunesearch.model.checkpoint import require_finite
 from prunesearch.model.checkpoint_files import CheckpointError
 from prunesearch.model.digest import sampled_digest
 from prunesearch.model.encoder import load_encoder
+from prunesearch.model.families.slam_asr import SlamSystem
 from prunesearch.model.llm import load_llm
-from prunesearch.model.loading import load_models
-from prunesearch.study.config import LlmConfig, load_study
+from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError
+from prunesearch.study.model_config import LlmConfig
 from tests.conftest import write_study
 from tests.fuzz import models as damaged
 from tests.test_digest import cached_on_hub
@@ -222,7 +223,7 @@ def test_a_damaged_model_in_the_hubs_cache_is_named(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     config = load_study(write_study(tmp_path / "s", case.folder, encoder={"model": "some/encoder"}))
     with pytest.raises(StudyError, match=r"encoder\.model: some/encoder") as caught:
-        load_models(config, torch.float32)
+        SlamSystem.load(config, torch.float32)
     assert len(caught.value.lines) == 1
 
 
@@ -256,7 +257,7 @@ def test_an_export_of_an_earlier_version_is_loaded(intact: Path, tmp_path: Path)
     damaged.of_json("slam.json", parts=...)(tmp_path / "out")
     assert "parts" not in json.loads((tmp_path / "out" / "slam.json").read_text())
     asr, new = SlamAsr.from_pretrained(tmp_path / "out"), SlamAsr.from_pretrained(intact / "export")
-    assert sampled_digest(asr.slam.model.state_dict()) == sampled_digest(new.slam.model.state_dict())
+    assert sampled_digest(asr.reader.model.state_dict()) == sampled_digest(new.reader.model.state_dict())
 
 
 @pytest.mark.parametrize("path", ["llm", "models/en/llm", "./llm", "/of/another/machine/llm"])
@@ -274,7 +275,7 @@ def test_a_path_in_an_export_of_the_first_format_is_never_a_hub_name(intact: Pat
 def test_a_system_with_weights_that_are_no_numbers_is_not_saved(intact: Path, tmp_path: Path) -> None:
     asr = SlamAsr.from_pretrained(intact / "export")
     with torch.no_grad():
-        asr.slam.projector.up.bias[0] = float("nan")
+        asr.reader.projector.up.bias[0] = float("nan")
     with pytest.raises(StudyError, match=r"the exported system's projector: .*up\.bias"):
         asr.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -84,8 +84,8 @@ def test_the_digest_of_a_full_whisper_checkpoint_covers_the_encoder_only(toy: Pa
         whole.model.decoder.layer_norm.weight.add_(1)
     whole.save_pretrained(tmp_path / "other-decoder")
     config = load_study(write_study(tmp_path / "s", toy, encoder={"model": str(tmp_path / "other-decoder")}))
-    assert model_digest(config, config.encoder) == digest_of_source(toy / "encoder")
-    assert model_digest(config, config.llm) == digest_of_source(toy / "llm")
+    assert model_digest(config, config.slam.encoder, ENCODER_PREFIX) == digest_of_source(toy / "encoder")
+    assert model_digest(config, config.slam.llm) == digest_of_source(toy / "llm")
 
     with torch.no_grad():
         whole.model.encoder.layer_norm.weight.add_(1)
@@ -103,5 +103,5 @@ def test_weights_that_are_missing_are_named(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "none" / "pytorch_model.bin").touch()
     config = load_study(write_study(tmp_path / "s", toy, llm={"model": str(tmp_path / "none")}))
     with pytest.raises(StudyError, match=r"llm\.model: .*neither model\.safetensors nor") as caught:
-        model_digest(config, config.llm)
+        model_digest(config, config.slam.llm)
     assert len(caught.value.lines) == 1

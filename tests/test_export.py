@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from prunesearch import SlamAsr
 from prunesearch.asr.assembly import weights_file
+from prunesearch.asr.recognizer import Segment, windows
 from prunesearch.asr.recordings import Transcript, format_transcript, recordings
 from prunesearch.asr.scoring import score_manifest
-from prunesearch.asr.slam_asr import Segment, windows
 from prunesearch.commands.export import choose_record, export
 from prunesearch.commands.launch import launch
 from prunesearch.speech.text import normalizer_for
@@ -102,12 +102,12 @@ def test_a_merged_llm_predicts_what_the_llm_with_its_adapter_predicts(study: Pat
     export(study, tmp_path / "merged", LORA, merge=True)
     assert not (tmp_path / "merged" / "adapter").exists()
     adapted, merged = SlamAsr.from_pretrained(exported), SlamAsr.from_pretrained(tmp_path / "merged")
-    states = torch.randn(3, 40, adapted.encoder.config.d_model, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(3, 40, adapted.encoder.width, generator=torch.Generator().manual_seed(0))
     inputs = states, torch.tensor([40, 9, 23]), torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
-    logits = adapted.slam.logits(*inputs)
-    torch.testing.assert_close(merged.slam.logits(*inputs), logits, atol=1e-4, rtol=1e-4)
-    with adapted.slam.model.disable_adapter():
-        assert (adapted.slam.logits(*inputs) - logits).abs().max() > 0.01, "the LoRA matters"
+    logits = adapted.reader.logits(*inputs)
+    torch.testing.assert_close(merged.reader.logits(*inputs), logits, atol=1e-4, rtol=1e-4)
+    with adapted.reader.model.disable_adapter():
+        assert (adapted.reader.logits(*inputs) - logits).abs().max() > 0.01, "the LoRA matters"
 
 
 def test_export_chooses_by_key_by_size_or_the_knee(study: Path) -> None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from prunesearch.model.families.slam_asr import SpeechLlm
 from prunesearch.model.llm import embedding_scale, load_llm, lora, lora_parameters, recompute_activations
 from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SpeechLlm
-from prunesearch.study.config import LlmConfig, ProjectorConfig
+from prunesearch.model.system import Target
 from prunesearch.study.errors import StudyError
+from prunesearch.study.model_config import LlmConfig, ProjectorConfig
 from prunesearch.training.device import arithmetic, attention_for_training
 
 SHAPE = {
@@ -55,6 +56,7 @@ def built(folder: Path) -> SpeechLlm:
 
 STATES, LENGTHS = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(2)), torch.tensor([40, 9, 23])
 TEXTS = [[5, 6, 7, 8], [9], [10, 11, 12]]
+TARGETS = [Target(text) for text in TEXTS]
 
 
 def test_padding_lora_and_generation_work_with_the_family(family: Path) -> None:
@@ -69,7 +71,7 @@ def test_padding_lora_and_generation_work_with_the_family(family: Path) -> None:
             plain = llm.model(inputs_embeds=torch.cat([audio, *around], 1)).logits[:, -len(text) - 1 : -1]
             torch.testing.assert_close(together[row : row + 1, : len(text)], plain, atol=2e-5, rtol=1e-4)
 
-    with lora(llm, 2, LlmConfig(model="llm", lora_dropout=0.0), seed=0) as model:
+    with lora(llm.model, 2, LlmConfig(model="llm", lora_dropout=0.0), seed=0) as model:
         adapted = SpeechLlm(slam.projector, llm, model)
         torch.testing.assert_close(adapted.logits(STATES, LENGTHS, tokens), together)
         factors = lora_parameters(model)
@@ -77,7 +79,7 @@ def test_padding_lora_and_generation_work_with_the_family(family: Path) -> None:
             for name, p in factors.items():
                 if "lora_B" in name:
                     p.normal_(std=0.05)
-        adapted.loss(STATES, LENGTHS, TEXTS).backward()
+        adapted.loss(STATES, LENGTHS, TARGETS).backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in factors.values())
         assert not any(p.grad is not None for name, p in model.named_parameters() if name not in factors)
 
@@ -98,9 +100,9 @@ def test_recomputed_activations_change_no_gradient(family: Path) -> None:
         slam = built(family)
         if recompute:
             recompute_activations(slam.llm.model)
-        with lora(slam.llm, 2, LlmConfig(model="llm", lora_dropout=0.0), seed=0) as model:
+        with lora(slam.llm.model, 2, LlmConfig(model="llm", lora_dropout=0.0), seed=0) as model:
             model.train()
-            SpeechLlm(slam.projector, slam.llm, model).loss(STATES, LENGTHS, TEXTS).backward()
+            SpeechLlm(slam.projector, slam.llm, model).loss(STATES, LENGTHS, TARGETS).backward()
             parameters = {**dict(slam.projector.named_parameters()), **lora_parameters(model)}
             gradients.append({name: p.grad for name, p in parameters.items()})
     for name, plain in gradients[0].items():
@@ -118,7 +120,7 @@ def test_gradients_in_bf16_are_those_of_fp32_on_a_cpu(family: Path, device: str)
         slam.projector.to(where)
         slam.llm.model.to(where, dtype)
         with attention_for_training(where), arithmetic(where, dtype):
-            loss = slam.loss(STATES.to(where), LENGTHS.to(where), TEXTS)
+            loss = slam.loss(STATES.to(where), LENGTHS.to(where), TARGETS)
             loss.backward()
         losses.append(loss.item())
         gradients.append(torch.cat([p.grad.float().cpu().flatten() for p in slam.projector.parameters() if p.grad is not None]))

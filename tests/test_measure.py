@@ -91,9 +91,9 @@ def test_unpruned_has_ratio_one_and_runs_alternate(study: Path, monkeypatch: pyt
     measured: list[str] = []
     assemble = prunesearch.commands.measure.assemble
 
-    def counting(config: Any, record: Any, loaded: Any, model: Any) -> Any:
+    def counting(config: Any, record: Any, loaded: Any) -> Any:
         measured.append(record.candidate.key)
-        return assemble(config, record, loaded, model)
+        return assemble(config, record, loaded)
 
     monkeypatch.setattr(prunesearch.commands.measure, "assemble", counting)
     (unpruned,) = measure(study, ["full"], runs=1, utterances=1).systems
@@ -119,9 +119,9 @@ def test_the_llm_is_loaded_once_and_left_without_lora(study: Path, monkeypatch: 
 
     monkeypatch.setattr(StudyModels, "load", counting)
     measure(study, runs=1, utterances=1)
-    (models,) = (each.models for each in loaded)
+    (models,) = (each.system for each in loaded)
     assert not [name for name, _ in models.llm.model.named_parameters() if "lora_" in name]
-    assert len(models.encoder.layers) == 4
+    assert models.encoder.depth == 4
 
 
 def test_tokens_are_counted_up_to_the_end_of_sequence_or_the_limit() -> None:

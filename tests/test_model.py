@@ -11,15 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel
 
-from prunesearch.model.encoder import encode, load_encoder, positions_of, remove_layers
+from prunesearch.model.encoder import WhisperLayers, load_encoder, positions_of, remove_layers
+from prunesearch.model.families.slam_asr import SlamSystem, SpeechLlm
 from prunesearch.model.hub import architectures, name_without_path
 from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora, lora_parameters
-from prunesearch.model.loading import load_models
 from prunesearch.model.parameters import count_parameters
 from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SpeechLlm
-from prunesearch.study.config import LlmConfig, ProjectorConfig, load_study
+from prunesearch.model.system import Target
+from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError
+from prunesearch.study.model_config import LlmConfig, ProjectorConfig
 from tests.conftest import LAYERS, write_study
 
 
@@ -35,6 +36,10 @@ def slam(toy: Path, encoder: WhisperEncoder) -> SpeechLlm:
     shape = ProjectorConfig(stack=2, hidden=16, dropout=0.0)
     projector = Projector.for_models(shape, encoder.config.d_model, 16, embedding_scale(llm.model)).eval()
     return SpeechLlm(projector, llm, llm.model)
+
+
+def encode(encoder: WhisperEncoder, features: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return WhisperLayers(encoder, None).encode(features, frames)
 
 
 def mels(count: int, frames: int) -> torch.Tensor:
@@ -125,7 +130,7 @@ def test_logits_are_those_of_a_plain_forward_pass_at_the_text(encoder: WhisperEn
     everything = torch.cat([audio, embed(prompt), embed(text)], 1)
     plain = slam.llm.model(inputs_embeds=everything).logits[:, -5:-1]
     torch.testing.assert_close(slam.logits(states, lengths, text), plain, atol=1e-5, rtol=1e-4)
-    assert slam.loss(states, lengths, [[5, 6, 7, 2]]).item() == pytest.approx(
+    assert slam.loss(states, lengths, [Target([5, 6, 7, 2])]).item() == pytest.approx(
         torch.nn.functional.cross_entropy(plain[0], text[0]).item(), rel=1e-4
     )
 
@@ -136,7 +141,7 @@ def test_a_fresh_lora_changes_nothing_and_leaves_nothing_behind(slam: SpeechLlm,
     text = torch.tensor([[5, 6]])
     before = slam.logits(states, lengths, text)
     names = list(slam.llm.model.state_dict())
-    with lora(slam.llm, 4, LlmConfig(model="llm"), seed=0) as model:
+    with lora(slam.llm.model, 4, LlmConfig(model="llm"), seed=0) as model:
         model.eval()
         adapted = SpeechLlm(slam.projector, slam.llm, model)
         assert torch.equal(adapted.logits(states, lengths, text), before)
@@ -150,7 +155,7 @@ def test_a_fresh_lora_changes_nothing_and_leaves_nothing_behind(slam: SpeechLlm,
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_lora_grows_with_its_rank_and_alpha_keeps_its_ratio(slam: SpeechLlm, rank: int) -> None:
-    with lora(slam.llm, rank, LlmConfig(model="llm"), seed=0) as model:
+    with lora(slam.llm.model, rank, LlmConfig(model="llm"), seed=0) as model:
         # q, o: 16 -> 16; k, v: 16 -> 8 (one key-value head of two); two layers
         assert sum(p.numel() for p in lora_parameters(model).values()) == 2 * rank * (2 * 32 + 2 * 24)
         assert model.peft_config["default"].lora_alpha == 2 * rank
@@ -184,13 +189,13 @@ def test_a_model_that_is_not_there_raises_oserror(tmp_path: Path) -> None:
 
 
 def test_a_studys_models_are_loaded_frozen_and_as_they_are_stored(toy: Path, tmp_path: Path) -> None:
-    models = load_models(load_study(write_study(tmp_path, toy)), torch.float32)
-    for module, name in ((models.encoder, "encoder"), (models.llm.model, "llm")):
+    models = SlamSystem.load(load_study(write_study(tmp_path, toy)), torch.float32)
+    for module, name in ((models.encoder.module, "encoder"), (models.llm.model, "llm")):
         stored = load_file(toy / name / "model.safetensors")
         assert all(torch.equal(module.state_dict()[key], tensor) for key, tensor in stored.items())
         assert not any(p.requires_grad for p in module.parameters())
         assert not module.training
-    assert models.extractor.feature_size == models.encoder.config.num_mel_bins
+    assert models.encoder.extractor.feature_size == models.encoder.module.config.num_mel_bins
 
 
 @pytest.mark.parametrize(("part", "lost"), [("encoder", "layers.1.fc1.weight"), ("llm", "model.layers.0.mlp.up_proj.weight")])
@@ -201,7 +206,7 @@ def test_a_checkpoint_without_one_of_its_tensors_is_refused(toy: Path, tmp_path:
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     config = load_study(write_study(tmp_path / "s", toy, **{part: {"model": str(tmp_path / "model")}}))
     with pytest.raises(StudyError, match=rf"{part}\.model: .*lacks 1 of .* the first is {lost}"):
-        load_models(config, torch.float32)
+        SlamSystem.load(config, torch.float32)
 
 
 @pytest.mark.parametrize("part", ["encoder", "llm"])
@@ -212,7 +217,7 @@ def test_pickled_weights_are_not_read(toy: Path, tmp_path: Path, part: str) -> N
     torch.save(weights, tmp_path / "model" / "pytorch_model.bin")
     config = load_study(write_study(tmp_path / "s", toy, **{part: {"model": str(tmp_path / "model")}}))
     with pytest.raises(StudyError, match=rf"{part}\.model: .*only pytorch_model\.bin, a pickle, .*safetensors") as caught:
-        load_models(config, torch.float32)
+        SlamSystem.load(config, torch.float32)
     assert len(caught.value.lines) == 1
 
 
@@ -266,7 +271,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused(toy: Path, tmp_path: Path
     ran = add_own_code(tmp_path / "llm", **needed)
     config = load_study(write_study(tmp_path / "s", toy, llm={"model": str(tmp_path / "llm")}))
     with pytest.raises(StudyError, match=r"llm\.model: .* needs code of its own .*, which prunesearch never runs") as caught:
-        load_models(config, torch.float32)
+        SlamSystem.load(config, torch.float32)
     assert len(caught.value.lines) == 2
     assert not ran.exists()
 
@@ -275,7 +280,7 @@ def test_a_models_own_code_is_never_run(toy: Path, tmp_path: Path) -> None:
     shutil.copytree(toy / "llm", tmp_path / "llm")
     ran = add_own_code(tmp_path / "llm")
     config = load_study(write_study(tmp_path / "s", toy, llm={"model": str(tmp_path / "llm")}))
-    llm = load_models(config, torch.float32).llm
+    llm = SlamSystem.load(config, torch.float32).llm
     for part in (llm.tokenizer, llm.model):
         assert type(part).__module__.startswith("transformers.")
     assert not ran.exists()

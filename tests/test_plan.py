@@ -1,5 +1,6 @@
 """What a plan says a step will take, against steps that are run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.commands.plan import TEXT_TOKENS_PER_SECOND, estimate
-from prunesearch.model.llm import lora
-from prunesearch.model.skeleton import PROMPT_TOKENS
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.families.slam_asr import PROMPT_TOKENS, SlamSystem
+from prunesearch.model.system import Target
 from prunesearch.study.config import load_study
 from prunesearch.training.context import TrainingContext
 from tests.conftest import write_study
@@ -20,12 +20,13 @@ PAPER = Path(__file__).parents[1] / "studies" / "paper"
 def test_counted_operations_equal_those_of_a_real_step(toy: Path, tmp_path: Path) -> None:
     config = load_study(write_study(tmp_path, toy, llm={"prompt": "lowmid"}))
     context = TrainingContext.open(config)
-    assert len(context.llm.prompt) <= PROMPT_TOKENS
-    context.llm = context.llm.__class__(**{**vars(context.llm), "prompt": (1,) * PROMPT_TOKENS})
-    text = [5] * (round(2 * TEXT_TOKENS_PER_SECOND) + 1)
-    with lora(context.llm, 4, config.llm, seed=0) as model, FlopCounterMode(display=False) as counter:
-        slam = SpeechLlm(context.fresh_projector(), context.llm, model)
-        slam.loss(torch.randn(4, 100, 16), torch.full((4,), 100), [text] * 4).backward()
+    system = context.system
+    assert isinstance(system, SlamSystem)
+    assert len(system.llm.prompt) <= PROMPT_TOKENS
+    system = replace(system, llm=replace(system.llm, prompt=(1,) * PROMPT_TOKENS))
+    text = Target([5] * (round(2 * TEXT_TOKENS_PER_SECOND) + 1))
+    with system.reader(system.new_projector(0), 4) as reader, FlopCounterMode(display=False) as counter:
+        reader.loss(torch.randn(4, 100, 16), torch.full((4,), 100), [text] * 4).backward()
     assert estimate(config, seconds=2.0).step_operations == counter.get_total_flops()
 
 

@@ -9,16 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.asr.slam_asr import SlamAsr
 from prunesearch.commands.confirm import write_confirmation
 from prunesearch.commands.export import export
 from prunesearch.commands.launch import launch
 from prunesearch.commands.status import status
-from prunesearch.model.encoder import with_repaired_maps
-from prunesearch.model.llm import lora
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.system import SpeechEncoder
 from prunesearch.report import write_report
 from prunesearch.report.confirmation import confirmation_file
 from prunesearch.report.verdict import verdict
@@ -104,7 +101,7 @@ def context(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingCont
     )
 
 
-def _repaired(context: TrainingContext, removed: tuple[int, ...]) -> WhisperEncoder:
+def _repaired(context: TrainingContext, removed: tuple[int, ...]) -> SpeechEncoder:
     repair = Repair(context, removed)
     repair.layers()
     return repair.encoder
@@ -121,15 +118,15 @@ def drift(context: TrainingContext, encoder: object, indices: list[int]) -> floa
 def test_a_repaired_encoder_is_nearer_to_the_unpruned_one(context: TrainingContext, removed: tuple[int, ...]) -> None:
     repaired = _repaired(context, removed)
     pruned = context.pruned_encoder(Candidate(removed))
-    assert sum(p.numel() for p in repaired.parameters()) == sum(p.numel() for p in pruned.parameters())
+    assert sum(p.numel() for p in repaired.module.parameters()) == sum(p.numel() for p in pruned.module.parameters())
     everyone = context.repair_utterances
     assert drift(context, repaired, everyone) < 0.9 * drift(context, pruned, everyone)
 
 
 def test_only_maps_from_the_lowest_cut_upwards_change(context: TrainingContext) -> None:
     repaired, pruned = _repaired(context, (2,)), context.pruned_encoder(Candidate((2,)))
-    before = pruned.state_dict()
-    changed = {name for name, tensor in repaired.state_dict().items() if not torch.equal(tensor, before[name])}
+    before = pruned.module.state_dict()
+    changed = {name for name, tensor in repaired.module.state_dict().items() if not torch.equal(tensor, before[name])}
     maps = {"layers.1.fc2", "layers.2.fc2", "layers.2.self_attn.out_proj"}  # of layers 1 and 3, and not of layer 0
     assert changed == {f"{name}.{part}" for name in maps for part in ("weight", "bias")}
     assert torch.equal(context.encoder.layers[1].fc2.weight, before["layers.1.fc2.weight"]), "the original keeps its weights"
@@ -140,7 +137,7 @@ def test_without_removed_layers_nothing_is_repaired(context: TrainingContext) ->
     assert summary is None
     assert encoder.layers[0] is context.encoder.layers[0]
     other, _, _ = start_of(context, Candidate((), 4))
-    assert other.state_dict().keys() == encoder.state_dict().keys()
+    assert other.module.state_dict().keys() == encoder.module.state_dict().keys()
     assert projector.up.weight.shape == context.fresh_projector().up.weight.shape
 
 
@@ -159,21 +156,21 @@ def test_a_repair_made_twice_is_the_same_bit_by_bit_and_kept_maps_restore_it(toy
     assert first.repair is not None
     assert first.repair.utterances == 24
     assert {*first.repair.ridge} == {"0.fc2", "3.out_proj", "3.fc2", "projector.up"}
-    made = [_repaired(c, candidate.removed_layers).state_dict() for c in contexts]
+    made = [_repaired(c, candidate.removed_layers).module.state_dict() for c in contexts]
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
     tested = decode_test(contexts[0], first)
     assert tested.test is not None
     kept = record_folder(contexts[0].records, candidate) / ENCODER_FILE
     assert kept.exists()
-    from_file = repaired_encoder(contexts[0], candidate).state_dict()
+    from_file = repaired_encoder(contexts[0], candidate).module.state_dict()
     assert all(torch.equal(from_file[name], made[0][name]) for name in made[0])
 
 
 def test_maps_of_another_encoder_are_refused(context: TrainingContext) -> None:
     pruned = context.pruned_encoder(Candidate((1,)))
     with pytest.raises(ValueError, match=r"belong to another encoder: layers\.9\.fc2\.weight"):
-        with_repaired_maps(pruned, {"layers.9.fc2.weight": torch.zeros(1)})
+        pruned.with_maps({"layers.9.fc2.weight": torch.zeros(1)})
 
 
 def test_a_study_without_training_is_a_front_of_repaired_candidates(toy: Path, tmp_path: Path) -> None:
@@ -280,14 +277,13 @@ def test_recordings_for_repairs_that_nothing_reads_are_an_error(toy: Path, tmp_p
 def held_out_loss(context: TrainingContext, record: RunRecord) -> float:
     """In nats per token, computed in one batch with the record's weights."""
     candidate = record.candidate
-    with lora(context.llm, candidate.lora_rank, context.config.llm, 0) as model, torch.no_grad():
-        slam = SpeechLlm(context.fresh_projector(), context.llm, model)
-        restore(trainable(slam), load_file(record_folder(context.records, candidate) / "weights.safetensors"))
-        slam.projector.eval()
-        model.eval()
+    with context.system.reader(context.fresh_projector(), candidate.lora_rank) as reader, torch.no_grad():
+        restore(trainable(reader), load_file(record_folder(context.records, candidate) / "weights.safetensors"))
+        reader.projector.eval()
+        reader.model.eval()
         states = context.encoded(repaired_encoder(context, candidate), "train", context.held_out)
         hidden, lengths = states.batch(context.held_out, context.device)
-        return float(slam.loss(hidden, lengths, [context.targets[i] for i in context.held_out]))
+        return float(reader.loss(hidden, lengths, [context.targets[i] for i in context.held_out]))
 
 
 def test_the_point_with_the_smallest_held_out_loss_is_kept(toy: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from prunesearch.commands.scan import scan as run_scan
-from prunesearch.model.encoder import encode
 from prunesearch.report.scan import render_scan_page
 from prunesearch.speech.audio import read_audio
 from prunesearch.study.candidate import Candidate
@@ -17,10 +16,9 @@ from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.importance import Scan, evaluations, family, prefixes, spearman
 from prunesearch.training import importance_scan as scanning
-from prunesearch.training.anchor import train_anchor
+from prunesearch.training.anchor import anchor_projector
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.importance_scan import ScanSettings, importance_scan
-from prunesearch.training.states import log_mel
 from tests.conftest import LAYERS, write_study
 
 
@@ -61,17 +59,17 @@ def test_a_scan_equals_removing_each_set_separately(scanned: tuple[Path, Scan]) 
     context = TrainingContext.open(load_study(file))
     corpus = context.corpora["dev"]
     chosen = sorted(random.Random(context.config.seed).sample(range(len(corpus)), 6))
-    slam = scanning.Scanner(context, train_anchor(context), 6, 11).slam
+    reader = context.system.attach(anchor_projector(context).eval())
 
     def measured(layers: tuple[int, ...]) -> tuple[float, list[torch.Tensor]]:
         loss, audio, tokens = 0.0, [], 0
         for i in chosen:
-            mel = log_mel(context.extractor, read_audio(corpus[i].audio), None, context.device)[None]
-            states, lengths = encode(context.pruned_encoder(Candidate(layers)), mel, torch.tensor([mel.shape[-1]]))
-            text = context.llm.tokens(corpus[i].target)
-            loss += slam.loss_sum(states, lengths, [text]).item()
-            tokens += len(text)
-            audio.append(slam.projector(states, lengths)[0])
+            mel = context.encoder.features(read_audio(corpus[i].audio), context.device)[None]
+            states, lengths = context.pruned_encoder(Candidate(layers)).encode(mel, torch.tensor([mel.shape[-1]]))
+            target = context.system.target(corpus[i].target, corpus[i].language)
+            loss += reader.loss_sum(states, lengths, [target]).item()
+            tokens += len(target.tokens)
+            audio.append(reader.projector(states, lengths)[0])
         return loss / tokens, audio
 
     with torch.no_grad():
@@ -92,7 +90,7 @@ def test_a_scan_equals_removing_each_set_separately(scanned: tuple[Path, Scan]) 
 def test_layer_criteria_equal_their_definitions(scanned: tuple[Path, Scan]) -> None:
     file, found = scanned
     context = TrainingContext.open(load_study(file))
-    scanner = scanning.Scanner(context, train_anchor(context), 6, 11)
+    scanner = scanning.Scanner(context, anchor_projector(context), 6, 11)
     befores, afters = [], []
     for indices in scanner.batches:
         hidden, lengths = scanner.prefix.batch(indices, context.device)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from prunesearch.commands.scan import scan
-from prunesearch.model.slam import SpeechLlm
 from prunesearch.report.scan import render_scan_page, sets_table
 from prunesearch.search.loss_model import loss_model
 from prunesearch.search.screening_choice import next_to_screen
@@ -36,9 +35,9 @@ def loss_after_repair(context: TrainingContext, removed: LayerSet) -> float:
         encoder = repair.encoder
     everyone = context.used("dev")
     hidden, lengths = context.encoded(encoder, "dev", everyone).batch(everyone, context.device)
-    texts = [context.llm.tokens(context.corpora["dev"][i].target) for i in everyone]
+    targets = [context.system.target(u.target, u.language) for u in (context.corpora["dev"][i] for i in everyone)]
     with torch.no_grad():
-        return float(SpeechLlm(projector, context.llm, context.llm.model).loss(hidden, lengths, texts))
+        return float(context.system.attach(projector).loss(hidden, lengths, targets))
 
 
 @pytest.mark.parametrize("repair", ["layers", "projector"])

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import soundfile
 
+from prunesearch.asr.recognizer import Segment
 from prunesearch.asr.scoring import score_manifest
-from prunesearch.asr.slam_asr import Segment
 from prunesearch.model.llm import load_llm
 from prunesearch.speech.audio import read_audio
 from prunesearch.speech.corpus import load_corpus
 from prunesearch.speech.overlap import shared_recordings
 from prunesearch.speech.tables import read_common_voice, read_manifest
 from prunesearch.speech.text import normalizer_for
-from prunesearch.study.config import LlmConfig, StudyConfig, TextConfig, load_study
+from prunesearch.study.config import StudyConfig, TextConfig, load_study
 from prunesearch.study.errors import StudyError
+from prunesearch.study.model_config import LlmConfig
 from prunesearch.study.sources import CommonVoiceSource
 from tests.conftest import write_study
 from tests.fuzz.tables import fuzz

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prunesearch.model.encoder import encode
+from prunesearch.model.families.slam_asr import SpeechLlm
 from prunesearch.model.llm import recomputes_activations
-from prunesearch.model.slam import SpeechLlm
 from prunesearch.speech.audio import read_audio
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import load_study
@@ -27,7 +26,6 @@ from prunesearch.training.context import TrainingContext
 from prunesearch.training.decode import token_limit
 from prunesearch.training.finetune import schedule
 from prunesearch.training.recipe import Unmonitored, decode_test, train_and_score
-from prunesearch.training.states import log_mel
 from tests.conftest import write_study
 
 
@@ -75,8 +73,8 @@ def test_cached_states_equal_recomputed_ones(open_context: Callable[..., Trainin
     store = context.encoded(encoder, "dev", context.used("dev"))
     again = context.encoded(encoder, "dev", [5])  # from the cache on disk
     for i, utterance in enumerate(context.corpora["dev"]):
-        mel = log_mel(context.extractor, read_audio(utterance.audio), None, context.device)[None]
-        direct, lengths = encode(encoder, mel, torch.tensor([mel.shape[-1]]))
+        mel = context.encoder.features(read_audio(utterance.audio), context.device)[None]
+        direct, lengths = encoder.encode(mel, torch.tensor([mel.shape[-1]]))
         cached, cached_lengths = store.batch([i], context.device)
         assert torch.equal(lengths, cached_lengths)
         torch.testing.assert_close(cached, direct, atol=1e-5, rtol=1e-4)
@@ -123,11 +121,11 @@ def test_a_repeat_has_other_batches_and_its_own_record(
 
 def test_with_rank_zero_only_the_projector_is_trained(open_context: Callable[..., TrainingContext]) -> None:
     context = open_context()
-    before = {k: v.clone() for k, v in context.llm.model.state_dict().items()}
+    before = {k: v.clone() for k, v in context.system.llm.model.state_dict().items()}
     record = train_and_score(context, Candidate())
     assert record.parameters.lora == 0
     assert all(name.startswith("projector.") for name in weights(context, Candidate()))
-    assert same(before, context.llm.model.state_dict())
+    assert same(before, context.system.llm.model.state_dict())
 
 
 class Killed(BaseException):
@@ -310,7 +308,7 @@ def test_every_utterance_has_its_own_token_limit(toy: Path, tmp_path: Path) -> N
     results = read_utterances(context.config.run_folder / "records", Candidate(), "dev") or []
     for utterance, result in zip(context.corpora["dev"], results, strict=True):
         # an untrained model goes on until it is stopped; a token is at least a byte
-        assert len(context.llm.tokenizer(result.hypothesis).input_ids) <= token_limit(
+        assert len(context.system.llm.tokenizer(result.hypothesis).input_ids) <= token_limit(
             utterance.seconds, context.config.decoding
         )
 

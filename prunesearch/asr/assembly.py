@@ -1,19 +1,19 @@
-"""Assemble a study's candidate as a `SlamAsr`, from the study's models and the weights of the candidate's record."""
+"""Assemble a study's candidate as a speech recogniser, from the study's models and the weights of the candidate's record."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from prunesearch.asr.native import NativeAsr, NativeSettings
 from prunesearch.asr.parts import Settings
+from prunesearch.asr.recognizer import Recognizer
 from prunesearch.asr.slam_asr import SlamAsr
-from prunesearch.model.encoder import remove_layers, with_repaired_maps
-from prunesearch.model.llm import with_lora
-from prunesearch.model.loading import Models, load_models
-from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.encoder import WhisperLayers
+from prunesearch.model.families import family_of
+from prunesearch.model.families.slam_asr import SpeechLlm
+from prunesearch.model.system import SpeechEncoder, SpeechSystem, TrainedSystem
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.record import ENCODER_FILE, TRAIN_AGAIN, WEIGHTS_FILE, RunRecord, record_folder
@@ -25,7 +25,7 @@ from prunesearch.training.tensors import read_tensors
 class StudyModels:
     """A study's models, loaded once for many candidates. The LLM is on `device`; the unpruned encoder stays on the CPU."""
 
-    models: Models
+    system: SpeechSystem
     dtype: str
     device: torch.device
 
@@ -33,9 +33,9 @@ class StudyModels:
     def load(cls, config: StudyConfig, dtype: str) -> "StudyModels":
         """Load the models for the first GPU, else the CPU. Raises StudyError when one cannot be loaded."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        models = load_models(config, getattr(torch, dtype))
-        models.llm.to(device)
-        return cls(models, dtype, device)
+        system = family_of(config).system().load(config, getattr(torch, dtype)).to(device)
+        system.encoder.to("cpu")
+        return cls(system, dtype, device)
 
 
 def weights_file(config: StudyConfig, record: RunRecord) -> Path:
@@ -49,20 +49,18 @@ def require_weights(config: StudyConfig, record: RunRecord) -> None:
         raise StudyError([f"{file} is missing: the weights of {record.candidate.key} were deleted, or are on another machine"])
 
 
-def encoder_of(config: StudyConfig, record: RunRecord, unpruned: WhisperEncoder) -> WhisperEncoder:
+def encoder_of(config: StudyConfig, record: RunRecord, unpruned: SpeechEncoder) -> SpeechEncoder:
     """The record's pruned encoder, with the maps that its repair refitted.
 
     Raises StudyError where these are not kept: `training.repair.keep_maps_of` makes them again.
     """
-    encoder = remove_layers(unpruned, record.removed_layers)
+    encoder = unpruned.without(record.removed_layers)
     if record.repair is None or record.repair.method != "layers":
         return encoder
     file = record_folder(config.run_folder / "records", record.candidate) / ENCODER_FILE
     if not file.exists():
         raise StudyError([f"{file} is missing: the repaired encoder of {record.candidate.key} was not kept; export it again"])
-    return with_repaired_maps(
-        encoder, read_tensors(file, encoder.state_dict(), "delete it and export it again", complete=False)
-    )
+    return encoder.with_maps(read_tensors(file, encoder.module.state_dict(), "delete it and export it again", complete=False))
 
 
 def recorded_dtype(record: RunRecord) -> str:
@@ -70,45 +68,63 @@ def recorded_dtype(record: RunRecord) -> str:
     return str(record.provenance.get("dtype", "float32"))
 
 
-def load_candidate(config: StudyConfig, record: RunRecord, merge: bool = False) -> SlamAsr:
+def load_candidate(config: StudyConfig, record: RunRecord, merge: bool | None = None) -> Recognizer:
     """Load the study's models and assemble the record's system.
 
-    `merge` adds the LoRA to the LLM's weights. Raises StudyError where weights are missing or a model cannot be loaded.
+    `merge` adds the LoRA to the language model's weights; by default, where the export is a folder of the family's own format,
+    which would otherwise open without it. Raises StudyError where weights are missing or a model cannot be loaded.
     """
     require_weights(config, record)
     loaded = StudyModels.load(config, recorded_dtype(record))
-    asr = assemble(config, record, loaded, with_lora(loaded.models.llm, record.lora_rank, config.llm, record.seed))
+    asr = assemble(config, record, loaded)
+    merge = loaded.system.is_trained if merge is None else merge
     if merge and record.lora_rank > 0:
-        asr.slam.model = asr.slam.model.merge_and_unload()
+        asr.reader.model = asr.reader.model.merge_and_unload()
         asr.settings = asr.settings.model_copy(update={"merged": True})
     return asr
 
 
-def assemble(config: StudyConfig, record: RunRecord, loaded: StudyModels, model: Any) -> SlamAsr:
-    """The record's system on the device of the loaded models.
-
-    `model` is their LLM, with a LoRA of the record's rank if that is not 0; its weights are replaced by the record's. The
-    pruned encoder shares its weights with the unpruned one and moves them to the device.
+def assemble(config: StudyConfig, record: RunRecord, loaded: StudyModels) -> Recognizer:
+    """The record's system on the device of the loaded models, whose LLM gets the record's LoRA: `loaded.system.detach` takes it
+    off again. The pruned encoder shares its weights with the unpruned one and moves them to the device.
     """
-    encoder = encoder_of(config, record, loaded.models.encoder).to(loaded.device)
-    llm = loaded.models.llm
-    width = llm.model.get_input_embeddings().embedding_dim
-    projector = Projector.for_models(config.projector, encoder.config.d_model, width).to(loaded.device)
-    slam = SpeechLlm(projector, llm, model)
-    weights = trainable(slam)
+    system = loaded.system
+    encoder = encoder_of(config, record, system.encoder).to(loaded.device)
+    reader = system.attach(system.new_projector(record.seed), record.lora_rank, record.seed)
+    weights = trainable(reader)
     restore(weights, read_tensors(weights_file(config, record), weights, TRAIN_AGAIN))
-    slam.projector.eval()
-    model.eval()
-    settings = Settings(
-        dtype=loaded.dtype,
-        removed_layers=record.removed_layers,
-        encoder_layers=record.encoder_layers,
-        shared_layers=config.shared_layers(record.encoder_layers),
-        lora_rank=record.lora_rank,
-        projector=config.projector,
-        llm=config.llm.model_copy(update={"model": config.locate(config.llm.model)}),
-        decoding=config.decoding,
-        text=config.text,
-        pad_to_seconds=config.data.pad_to_seconds,
+    reader.projector.eval()
+    reader.model.eval()
+    if isinstance(system, TrainedSystem):
+        assert config.model is not None
+        native = NativeSettings.model_validate(
+            {
+                **_decoded_with(config, record, loaded.dtype),
+                "model": config.model.model_copy(update={"name": config.locate(config.model.name)}),
+            }
+        )
+        return NativeAsr.of(system, encoder, reader, native.without_paths(), loaded.device)
+    assert isinstance(encoder, WhisperLayers)
+    assert isinstance(reader, SpeechLlm)
+    settings = Settings.model_validate(
+        {
+            **_decoded_with(config, record, loaded.dtype),
+            "projector": config.slam.projector,
+            "llm": config.slam.llm.model_copy(update={"model": config.locate(config.slam.llm.model)}),
+            "pad_to_seconds": config.data.pad_to_seconds,
+        }
     )
-    return SlamAsr(encoder, loaded.models.extractor, slam, settings.without_paths(), loaded.device)
+    return SlamAsr(encoder, reader, settings.without_paths(), loaded.device)
+
+
+def _decoded_with(config: StudyConfig, record: RunRecord, dtype: str) -> dict[str, Any]:
+    """What the settings of an export have in common."""
+    return {
+        "dtype": dtype,
+        "removed_layers": record.removed_layers,
+        "encoder_layers": record.encoder_layers,
+        "shared_layers": config.shared_layers(record.encoder_layers),
+        "lora_rank": record.lora_rank,
+        "decoding": config.decoding,
+        "text": config.text,
+    }

@@ -15,17 +15,19 @@ from typing import Any, Literal, TypeVar
 import torch
 from peft import PeftConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.model.checkpoint import library_errors, read_tensors, require_finite, require_same
 from prunesearch.model.checkpoint_files import CheckpointError
 from prunesearch.model.digest import DIGITS, sampled_digest
+from prunesearch.model.encoder import WhisperLayers
 from prunesearch.model.hub import explain_loading, is_local, name_without_path
 from prunesearch.model.llm import Llm, load_llm, lora_parameters
 from prunesearch.model.loading import load_encoder_and_extractor
 from prunesearch.model.projector import Projector
-from prunesearch.study.config import DecodingConfig, LlmConfig, ProjectorConfig, TextConfig
+from prunesearch.model.system import SpeechProjector
+from prunesearch.study.config import DecodingConfig, TextConfig
 from prunesearch.study.errors import StudyError, describe_validation_error
+from prunesearch.study.model_config import LlmConfig, ProjectorConfig
 
 SETTINGS, PROJECTOR, ADAPTER = "slam.json", "projector.safetensors", "adapter_model.safetensors"
 UNREAD = ["*.py", "*.bin", "*.pt", "*.pth", "*.pkl"]  # never downloaded: an export needs neither code nor pickles
@@ -62,12 +64,17 @@ class Settings(BaseModel):
         return self.model_copy(update={"format": 2, "llm": llm, "llm_is_local": local})
 
 
-def part_states(encoder: WhisperEncoder, projector: Projector, llm: Llm, model: Any) -> dict[str, Mapping[str, torch.Tensor]]:
+def part_states(
+    encoder: WhisperLayers, projector: SpeechProjector, llm: Llm, model: Any
+) -> dict[str, Mapping[str, torch.Tensor]]:
     """Each part's weights as they are in memory. By their `sampled_digest`, a part of another export is recognised.
 
     model: the LLM of `llm`, with or without LoRA. A quantised LLM is left out: its values depend on the GPU.
     """
-    states: dict[str, Mapping[str, torch.Tensor]] = {"encoder": encoder.state_dict(), "projector": projector.state_dict()}
+    states: dict[str, Mapping[str, torch.Tensor]] = {
+        "encoder": encoder.module.state_dict(),
+        "projector": projector.state_dict(),
+    }
     if adapter := lora_parameters(model):
         states["adapter"] = adapter
     if not llm.quantized:
@@ -167,14 +174,14 @@ def _named(path: Path, load: Callable[[], Loaded]) -> Loaded:
         raise StudyError(explain_loading(str(path), None, error)) from error
 
 
-def load_encoder_part(folder: Path, settings: Settings) -> tuple[WhisperEncoder, Any]:
-    """Encoder and feature extractor. Raises StudyError where they cannot be loaded or are not as deep as the settings say."""
+def load_encoder_part(folder: Path, settings: Settings) -> WhisperLayers:
+    """The encoder with its feature extractor. Raises StudyError where they cannot be loaded or do not fit."""
     path = folder / "encoder"
-    encoder, extractor = _named(path, lambda: load_encoder_and_extractor(path, None, getattr(torch, settings.dtype)))
+    encoder = _named(path, lambda: load_encoder_and_extractor(path, None, getattr(torch, settings.dtype)))
     depth = settings.encoder_layers - len(settings.removed_layers)
-    if len(encoder.layers) != depth:
-        raise StudyError([f"{path} must have {depth} layers, as {SETTINGS} says, got {len(encoder.layers)}: export it again"])
-    return encoder, extractor
+    if encoder.depth != depth:
+        raise StudyError([f"{path} must have {depth} layers, as {SETTINGS} says, got {encoder.depth}: export it again"])
+    return encoder
 
 
 def load_projector(folder: Path, settings: Settings, encoder_width: int, llm_width: int) -> Projector:
@@ -233,25 +240,30 @@ def with_adapter(llm: Llm, folder: Path, settings: Settings) -> Any:
     """The LLM with the export's LoRA, or the LLM itself where there is none. Raises StudyError where the LoRA does not fit."""
     if settings.lora_rank == 0 or settings.merged:
         return llm.model
-    return _named(folder / "adapter", lambda: _load_adapter(llm, folder / "adapter", settings))
+    rank, alpha = settings.lora_rank, settings.llm.lora_alpha_per_rank
+    return load_adapter(llm.model, folder / "adapter", rank, alpha, SETTINGS)
 
 
-def _load_adapter(llm: Llm, folder: Path, settings: Settings) -> PeftModel:
-    """The LLM with a LoRA. Raises CheckpointError where it is damaged, or another one than the settings say."""
+def load_adapter(model: Any, folder: Path, rank: int, alpha_per_rank: float, settings: str) -> PeftModel:
+    """The model with a LoRA of this rank, as the file `settings` says. Raises StudyError where the LoRA does not fit."""
+    return _named(folder, lambda: _load_adapter(model, folder, {"r": rank, "lora_alpha": rank * alpha_per_rank}, settings))
+
+
+def _load_adapter(base: Any, folder: Path, expected: Mapping[str, float], settings: str) -> PeftModel:
+    """Raises CheckpointError where the LoRA is damaged, or another one than the settings say."""
     stored = read_tensors(folder / ADAPTER)
     with library_errors("adapter_config.json cannot be used"):
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-    expected = {"r": settings.lora_rank, "lora_alpha": settings.lora_rank * settings.llm.lora_alpha_per_rank}
     for key, value in expected.items():
         if (got := getattr(config, key, None)) != value:
             raise CheckpointError(
-                f"{key} in adapter_config.json must be {value}, as {SETTINGS} says, got {got}: export it again"
+                f"{key} in adapter_config.json must be {value}, as {settings} says, got {got}: export it again"
             )
     with library_errors("the LoRA does not fit the LLM"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses transformers' old name
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # compared below
-        model = PeftModel.from_pretrained(llm.model, str(folder), config=config, ignore_mismatched_sizes=True).eval()
+        model = PeftModel.from_pretrained(base, str(folder), config=config, ignore_mismatched_sizes=True).eval()
     own = {name.replace(".default.", "."): tensor for name, tensor in lora_parameters(model).items()}  # peft's stored names
     require_same(stored, own, f"the LoRA does not fit the LLM: {ADAPTER}")
     return model

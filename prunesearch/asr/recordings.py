@@ -13,7 +13,7 @@ from prunesearch.speech.audio import AudioError, display_name, read_audio
 from prunesearch.study.errors import StudyError
 
 if TYPE_CHECKING:
-    from prunesearch.asr.slam_asr import Segment, SlamAsr
+    from prunesearch.asr.recognizer import Recognizer, Segment
 
 TranscriptFormat = Literal["text", "json", "srt"]
 
@@ -66,8 +66,13 @@ def _is_recording(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and path.is_file()
 
 
-def transcribe_files(asr: "SlamAsr", files: Mapping[str, Path], beams: int | None = None) -> Iterator[Transcript]:
-    """Transcribe files one after the other. A file that cannot be used gives a transcript with a problem."""
+def transcribe_files(
+    asr: "Recognizer", files: Mapping[str, Path], beams: int | None = None, language: str | None = None
+) -> Iterator[Transcript]:
+    """Transcribe files one after the other. A file that cannot be used gives a transcript with a problem.
+
+    `language`: spoken in all of them, for systems that take one. Raises StudyError for one that the system does not know.
+    """
     for argument, path in files.items():
         name = display_name(argument)
         try:
@@ -75,7 +80,7 @@ def transcribe_files(asr: "SlamAsr", files: Mapping[str, Path], beams: int | Non
         except AudioError as error:
             yield Transcript(name, problem=str(error))
         else:
-            yield Transcript(name, asr.segments([samples], beams=beams)[0])
+            yield Transcript(name, asr.segments([samples], beams=beams, language=language)[0])
 
 
 def format_transcript(transcript: Transcript, form: TranscriptFormat, with_name: bool = False) -> str:

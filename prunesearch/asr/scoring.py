@@ -13,18 +13,20 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.record import SplitResult
 
 if TYPE_CHECKING:
-    from prunesearch.asr.slam_asr import Samples, SlamAsr
+    from prunesearch.asr.recognizer import Recognizer, Samples
 
 
-def score_manifest(asr: "SlamAsr", manifest: Path, batch_size: int | None = None, beams: int | None = None) -> dict[str, Any]:
+def score_manifest(
+    asr: "Recognizer", manifest: Path, batch_size: int | None = None, beams: int | None = None
+) -> dict[str, Any]:
     """Corpus WER of a manifest (JSONL with `audio`, `text` and optionally `language`), in total and by language.
 
-    Texts are normalised as in the system's study. `batch_size` and `beams`: see `SlamAsr.transcribe`.
+    Texts are normalised as in the system's study. `batch_size` and `beams`: see `Recognizer.transcribe`.
     Raises StudyError for a manifest or a recording that cannot be used.
     """
     utterances, samples = _read_manifest(manifest, asr.settings.text)
-    results = []
-    for utterance, segments in zip(utterances, asr.segments(samples, batch_size, beams), strict=True):
+    languages, results = [u.language for u in utterances], []
+    for utterance, segments in zip(utterances, asr.segments(samples, batch_size, beams, languages), strict=True):
         normalize = normalizer_for(asr.settings.text.normalizer_of(utterance.language), utterance.language)
         result = score(utterance, normalize(" ".join(s.text for s in segments if s.text)))
         results.append(result.model_copy(update={"reached_limit": any(s.reached_limit for s in segments)}))

@@ -352,7 +352,12 @@ def export(
         ),
     ] = None,
     knee: Annotated[bool, typer.Option("--knee", help="Export the knee of the front. This is the default.")] = False,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the LoRA into the LLM's weights.")] = False,
+    merge: Annotated[
+        bool | None,
+        typer.Option(
+            "--merge/--no-merge", help="Merge the LoRA into the LLM's weights; default: for a [model], which is exported whole."
+        ),
+    ] = None,
     with_llm: Annotated[
         bool | None,
         typer.Option("--llm/--no-llm", help="Write the LLM, too. Default: only if the study loads it from a folder."),

@@ -21,20 +21,23 @@ def transcribe(
     transcript_format: Annotated[
         TranscriptFormat, typer.Option("--format", help="Format of the transcripts.")
     ] = TranscriptFormat.text,
+    language: Annotated[
+        str | None, typer.Option("--language", help="Spoken in the recordings, such as da, for models that take one.")
+    ] = None,
     beams: Beams = None,
     llm: ExportedLlm = None,
 ) -> None:
     """Transcribe recordings of any length."""
     from transformers.utils import logging
 
+    from prunesearch.asr.auto import AutoAsr
     from prunesearch.asr.recordings import format_transcript, recordings, transcribe_files
-    from prunesearch.asr.slam_asr import SlamAsr
 
     logging.disable_progress_bar()
     with recordings(audio) as files:
-        asr = SlamAsr.from_pretrained(folder, llm=llm)
+        asr = AutoAsr.from_pretrained(folder, llm=llm)
         failed = False
-        for transcript in transcribe_files(asr, files, beams):
+        for transcript in transcribe_files(asr, files, beams, language):
             if transcript.problem is not None:
                 failed = True
                 typer.echo(transcript.problem, err=True)
@@ -54,11 +57,11 @@ def evaluate(
     """Measure an exported system's WER on a manifest."""
     from transformers.utils import logging
 
+    from prunesearch.asr.auto import AutoAsr
     from prunesearch.asr.scoring import score_manifest
-    from prunesearch.asr.slam_asr import SlamAsr
 
     logging.disable_progress_bar()
-    found = score_manifest(SlamAsr.from_pretrained(folder, llm=llm), data, beams=beams)
+    found = score_manifest(AutoAsr.from_pretrained(folder, llm=llm), data, beams=beams)
     if as_json:
         print_json(found)
         return

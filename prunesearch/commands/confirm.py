@@ -15,6 +15,7 @@ from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import SPLITS, StudyConfig, TrainingConfig, load_study
 from prunesearch.study.files import write_atomically
 from prunesearch.study.front import baseline_and_front_systems, complete_records
+from prunesearch.study.model_config import KEYS
 from prunesearch.study.progress import ProgressListener
 from prunesearch.workers.artifacts import open_artifacts
 from prunesearch.workers.final_test import fetch_records
@@ -72,9 +73,10 @@ def write_confirmation(config: StudyConfig, seeds: int, steps: int | None, init:
 
 def _standalone(config: StudyConfig) -> dict[str, Any]:
     """The study's settings with absolute paths, so that they are valid in a file of another folder."""
-    table = config.model_dump(mode="json", exclude={"preset"})
-    for section in ("encoder", "llm"):
-        table[section]["model"] = _absolute(config, table[section]["model"])
+    unused = {"projector", "anchor"} if config.model else set()
+    table = config.model_dump(mode="json", exclude={"preset", *unused})
+    for section, key in (KEYS[type(part)].split(".") for part in config.models.values()):
+        table[section][key] = _absolute(config, table[section][key])
     for split in SPLITS:
         table["data"][split] = [_source(config, s) for s in table["data"][split]]
     if config.artifacts and "://" not in config.artifacts:

@@ -23,15 +23,16 @@ def export(
     candidate: str | None = None,
     trial: int | None = None,
     best_under_params: float | None = None,
-    merge: bool = False,
+    merge: bool | None = None,
     with_llm: bool | None = None,
     storage: str | None = None,
 ) -> RunRecord:
-    """Write a candidate of the study to the folder `out`, for `SlamAsr.from_pretrained`; returns its record.
+    """Write a candidate of the study to the folder `out`, for `AutoAsr.from_pretrained`; returns its record.
 
-    Eight parameters, since a notebook calls this with keywords. `candidate`, `trial`, `best_under_params`: see `choose_record`.
-    `merge` adds the LoRA to the LLM's weights, which are then written; this
-    may change the last bits of the arithmetic, and so a transcript. `with_llm`: whether to write the LLM; by default it is
+    Of a `[model]`, the folder is of the model's own kind, which transformers opens alone. Eight parameters, since a notebook
+    calls this with keywords. `candidate`, `trial`, `best_under_params`: see `choose_record`. `merge` adds the LoRA to the LLM's
+    weights, which are then written; by default, for a `[model]` only. This may change the last bits of the arithmetic, and so
+    a transcript. `with_llm`: whether to write the LLM; by default it is
     written if the study loads it from a folder, and only named if it is on the hub. No file holds a path of this machine.
     Raises StudyError for errors in the user's input.
     """
@@ -43,7 +44,7 @@ def export(
     record = choose_record(config, candidate, trial, best_under_params, storage)
     keep_maps_of(config, [record])
     asr = load_candidate(config, record, merge)
-    llm_is_local = is_local(config.locate(config.llm.model))
+    llm_is_local = config.model is None and is_local(config.locate(config.slam.llm.model))
     with whole_or_nothing(out):
         asr.save_pretrained(out, with_llm=llm_is_local if with_llm is None else with_llm)
         write_atomically(out / "record.json", record_without_paths(config, record).model_dump_json(indent=1) + "\n")

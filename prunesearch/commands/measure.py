@@ -17,9 +17,9 @@ import torch
 from transformers.utils import logging
 
 from prunesearch.asr.assembly import StudyModels, assemble, recorded_dtype, require_weights, weights_file
-from prunesearch.asr.slam_asr import Samples, SlamAsr
+from prunesearch.asr.recognizer import Recognizer, Samples
 from prunesearch.commands.export import choose_record
-from prunesearch.model.llm import lora, lora_parameters
+from prunesearch.model.llm import lora_parameters
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
 from prunesearch.speech.corpus import checked_corpus
 from prunesearch.study.candidate import Candidate
@@ -31,23 +31,26 @@ from prunesearch.study.measurement import MeasuredSystem, Measurement, Ratios, S
 from prunesearch.study.progress import NullListener, ProgressListener
 from prunesearch.study.record import RunRecord
 from prunesearch.training.batches import by_length
+from prunesearch.training.decode import Hypothesis
 from prunesearch.training.device import device_name, peak_memory_bytes, reset_peak_memory
 from prunesearch.training.repair import keep_maps_of
-from prunesearch.training.states import window_seconds
 from prunesearch.workers.final_test import fetch_records
 
 UNPRUNED = Candidate()
 
+Batch = tuple[list[Samples], list[str | None]]
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
 
 @dataclass(frozen=True)
 class _Recordings:
-    """The recordings that every system transcribes: one by one, and in the batches that the study decodes in."""
+    """The recordings that every system transcribes, with their languages: one by one, and in the batches that the study decodes
+    in.
+    """
 
-    alone: list[list[Samples]]
-    batches: list[list[Samples]]
+    alone: list[Batch]
+    batches: list[Batch]
     seconds: float
 
 
@@ -71,8 +74,7 @@ def measure(
     unpruned, others = _records_to_measure(config, candidates, listener)
     keep_maps_of(config, [unpruned, *others])
     loaded = StudyModels.load(config, recorded_dtype(unpruned))
-    window = window_seconds(loaded.models.encoder, loaded.models.extractor)
-    recordings = _read_recordings(config, utterances, window, listener)
+    recordings = _read_recordings(config, utterances, loaded.system.encoder.window_seconds, listener)
 
     systems: list[MeasuredSystem] = []
     of_unpruned: list[SystemMetrics] = []
@@ -126,10 +128,15 @@ def _front_and_baselines(config: StudyConfig, complete: Sequence[RunRecord]) -> 
 
 
 def _read_recordings(config: StudyConfig, most: int, window: float, listener: ProgressListener) -> _Recordings:
-    samples = [read_audio(u.audio) for u in checked_corpus(config, "dev", listener.progress, window).utterances[:most]]
+    utterances = checked_corpus(config, "dev", listener.progress, window).utterances[:most]
+    samples = [read_audio(u.audio) for u in utterances]
     lengths = [len(s) for s in samples]
-    batches = [[samples[i] for i in batch] for batch in by_length(lengths, config.decoding.batch_size)]
-    return _Recordings([[s] for s in samples], batches, sum(lengths) / SAMPLE_RATE)
+    alone: list[Batch] = [([s], [u.language]) for s, u in zip(samples, utterances, strict=True)]
+    batches = [
+        ([samples[i] for i in batch], [utterances[i].language for i in batch])
+        for batch in by_length(lengths, config.decoding.batch_size)
+    ]
+    return _Recordings(alone, batches, sum(lengths) / SAMPLE_RATE)
 
 
 def _measure_alternately(
@@ -153,12 +160,16 @@ def _measure_once(loaded: StudyModels, config: StudyConfig, record: RunRecord, r
     """One run of one system."""
     device, count = loaded.device, len(recordings.alone)
     with _system_on_device(loaded, config, record) as asr:
-        asr.decode(recordings.alone[0])  # the first call after assembly is slow
+
+        def decode(batch: Batch) -> list[Hypothesis]:
+            return asr.decode(batch[0], language=batch[1])
+
+        decode(recordings.alone[0])  # the first call after assembly is slow
         encoder_seconds = _encoder_seconds(asr, recordings.alone) / count
         batch_encoder_seconds = _encoder_seconds(asr, recordings.batches) / count
         reset_peak_memory(device)
-        end_to_end_seconds, hypotheses = _timed(device, asr.decode, recordings.alone)
-        batch_seconds, _ = _timed(device, asr.decode, recordings.batches)
+        end_to_end_seconds, hypotheses = _timed(device, decode, recordings.alone)
+        batch_seconds, _ = _timed(device, decode, recordings.batches)
         return SystemMetrics(
             encoder_seconds=encoder_seconds,
             batch_encoder_seconds=batch_encoder_seconds,
@@ -172,21 +183,21 @@ def _measure_once(loaded: StudyModels, config: StudyConfig, record: RunRecord, r
 
 
 @contextmanager
-def _system_on_device(loaded: StudyModels, config: StudyConfig, record: RunRecord) -> Iterator[SlamAsr]:
+def _system_on_device(loaded: StudyModels, config: StudyConfig, record: RunRecord) -> Iterator[Recognizer]:
     """The record's system. Its encoder leaves the device at the end, so that the next system's memory peak is its own."""
-    with lora(loaded.models.llm, record.lora_rank, config.llm, record.seed) as model:
-        asr = assemble(config, record, loaded, model)
-        try:
-            yield asr
-        finally:
-            asr.encoder.to("cpu")
+    asr = assemble(config, record, loaded)
+    try:
+        yield asr
+    finally:
+        loaded.system.detach(asr.reader)
+        asr.encoder.to("cpu")
 
 
-def _encoder_seconds(asr: SlamAsr, batches: Sequence[Sequence[Samples]]) -> float:
+def _encoder_seconds(asr: Recognizer, batches: Sequence[Batch]) -> float:
     """Seconds that the encoder takes for the batches, without feature extraction."""
     seconds = 0.0
-    for batch in batches:
-        features, frames = asr.log_mels(batch)
+    for samples, _ in batches:
+        features, frames = asr.log_mels(samples)
         begin = _now(asr.device)
         asr.encode(features, frames)
         seconds += _now(asr.device) - begin
@@ -210,15 +221,15 @@ def _now(device: torch.device) -> float:
     return perf_counter()
 
 
-def parameter_bytes(asr: SlamAsr) -> int:
+def parameter_bytes(asr: Recognizer) -> int:
     """Bytes of the whole system's parameters, each in its own precision; tied weights count once."""
-    modules = (asr.encoder, asr.slam.projector, asr.slam.model)
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    modules = torch.nn.ModuleList([asr.encoder.module, asr.reader.projector, asr.reader.model])
+    return sum(p.numel() * p.element_size() for p in modules.parameters())
 
 
-def file_bytes(asr: SlamAsr) -> int:
+def file_bytes(asr: Recognizer) -> int:
     """Bytes of the tensors that `save_pretrained` writes for encoder, projector and LoRA, without file headers."""
-    states = (asr.encoder.state_dict(), asr.slam.projector.state_dict(), lora_parameters(asr.slam.model))
+    states = (asr.encoder.module.state_dict(), asr.reader.projector.state_dict(), lora_parameters(asr.reader.model))
     return sum(tensor.numel() * tensor.element_size() for state in states for tensor in state.values())
 
 

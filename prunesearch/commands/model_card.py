@@ -6,6 +6,7 @@ from typing import Any
 
 from prunesearch.model.hub import name_without_path
 from prunesearch.study.config import SPLITS, StudyConfig
+from prunesearch.study.model_config import KEYS, ModelConfig
 from prunesearch.study.record import RunRecord
 from prunesearch.study.sources import CommonVoiceSource, FleursSource, Source
 
@@ -19,7 +20,9 @@ def model_card(config: StudyConfig, record: RunRecord, merged: bool, llm_missing
     """
     p = record.parameters
     removed = ", ".join(map(str, record.removed_layers)) or "none"
-    encoder, llm = (name_without_path(config.locate(name)) for name in (config.encoder.model, config.llm.model))
+    if config.model is not None:
+        return _native_card(config, record, merged, config.model)
+    encoder, llm = (name_without_path(config.locate(name)) for name in (config.slam.encoder.model, config.slam.llm.model))
     missing, llm_argument = (" (not part of this folder)", f', llm="/path/to/{llm}"') if llm_missing else ("", "")
     languages = sorted(record.dev.by_language) if record.dev else []
     return f"""---
@@ -42,7 +45,42 @@ a search of the kind that [arXiv 2603.27981](https://arxiv.org/abs/2603.27981) s
 | encoder | `{encoder}`, {record.encoder_layers} layers, of which removed: {removed} |
 | LLM | `{llm}`{missing}, LoRA of rank {record.lora_rank}{", merged into it" if merged else ""} |
 | parameters | encoder {p.encoder:,}, projector {p.projector:,}, LoRA {p.lora:,}, LLM {p.llm:,} |
-| repair | {_repair(record)} |
+{_how_and_how_well(config, record)}"""
+
+
+def _native_card(config: StudyConfig, record: RunRecord, merged: bool, model: ModelConfig) -> str:
+    """The card of a model of a family that transformers knows."""
+    p, name = record.parameters, name_without_path(config.locate(model.name))
+    removed = ", ".join(map(str, record.removed_layers)) or "none"
+    beside = record.lora_rank and not merged
+    window = f", window shortened to {model.window_seconds} s" if model.window_seconds else ""
+    adapter = '\n    model.load_adapter("…/adapter")  # the LoRA is not merged' if beside else ""
+    return f"""---
+license: # fill in: it depends on {name}'s and the data's
+language: [{", ".join(sorted(record.dev.by_language) if record.dev else [])}]
+pipeline_tag: automatic-speech-recognition
+tags: [prunesearch]
+---
+
+# {config.name}: {record.name or record.candidate.key}
+
+{name} with layers of its encoder removed, found in the study `{config.name}`.
+
+    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+    model, processor = AutoModelForSpeechSeq2Seq.from_pretrained("…"), AutoProcessor.from_pretrained("…"){adapter}
+
+| | |
+|---|---|
+| model | `{name}`{window} |
+| encoder | {record.encoder_layers} layers, of which removed: {removed} |
+| decoder | LoRA of rank {record.lora_rank}{", merged into it" if merged else ""} |
+| parameters | encoder {p.encoder:,}, decoder {p.llm:,}, LoRA {p.lora:,} |
+{_how_and_how_well(config, record)}"""
+
+
+def _how_and_how_well(config: StudyConfig, record: RunRecord) -> str:
+    """The last rows of the first table, and the table of errors."""
+    return f"""| repair | {_repair(record)} |
 | training | {record.steps} steps of {config.training.batch_size}, {_training(record, config)} |
 | data | train {", ".join(data_name(config, source) for source in config.data.train)} |
 
@@ -100,9 +138,10 @@ def record_without_paths(config: StudyConfig, record: RunRecord) -> RunRecord:
     if not isinstance(stored, dict):
         return record
     definition = dict(stored)
-    for key in ("encoder", "llm"):
-        if key in definition:
-            definition[key] = {**definition[key], "model": name_without_path(config.locate(definition[key]["model"]))}
+    for section, key in (key.split(".") for key in KEYS.values()):
+        if definition.get(section):
+            named = name_without_path(config.locate(definition[section][key]))
+            definition[section] = {**definition[section], key: named}
     if "data" in definition:
         splits = {split: [_source_without_path(config, s) for s in definition["data"].get(split, [])] for split in SPLITS}
         definition["data"] = {**definition["data"], **splits}

@@ -2,36 +2,25 @@
 
 Neither weights nor data are read."""
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunesearch.model.skeleton import encoder_layers, params_of_candidates, skeleton
+from prunesearch.model.families import encoder_layers, family_of
+from prunesearch.model.skeleton import params_of_candidates, skeleton
 from prunesearch.search.space import SearchSpace
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig, load_study
 from prunesearch.study.record import Parameters
 
 if TYPE_CHECKING:
-    from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
+    from prunesearch.model.system import SpeechSystem
     from prunesearch.training.repair_cost import RepairCost
 
 TEXT_TOKENS_PER_SECOND = 4.0  # read speech has 2 to 3 words a second; LLMs' tokenizers make 1.3 (English) to 2 tokens of one
 PRECISE = 0.25  # speed of fp32 and float64 products, as a fraction of the speed in bf16
 CALL_SECONDS = 10e-6  # what starting an operation takes the host in eager PyTorch; small batches wait for this
-
-
-def _positions_per_second(config: StudyConfig) -> float:
-    """Encoder positions per second of audio: one for every two mel frames.
-
-    Whisper's hop is 10 ms; a local checkpoint may have another.
-    """
-    file = Path(config.locate(config.encoder.model)) / "preprocessor_config.json"
-    hop = json.loads(file.read_text(encoding="utf-8")).get("hop_length", 160) if file.is_file() else 160
-    return 16_000 / (2 * hop)
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ def plan(study: StudyConfig | str | Path) -> Plan:
         candidates=space.size,
         trials=config.search.trials,
         steps=config.training.steps,
-        anchor_steps=config.anchor.steps if config.training.init == "anchor" else 0,
+        anchor_steps=0 if family_of(config).is_trained or config.training.init == "scratch" else config.anchor.steps,
         batch_size=config.training.batch_size,
         overrides=config.overrides(),
     )
@@ -122,28 +111,25 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
     """
     import torch
 
-    from prunesearch.model.llm import lora, recompute_activations
-    from prunesearch.model.slam import SpeechLlm
     from prunesearch.training.step_cost import StepCost, encoding_operations, step_cost
 
-    pace = _positions_per_second(config)
     training, rank = config.training, max(config.search.lora_ranks[-1], config.search.baseline_lora_rank)
     dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
 
     @cache
     def step(length: float, batch: int) -> StepCost:
         """The cost of a step on `batch` recordings of `length` seconds."""
-        frame = skeleton(config, dtype)
+        system = skeleton(config, dtype)
         if training.gradient_checkpointing:
-            recompute_activations(frame.llm.model)
+            system.recompute_activations()
         text = round(length * TEXT_TOKENS_PER_SECOND) + 1
-        with lora(frame.llm, rank, config.llm, seed=0) as adapted:
-            slam = SpeechLlm(frame.projector, frame.llm, adapted)
-            return step_cost(slam, frame.encoder.config.d_model, round(pace * length), text, batch, dtype)
+        with system.reader(system.new_projector(0), rank) as reader:
+            return step_cost(reader, system.encoder.width, system.encoder.positions(length), text, batch, dtype)
 
-    encoder = skeleton(config, dtype).encoder
-    encoding = encoding_operations(encoder, round(pace * seconds))
-    encoder_bytes = sum(p.nbytes for p in encoder.parameters())
+    system = skeleton(config, dtype)
+    encoder, positions = system.encoder, system.encoder.positions(seconds)
+    encoding = encoding_operations(encoder, positions)
+    encoder_bytes = sum(p.nbytes for p in encoder.module.parameters())
     micro_batch = min(training.micro_batch or training.batch_size, training.batch_size)
     whole = step(seconds, training.batch_size)
     usual, longest = step(seconds, micro_batch), step(config.data.max_seconds, micro_batch)
@@ -151,7 +137,7 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
     parts = -(-training.batch_size // micro_batch)
     step_seconds = max(whole.operations / (teraflops * 1e12), parts * usual.calls * CALL_SECONDS)
 
-    repair = _repair_cost(config, encoder, round(pace * seconds), encoding)
+    repair = _repair_cost(config, system, positions, encoding)
     repair_seconds = (repair.operations + repair.precise_operations / PRECISE) / (teraflops * 1e12)
 
     def fine_tune(steps: int) -> float:
@@ -159,7 +145,7 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
         encoded = drawn if hours is None else min(drawn, 3600 * hours / seconds)
         return (steps * step_seconds + encoded * encoding / (teraflops * 1e12)) / 3600
 
-    anchor = fine_tune(config.anchor.steps) if training.init == "anchor" else 0.0
+    anchor = fine_tune(config.anchor.steps) if training.init == "anchor" and not system.is_trained else 0.0
     return Estimate(
         seconds=seconds,
         teraflops=teraflops,
@@ -176,14 +162,14 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
     )
 
 
-def _repair_cost(config: StudyConfig, encoder: "WhisperEncoder", positions: int, encoding: int) -> "RepairCost":
+def _repair_cost(config: StudyConfig, system: "SpeechSystem", positions: int, encoding: int) -> "RepairCost":
     """Of one candidate, at most. `positions` and `encoding`: of one recording."""
     from prunesearch.training.repair_cost import RepairCost, repair_cost
 
-    training, projector, width = config.training, config.projector, encoder.config.d_model
+    training, encoder, entry = config.training, system.encoder, system.new_projector(0).entry
     if training.repair == "none":
         return RepairCost(0, 0, 0)
-    utterances, depth = training.repair_utterances, len(encoder.layers)
+    utterances, depth = training.repair_utterances, encoder.depth
     first = config.shared_layers(depth) if training.repair == "layers" else depth
-    maps = projector.stack, projector.stack * width, projector.hidden
+    maps = entry.in_features // encoder.width, entry.in_features, entry.out_features
     return repair_cost(encoder, first, maps, utterances * positions, utterances * encoding)

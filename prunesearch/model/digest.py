@@ -14,9 +14,9 @@ from torch import Tensor, cat, uint8
 
 from prunesearch.model.checkpoint import library_errors, require_finite
 from prunesearch.model.checkpoint_files import hub_snapshot, read_header, weight_files
-from prunesearch.model.encoder import ENCODER_PREFIX
 from prunesearch.model.hub import loading_error
-from prunesearch.study.config import EncoderConfig, LlmConfig, StudyConfig
+from prunesearch.study.config import StudyConfig
+from prunesearch.study.model_config import ModelSection
 
 DIGITS = 16  # hexadecimal digits of the SHA-256 that are kept, as of other digests in a study
 CHUNK_BYTES = 2**26
@@ -31,14 +31,16 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:DIGITS]
 
 
-def model_digest(config: StudyConfig, part: EncoderConfig | LlmConfig) -> str:
-    """The digest of the study's encoder or LLM. A hub model that is not in the local cache is downloaded.
+def model_digest(config: StudyConfig, part: ModelSection, prefix: str | None = None) -> str:
+    """The digest of one of the study's models; for `prefix`, see `digest_of_source`.
+
+    A hub model that is not in the local cache is downloaded.
 
     Raises StudyError when there is no such model.
     """
-    source = config.locate(part.model)
+    source = config.locate(part.source)
     try:
-        return digest_of_source(source, part.revision, ENCODER_PREFIX if isinstance(part, EncoderConfig) else None)
+        return digest_of_source(source, part.revision, prefix)
     except (OSError, ValueError) as error:
         raise loading_error(part, source, error) from error
 
@@ -46,8 +48,8 @@ def model_digest(config: StudyConfig, part: EncoderConfig | LlmConfig) -> str:
 def digest_of_source(source: str | Path, revision: str | None = None, prefix: str | None = None) -> str:
     """The digest of a folder's or hub model's safetensors. One tensor is read at a time, and no model is built.
 
-    `prefix` is a regular expression such as `ENCODER_PREFIX`: where some tensors' names match, only these count, under the
-    rest of their names. So an encoder-only folder and a full checkpoint with the same encoder have the same digest.
+    `prefix` is a regular expression such as `model.encoder.ENCODER_PREFIX`: where some names match, only these tensors count,
+    under the rest of their names. So an encoder-only folder and a full checkpoint with the same encoder have the same digest.
     Each tensor is read here, so this is also where values that are no numbers are found.
     Raises OSError when there is no such model or it has no safetensors, CheckpointError when they are damaged or not finite.
     """
@@ -78,6 +80,15 @@ def sampled_digest(state: Mapping[str, Tensor]) -> str:
     values = cat([tensor[:: max(len(tensor) // SAMPLES, 1)][:SAMPLES] for tensor in flat]).double().cpu()
     shapes = "".join(f"{name} {tuple(state[name].shape)}\n" for name in names)
     return hashlib.sha256(shapes.encode() + values.numpy().tobytes()).hexdigest()[:DIGITS]
+
+
+def hub_commits(config: StudyConfig) -> dict[str, str]:
+    """The hub's commit hashes of the study's models, as this machine's cache has them, to be shown beside their digests.
+
+    Folders and what is not in the cache are left out.
+    """
+    commits = {name: hub_commit(config.locate(part.source), part.revision) for name, part in config.models.items()}
+    return {name: commit for name, commit in commits.items() if commit}
 
 
 def hub_commit(source: str | Path, revision: str | None = None) -> str | None:

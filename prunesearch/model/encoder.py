@@ -1,20 +1,25 @@
-"""A Whisper encoder whose layers can be removed, for input of any length.
+"""Encoders that consist of Whisper's layers, which can be removed. One of them takes input of any length.
 
 Shapes: B batch, M mel bins, F mel frames, T encoder positions (F / 2, rounded up), D encoder width.
 """
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.model.checkpoint import Part, load_checkpoint, read_config
 from prunesearch.model.checkpoint_files import CheckpointError
+from prunesearch.model.system import SpeechEncoder
 
+SAMPLE_RATE = 16_000  # of all recordings that are read
 ENCODER_PREFIX = r"^(model\.)?encoder\."  # of the encoder's tensors in a full Whisper checkpoint; an encoder folder has none
 BESIDE_ENCODER = r"(model\.)?decoder\.|proj_out\.|(projector|classifier)\.|layer_weights$"  # decoder; audio classification
 ENCODER = Part("encoder", ENCODER_PREFIX, BESIDE_ENCODER)
@@ -80,71 +85,89 @@ def padding_mask(lengths: Tensor, width: int) -> Tensor | None:
     return inside[:, None, None, :].expand(-1, 1, width, -1)
 
 
-def embed(encoder: WhisperEncoder, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Convolutions and position embeddings: (B, M, F), frames (B,) -> (B, T, D), positions (B,).
+@dataclass(frozen=True)
+class WhisperLayers(SpeechEncoder):
+    """An encoder that consists of Whisper's layers. `extractor`: the feature extractor that belongs to it.
 
-    Whisper itself always reads 30 s. Here, the position embeddings are cut to the input's length, and everything beyond an
-    utterance's own frames is set to zero before each convolution, so that an utterance's states do not depend on its batch.
-    Raises ValueError for an input longer than the encoder's position embeddings.
+    A study freezes its encoder, so that dropout is off.
     """
-    inside = (torch.arange(features.shape[-1], device=frames.device) < frames[:, None])[:, None]  # (B, 1, F)
-    hidden = nn.functional.gelu(encoder.conv1(features * inside))
-    hidden = nn.functional.gelu(encoder.conv2(hidden * inside)).transpose(1, 2)  # (B, T, D)
-    if hidden.shape[1] > encoder.max_source_positions:
-        raise ValueError(
-            f"an utterance must have at most {encoder.max_source_positions} encoder positions, got {hidden.shape[1]}"
+
+    module: Any
+    extractor: Any
+
+    @property
+    def width(self) -> int:
+        return int(self.module.config.d_model)
+
+    @property
+    def window_seconds(self) -> float:
+        return float(self.module.max_source_positions * 2 * self.extractor.hop_length / SAMPLE_RATE)
+
+    def positions(self, seconds: float) -> int:
+        return round(seconds * SAMPLE_RATE / (2 * self.extractor.hop_length))
+
+    def features(self, samples: NDArray[np.float32], device: torch.device) -> Tensor:
+        """(M, F) by the checkpoint's own feature extractor, without padding to 30 s.
+
+        A recording shorter than the extractor's window is padded to one.
+        """
+        samples = np.pad(samples, (0, max(0, self.extractor.n_fft - len(samples))))
+        out = self.extractor(
+            samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="pt", device=str(device)
         )
-    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
-    return nn.functional.dropout(hidden, encoder.dropout, encoder.training), positions_of(frames)
+        mel: Tensor = out["input_features"][0]
+        return mel
 
+    def embed(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolutions and position embeddings: (B, M, F), frames (B,) -> (B, T, D), positions (B,).
 
-def run_layers(encoder: WhisperEncoder, hidden: Tensor, lengths: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """Layers `first` to `last` (exclusive; default: all that follow): (B, T, D), lengths (B,) -> (B, T, D)."""
-    mask = padding_mask(lengths, hidden.shape[1])
-    for layer in encoder.layers[first:last]:
-        hidden = layer(hidden, mask)
-    return hidden
+        Whisper itself always reads 30 s. Here, the position embeddings are cut to the input's length, and everything beyond an
+        utterance's own frames is set to zero before each convolution, so that an utterance's states do not depend on its
+        batch. Raises ValueError for an input longer than the encoder's position embeddings.
+        """
+        encoder = self.module
+        inside = (torch.arange(features.shape[-1], device=frames.device) < frames[:, None])[:, None]  # (B, 1, F)
+        hidden = nn.functional.gelu(encoder.conv1(features * inside))
+        hidden = nn.functional.gelu(encoder.conv2(hidden * inside)).transpose(1, 2)  # (B, T, D)
+        if hidden.shape[1] > encoder.max_source_positions:
+            raise ValueError(
+                f"an utterance must have at most {encoder.max_source_positions} encoder positions, got {hidden.shape[1]}"
+            )
+        hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
+        return nn.functional.dropout(hidden, encoder.dropout, encoder.training), positions_of(frames)
 
+    def run(self, hidden: Tensor, lengths: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        mask = padding_mask(lengths, hidden.shape[1])
+        for layer in self.layers[first:last]:
+            hidden = layer(hidden, mask)
+        return hidden
 
-def encode(encoder: WhisperEncoder, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole encoder: (B, M, F), frames (B,) -> states (B, T, D), lengths (B,). States beyond a length are undefined."""
-    hidden, lengths = embed(encoder, features, frames)
-    return encoder.layer_norm(run_layers(encoder, hidden, lengths)), lengths
+    def norm(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.module.layer_norm(hidden)
+        return out
 
+    def without(self, removed_layers: Iterable[int]) -> Self:
+        return replace(self, module=remove_layers(self.module, removed_layers))
 
-# The parts of a Whisper layer, as its own `forward` runs them. Dropout is off: encoders are frozen.
+    def with_maps(self, maps: Mapping[str, Tensor]) -> Self:
+        return replace(self, module=with_repaired_maps(self.module, maps))
 
+    def attention_map(self, layer: Any) -> nn.Linear:
+        return layer.self_attn.out_proj
 
-def attention_heads(layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The concatenated heads of a layer's attention, which its `out_proj` reads: (B, T, D), lengths (B,) -> (B, T, D)."""
-    heads: list[Tensor] = []
-    hook = layer.self_attn.out_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
-    try:
-        normed = layer.self_attn_layer_norm(hidden)
-        layer.self_attn(hidden_states=normed, attention_mask=padding_mask(lengths, hidden.shape[1]))
-    finally:
-        hook.remove()
-    return heads[0]
+    def attention_heads(self, layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
+        heads: list[Tensor] = []
+        hook = layer.self_attn.out_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
+        try:
+            normed = layer.self_attn_layer_norm(hidden)
+            layer.self_attn(hidden_states=normed, attention_mask=padding_mask(lengths, hidden.shape[1]))
+        finally:
+            hook.remove()
+        return heads[0]
 
+    def feed_forward_map(self, layer: Any) -> nn.Linear:
+        return layer.fc2
 
-def add_attention(layer: Any, hidden: Tensor, heads: Tensor) -> Tensor:
-    """The stream behind a layer's attention, from the stream before the layer and the heads."""
-    added: Tensor = layer.self_attn.out_proj(heads)
-    return hidden + added
-
-
-def behind_attention(layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The stream behind a layer's attention: (B, T, D), lengths (B,) -> (B, T, D)."""
-    return add_attention(layer, hidden, attention_heads(layer, hidden, lengths))
-
-
-def activations(layer: Any, middle: Tensor) -> Tensor:
-    """What a layer's `fc2` reads, from the stream behind its attention: (B, T, D) -> (B, T, inner width)."""
-    inner: Tensor = layer.activation_fn(layer.fc1(layer.final_layer_norm(middle)))
-    return inner
-
-
-def behind_feed_forward(layer: Any, middle: Tensor, lengths: Tensor) -> Tensor:
-    """The stream behind a layer, from the stream behind its attention. Lengths change nothing here."""
-    added: Tensor = layer.fc2(activations(layer, middle))
-    return middle + added
+    def activations(self, layer: Any, middle: Tensor) -> Tensor:
+        inner: Tensor = layer.activation_fn(layer.fc1(layer.final_layer_norm(middle)))
+        return inner

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from prunesearch.model.checkpoint_files import CheckpointError, summary
-from prunesearch.study.config import LEAST_ENCODER_LAYERS, EncoderConfig, LlmConfig, StudyConfig
+from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
+from prunesearch.study.model_config import KEYS, LEAST_ENCODER_LAYERS, ModelSection
 
 # Dimensions of models that studies often use, so that planning needs no network.
 _WHISPER = {  # layers, width, heads, mel bins, decoder layers
@@ -48,11 +49,11 @@ def known_architecture(name: str) -> Any | None:
     return None
 
 
-def read_architecture(config: StudyConfig, part: EncoderConfig | LlmConfig) -> Any:
+def read_architecture(config: StudyConfig, part: ModelSection) -> Any:
     """A model's configuration, from its folder, the tables above, or the hub. Raises StudyError when there is none."""
     from prunesearch.model.checkpoint import read_config
 
-    source = config.locate(part.model)
+    source = config.locate(part.source)
     known = None if Path(source).exists() or part.revision else known_architecture(source)
     if known is not None:
         return known
@@ -63,11 +64,11 @@ def read_architecture(config: StudyConfig, part: EncoderConfig | LlmConfig) -> A
 
 
 def architectures(config: StudyConfig) -> tuple[Any, Any]:
-    """The configurations of encoder and LLM.
+    """The configurations of a SLAM-ASR system's encoder and LLM.
 
     Raises StudyError when one cannot be read or is of another kind, and when the encoder is too shallow for the baselines.
     """
-    encoder, llm = read_architecture(config, config.encoder), read_architecture(config, config.llm)
+    encoder, llm = read_architecture(config, config.slam.encoder), read_architecture(config, config.slam.llm)
     lines = []
     if not hasattr(encoder, "encoder_layers") or not hasattr(encoder, "num_mel_bins"):
         lines.append(f"encoder.model: must be a Whisper checkpoint, got one of type {encoder.model_type!r}")
@@ -108,9 +109,9 @@ def name_without_path(source: str) -> str:
     return Path(os.path.abspath(source)).name if is_local(source) else source
 
 
-def loading_error(part: EncoderConfig | LlmConfig, source: str, error: Exception) -> StudyError:
+def loading_error(part: ModelSection, source: str, error: Exception) -> StudyError:
     """The error for a study's model that cannot be loaded, with the reason and the fix."""
-    key = "encoder.model" if isinstance(part, EncoderConfig) else "llm.model"
+    key = KEYS[type(part)]
     use_folder = f'give a local folder instead: {key} = "/path/to/{Path(source).name}"'
     first, *more = explain_loading(source, part.revision, error, use_folder)
     return StudyError([f"{key}: {first}", *more])

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
 from prunesearch.model.checkpoint_files import CheckpointError
 from prunesearch.model.hub import unusable_llm
-from prunesearch.study.config import LlmConfig
 from prunesearch.study.errors import StudyError
+from prunesearch.study.model_config import LlmConfig, ModelConfig
 
 # LoRA's targets in the published work (arXiv 2603.27981), and the same layers where query, key and value are one projection
 LLM = Part("model")
@@ -160,7 +160,7 @@ def embedding_scale(model: PreTrainedModel) -> float:
     return float(scale)
 
 
-def lora_targets(model: PreTrainedModel, config: LlmConfig) -> list[str]:
+def lora_targets(model: PreTrainedModel, config: LlmConfig | ModelConfig) -> list[str]:
     """Names of the layers that LoRA adapts. Raises StudyError when the model has no layer of that name."""
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     kind = model.config.model_type
@@ -184,39 +184,50 @@ def _layers(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Iterator[Any]:
+def lora(model: PreTrainedModel, rank: int, config: LlmConfig | ModelConfig, seed: int) -> Iterator[Any]:
     """The model with a new LoRA of this rank (rank 0: the model itself), which is removed when the context ends.
 
     alpha / rank is constant, as in the published work, so that the rank changes capacity but not the size of a step.
     `seed` sets torch's global random generator, from which the LoRA's first factors are drawn.
     """
     if rank == 0:
-        yield llm.model
+        yield model
         return
-    adapted = with_lora(llm, rank, config, seed)
+    adapted = with_lora(model, rank, config, seed)
     try:
         yield adapted
     finally:
+        remove_lora(adapted, model)
+
+
+def remove_lora(adapted: Any, model: PreTrainedModel) -> None:
+    """Undo `with_lora`: afterwards, the model is as it was before."""
+    if adapted is not model:
         adapted.unload()
-        if hasattr(llm.model, "peft_config"):
-            del llm.model.peft_config
+        if hasattr(model, "peft_config"):
+            del model.peft_config
 
 
-def with_lora(llm: Llm, rank: int, config: LlmConfig, seed: int) -> Any:
-    """Put a new LoRA of this rank on the model, and leave it there. Rank 0: the model itself. See `lora`."""
+def with_lora(
+    model: PreTrainedModel, rank: int, config: LlmConfig | ModelConfig, seed: int, targets: list[str] | str | None = None
+) -> Any:
+    """Put a new LoRA of this rank on the model, and leave it there. Rank 0: the model itself. See `lora`.
+
+    `targets`: names of linear layers, or a regular expression for their full names; default: `lora_targets`, of a causal LM.
+    """
     if rank == 0:
-        return llm.model
+        return model
     torch.manual_seed(seed)
     settings = LoraConfig(
         r=rank,
         lora_alpha=rank * config.lora_alpha_per_rank,  # peft divides by the rank
         lora_dropout=config.lora_dropout,
-        target_modules=lora_targets(llm.model, config),
-        task_type="CAUSAL_LM",
+        target_modules=targets or lora_targets(model, config),
+        task_type="CAUSAL_LM" if targets is None else None,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses transformers' old name
-        return get_peft_model(llm.model, settings)
+        return get_peft_model(model, settings)
 
 
 def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -6,15 +6,18 @@ Shapes: B batch, T encoder positions, A audio embeddings (T / stack, rounded up)
 import torch
 from torch import Tensor, nn
 
-from prunesearch.study.config import ProjectorConfig
+from prunesearch.model.system import SpeechProjector
+from prunesearch.study.model_config import ProjectorConfig
 
 
-class Projector(nn.Module):
+class Projector(SpeechProjector):
     """Concatenate `stack` positions -> Linear -> ReLU -> dropout -> Linear -> LayerNorm (arXiv 2603.27981).
 
     The LayerNorm's gain starts at `output_scale`. Give it the standard deviation of the LLM's own input embeddings: LLMs
     differ there (Qwen: 0.02, Gemma: 1), and audio should reach the LLM at the scale of its text.
     """
+
+    entry_name = "up"
 
     def __init__(self, encoder_width: int, llm_width: int, stack: int, hidden: int, dropout: float, output_scale: float = 1.0):
         super().__init__()
@@ -36,11 +39,18 @@ class Projector(nn.Module):
 
     def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, D_encoder), lengths (B,) -> (B, A, D_llm), lengths (B,)."""
-        stacked, audio_lengths = self.stacked(states, lengths)
+        stacked, audio_lengths = self.inputs(states, lengths)
         hidden = self.dropout(nn.functional.relu(self.up(stacked)))
         return self.norm(self.down(hidden)), audio_lengths
 
-    def stacked(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def entry(self) -> nn.Linear:
+        return self.up
+
+    def embeddings_of(self, positions: int) -> int:
+        return positions // self.stack
+
+    def inputs(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Concatenated positions (B, A, stack * D_encoder), lengths (B,). States beyond an utterance's length count as 0."""
         inside = torch.arange(states.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
         states = states * inside[..., None]

@@ -53,7 +53,7 @@ def published_points(records: Iterable[RunRecord], objective: str) -> tuple[Publ
     part = next((r for r in records if r.removed_layers), None)
     if whole is None or part is None or whole.dev is None:
         return ()
-    encoder = str(whole.provenance.get("config", {}).get("encoder", {}).get("model", "")).rsplit("/", 1)[-1]
+    encoder = str((whole.provenance.get("config", {}).get("encoder") or {}).get("model", "")).rsplit("/", 1)[-1]
     layer = (whole.parameters.encoder - part.parameters.encoder) // len(part.removed_layers)
     return tuple(
         PublishedPoint(

@@ -6,63 +6,24 @@ import json
 import os
 import re
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from prunesearch.study.candidate import Candidate, baselines
 from prunesearch.study.errors import StudyError, describe_validation_error
+from prunesearch.study.model_config import EncoderConfig, LlmConfig, ModelConfig, ModelSection, ProjectorConfig
 from prunesearch.study.presets import overridden_keys, with_preset
 from prunesearch.study.search_config import SearchConfig, most_removed
-from prunesearch.study.section import Count, Fraction, ModelSource, Positive, Section, context_of, locate
+from prunesearch.study.section import Count, Fraction, Positive, Section, context_of, locate
 from prunesearch.study.sources import Source
 
 Split = Literal["train", "dev", "test", "repair"]
+DEPTHS = ("encoder_layers", "num_hidden_layers")  # names of the encoder's depth in a config.json, or in its audio_config
 SPLITS: tuple[Split, ...] = ("train", "dev", "test", "repair")
-LEAST_ENCODER_LAYERS = 3  # the baseline `top2` removes two, and one must stay
-
-
-class EncoderConfig(Section):
-    """A Whisper checkpoint: a folder (relative to the study file, `${VARIABLES}` expanded) or a hub name."""
-
-    model: ModelSource
-    revision: str | None = None
-
-    @field_validator("model")
-    @classmethod
-    def _check_depth(cls, value: str, info: ValidationInfo) -> str:
-        depth = context_of(info, "encoder_layers")
-        if depth is not None and depth < LEAST_ENCODER_LAYERS:
-            raise ValueError(
-                f"must have at least three layers, got {depth}: the baseline top2 removes two, and one must stay; "
-                "choose a deeper encoder"
-            )
-        return value
-
-
-class LlmConfig(Section):
-    """Any decoder-only causal LM: a folder or a hub name. LoRA's alpha is `lora_alpha_per_rank` times its rank.
-
-    `lora_targets` are names of linear layers. `auto` means the q, k, v and o projections if the model uses these names,
-    else peft's own choice.
-    """
-
-    model: ModelSource
-    revision: str | None = None
-    prompt: str = "Transcribe speech to text.\n"
-    lora_targets: tuple[str, ...] | Literal["auto"] = "auto"
-    quantization: Literal["8bit", "4bit"] | None = Field(None, description="with bitsandbytes, on a GPU")
-    lora_alpha_per_rank: Positive = 2.0
-    lora_dropout: Fraction = 0.1
-
-
-class ProjectorConfig(Section):
-    """Concatenates `stack` encoder positions, then applies Linear, ReLU, dropout, Linear, LayerNorm."""
-
-    stack: Count = 5
-    hidden: Count = 2048
-    dropout: Fraction = 0.1
 
 
 class DataConfig(Section):
@@ -205,14 +166,26 @@ class StorageConfig(Section):
     )
 
 
+@dataclass(frozen=True)
+class SlamParts:
+    """What a SLAM-ASR system is assembled from."""
+
+    encoder: EncoderConfig
+    llm: LlmConfig
+    projector: ProjectorConfig
+
+
 class StudyConfig(Section):
-    """A whole study. Paths are relative to the study file."""
+    """A whole study, of a `[model]` or of a SLAM-ASR system from `[encoder]`, `[projector]` and `[llm]`. Paths are relative to
+    the study file.
+    """
 
     name: str
     preset: Literal["paper"] | None = None
     seed: int = 0
-    encoder: EncoderConfig
-    llm: LlmConfig
+    model: ModelConfig | None = None
+    encoder: EncoderConfig | None = Field(None, validate_default=True)
+    llm: LlmConfig | None = Field(None, validate_default=True)
     projector: ProjectorConfig = ProjectorConfig()
     data: DataConfig
     text: TextConfig = TextConfig()
@@ -229,6 +202,40 @@ class StudyConfig(Section):
         if context_of(info, "any_name") and value:
             return value
         return check_study_name(value, context_of(info, "name_source") or "")
+
+    @field_validator("encoder", "llm")
+    @classmethod
+    def _check_parts(cls, value: Section | None, info: ValidationInfo) -> Section | None:
+        if info.data.get("model") is None:
+            if value is None and "model" in info.data:
+                raise PydanticCustomError("missing", "Field required")
+        elif value is not None:
+            raise ValueError(f"must not be given beside [model], got {info.field_name}: leave one of them out")
+        return value
+
+    @field_validator("projector", "anchor")
+    @classmethod
+    def _check_no_anchor(cls, value: Section, info: ValidationInfo) -> Section:
+        if info.data.get("model") is not None:
+            raise ValueError(f"must not be given beside [model], got {info.field_name}: the model has its own; leave it out")
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _check_start(cls, value: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        if info.data.get("model") is not None and value.init == "scratch":
+            raise ValueError("init must be anchor with [model], got 'scratch': the model is trained already")
+        return value
+
+    @field_validator("data")
+    @classmethod
+    def _check_padding(cls, value: DataConfig, info: ValidationInfo) -> DataConfig:
+        if info.data.get("model") is not None and value.pad_to_seconds is not None:
+            raise ValueError(
+                f"pad_to_seconds is for [encoder], got {value.pad_to_seconds:g} with [model], which pads by its own rule: "
+                "leave it out (model.window_seconds shortens its window)"
+            )
+        return value
 
     @field_validator("training")
     @classmethod
@@ -274,6 +281,19 @@ class StudyConfig(Section):
             return stored
         return str(self.folder / os.path.expanduser(os.path.expandvars(stored)))
 
+    @property
+    def slam(self) -> SlamParts:
+        """The parts of a SLAM-ASR system, in a study that assembles one."""
+        assert self.encoder is not None, "this study has a [model]"
+        assert self.llm is not None
+        return SlamParts(self.encoder, self.llm, self.projector)
+
+    @property
+    def models(self) -> dict[str, ModelSection]:
+        """The models that the study names, by section."""
+        sections: dict[str, ModelSection | None] = {"model": self.model, "encoder": self.encoder, "llm": self.llm}
+        return {name: section for name, section in sections.items() if section is not None}
+
     def locate(self, value: str) -> str:
         """A path or hub name of the study file, ready to open: variables expanded, relative to the study file."""
         return locate(value, self.folder)
@@ -308,9 +328,11 @@ class StudyConfig(Section):
         Excludes where the study is stored, its number of trials, how candidates are chosen, and what changes only speed and
         memory.
         """
+        unused = {"projector", "anchor", "encoder", "llm"} if self.model else {"model"}
         return self.model_dump(
             mode="json",
             exclude={
+                **dict.fromkeys(unused, True),
                 "storage": True,
                 "search": {"trials", "fixed", "sampler", "startup_trials", "scan", "repeats"},
                 "training": {"micro_batch", "gradient_checkpointing", "checkpoint_seconds", "tracker", "rung_confidence"},
@@ -407,8 +429,9 @@ def _run_folder(source: Path) -> Path:
 
 def _local_encoder_layers(raw: dict[str, Any], folder: Path) -> int | None:
     """The encoder's depth, from the config.json of a local folder; None for a hub model, which is checked when opened."""
-    encoder = raw.get("encoder")
-    model = encoder.get("model") if isinstance(encoder, dict) else None
+    section, key = ("model", "name") if isinstance(raw.get("model"), dict) else ("encoder", "model")
+    table = raw.get(section)
+    model = table.get(key) if isinstance(table, dict) else None
     file = Path(locate(model, folder)) / "config.json" if isinstance(model, str) else None
     if file is None or not file.is_file():
         return None
@@ -416,5 +439,6 @@ def _local_encoder_layers(raw: dict[str, Any], folder: Path) -> int | None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:  # reported when the model is opened
         return None
-    layers = found.get("encoder_layers") if isinstance(found, dict) else None
-    return layers if isinstance(layers, int) else None
+    inside = found.get("audio_config", found) if isinstance(found, dict) else None
+    layers = [inside[name] for name in DEPTHS if name in inside] if isinstance(inside, dict) else []
+    return layers[0] if layers and isinstance(layers[0], int) else None

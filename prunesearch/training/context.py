@@ -6,17 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.digest import hub_commit, model_digest
-from prunesearch.model.encoder import remove_layers
-from prunesearch.model.llm import Llm, embedding_scale, lora_targets, recompute_activations
-from prunesearch.model.loading import load_models
-from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.families import family_of
+from prunesearch.model.system import Reader, SpeechEncoder, SpeechProjector, SpeechSystem, Target
 from prunesearch.speech.corpus import Utterance, checked_corpus
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import Split, StudyConfig
@@ -27,7 +21,7 @@ from prunesearch.training.decode import Decoder, scored
 from prunesearch.training.device import pick_dtype
 from prunesearch.training.finetune import Budget
 from prunesearch.training.process_group import ProcessGroup
-from prunesearch.training.states import Progress, StateCache, StateStore, window_seconds
+from prunesearch.training.states import Progress, StateCache, StateStore
 from prunesearch.training.streams import Group, Streams, batches_of
 from prunesearch.training.tracker import tracker_for
 
@@ -46,9 +40,7 @@ class TrainingContext:
     config: StudyConfig
     group: ProcessGroup
     dtype: torch.dtype
-    encoder: WhisperEncoder
-    extractor: Any
-    llm: Llm
+    system: SpeechSystem
     report_progress: Progress = _silent
 
     @classmethod
@@ -63,12 +55,11 @@ class TrainingContext:
         group = group or ProcessGroup.join()
         dtype = pick_dtype(config.training.precision, group.device)
         tracker_for(config, "")  # a missing package is told before models are loaded
-        models = load_models(config, dtype)
-        lora_targets(models.llm.model, config.llm)  # a wrong name is told now, and not when the first LoRA is made
-        encoder, llm = models.encoder.to(group.device), models.llm.to(group.device)
+        family = family_of(config)
+        system = family.system().load(config, dtype).to(group.device)
         if config.training.gradient_checkpointing:
-            recompute_activations(llm.model)
-        context = cls(config, group, dtype, encoder, models.extractor, llm, report_progress)
+            system.recompute_activations()
+        context = cls(config, group, dtype, system, report_progress)
         if outside := [i for i in config.removable(context.depth) if i >= context.depth]:
             raise StudyError([f"search.removable_layers: must lie in [0, {context.depth}), got {outside[0]}"])
         return context
@@ -84,6 +75,11 @@ class TrainingContext:
             self.report_progress(what, done, of)
 
     @property
+    def encoder(self) -> SpeechEncoder:
+        """The unpruned encoder."""
+        return self.system.encoder
+
+    @property
     def device(self) -> torch.device:
         return self.group.device
 
@@ -94,7 +90,7 @@ class TrainingContext:
     @property
     def depth(self) -> int:
         """The number of the unpruned encoder's layers."""
-        return len(self.encoder.layers)
+        return self.encoder.depth
 
     @property
     def shared_depth(self) -> int:
@@ -106,14 +102,18 @@ class TrainingContext:
     @cached_property
     def corpora(self) -> dict[Split, list[Utterance]]:
         """The study's splits. Raises StudyError for recordings that cannot be used, unless the study skips those."""
-        window = window_seconds(self.encoder, self.extractor)
+        window = self.encoder.window_seconds
         splits = self.config.data.splits
-        return {split: checked_corpus(self.config, split, self.progress, window).utterances for split in splits}
+        corpora = {split: checked_corpus(self.config, split, self.progress, window).utterances for split in splits}
+        spoken = {u.language for split in splits if split != "repair" for u in corpora[split]}
+        for language in sorted(spoken, key=str):
+            self.system.target("", language)  # an unknown one is told now
+        return corpora
 
     @cached_property
-    def targets(self) -> list[list[int]]:
-        """The tokens of train's texts."""
-        return [self.llm.tokens(u.target) for u in self.corpora["train"]]
+    def targets(self) -> list[Target]:
+        """What is to be written for each utterance of train."""
+        return [self.system.target(u.target, u.language) for u in self.corpora["train"]]
 
     def _budget(self, steps: int, rate: float, lora_rate: float, purpose: str, repeat: int = 0) -> Budget:
         held_out = set(self.held_out)
@@ -182,11 +182,17 @@ class TrainingContext:
 
     @cached_property
     def states(self) -> StateCache:
-        run, extractor = self.config.run_folder, self.extractor
+        run = self.config.run_folder
         return StateCache(
-            run / "features", run / "scratch", self.encoder, extractor, self.shared_depth, self.config.data.pad_to_seconds,
+            run / "features", run / "scratch", self.encoder, self.shared_depth, self._padding,
             self.model_digests["encoder"], self.device, self.dtype, self.progress,
         )  # fmt: skip
+
+    @property
+    def _padding(self) -> float | None:
+        """Recordings are padded with silence to a multiple of so many seconds, before the encoder's own padding."""
+        model, data = self.config.model, self.config.data
+        return data.pad_to_seconds if model is None else model.window_seconds
 
     @cached_property
     def streams(self) -> Streams:
@@ -206,16 +212,7 @@ class TrainingContext:
     @cached_property
     def model_digests(self) -> dict[str, str]:
         """Digests of the models' weights: the same for a folder and for a copy of it on the hub."""
-        return {"encoder": model_digest(self.config, self.config.encoder), "llm": model_digest(self.config, self.config.llm)}
-
-    def hub_commits(self) -> dict[str, str]:
-        """The hub's commits of the models that came from there, to be shown beside their digests."""
-        encoder, llm, locate = self.config.encoder, self.config.llm, self.config.locate
-        commits = {
-            "encoder": hub_commit(locate(encoder.model), encoder.revision),
-            "llm": hub_commit(locate(llm.model), llm.revision),
-        }
-        return {name: commit for name, commit in commits.items() if commit}
+        return self.system.digests(self.config)
 
     def prefix(self, split: Split, indices: Sequence[int] = ()) -> StateStore:
         """The states that all candidates share, from the study's cache. `indices`: utterances that are needed besides those
@@ -223,27 +220,25 @@ class TrainingContext:
         """
         return self.states.prefix(split, self.corpora[split], {*self.used(split), *indices})
 
-    def encoded(self, encoder: WhisperEncoder, split: Split, indices: Sequence[int]) -> StateStore:
+    def encoded(self, encoder: SpeechEncoder, split: Split, indices: Sequence[int]) -> StateStore:
         """A candidate's encoder states for some utterances."""
         return self.states.finish(self.prefix(split, indices), encoder, indices)
 
     # The parts of a system
 
-    def pruned_encoder(self, candidate: Candidate) -> WhisperEncoder:
-        return remove_layers(self.encoder, candidate.removed_layers)
+    def pruned_encoder(self, candidate: Candidate) -> SpeechEncoder:
+        return self.encoder.without(candidate.removed_layers)
 
-    def fresh_projector(self, repeat: int = 0) -> Projector:
-        """A new projector from the study's seed: the same for every candidate."""
-        torch.manual_seed(self.config.seed + repeat)
-        widths = self.encoder.config.d_model, self.llm.model.get_input_embeddings().embedding_dim
-        return Projector.for_models(self.config.projector, *widths, embedding_scale(self.llm.model)).to(self.device)
+    def fresh_projector(self, repeat: int = 0) -> SpeechProjector:
+        """A projector as the system has it before any training: the same for every candidate."""
+        return self.system.new_projector(self.config.seed + repeat)
 
     def decode(
-        self, slam: SpeechLlm, split: Split, states: StateStore, indices: Sequence[int] | None = None, beams: int | None = None
+        self, reader: Reader, split: Split, states: StateStore, indices: Sequence[int] | None = None, beams: int | None = None
     ) -> list[UtteranceResult]:
         """Decode and score a system on a split, or on the utterances at `indices`."""
         indices = self.used(split) if indices is None else indices
-        decoder = Decoder(slam, self.config.decoding, self.device, self.dtype, beams)
+        decoder = Decoder(reader, self.config.decoding, self.device, self.dtype, beams)
         hypotheses = decoder.decode(states, self.corpora[split], indices, self.progress)
         return scored(hypotheses, self.corpora[split], indices, self.config.text)
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.system import GenerationLimits, Reader
 from prunesearch.speech.corpus import Utterance
 from prunesearch.speech.text import normalizer_for
 from prunesearch.speech.wer import score
@@ -16,17 +15,6 @@ from prunesearch.study.record import UtteranceResult
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import arithmetic
 from prunesearch.training.states import StateStore
-
-
-class _RowLimits(StoppingCriteria):
-    """Each row of a batch ends at its own number of new tokens."""
-
-    def __init__(self, limits: Tensor):
-        self.limits = limits
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        beams = input_ids.shape[0] // self.limits.shape[0]
-        return input_ids.shape[1] >= self.limits.repeat_interleave(beams)
 
 
 @dataclass(frozen=True)
@@ -51,37 +39,27 @@ def token_limit(seconds: float, decoding: DecodingConfig) -> int:
 class Decoder:
     """Decodes encoder states with one system. `beams`: None takes the number in `decoding`."""
 
-    slam: SpeechLlm
+    reader: Reader
     decoding: DecodingConfig
     device: torch.device
     dtype: torch.dtype
     beams: int | None = None
 
     @torch.inference_mode()
-    def generate(self, states: Tensor, lengths: Tensor, limits: Sequence[int]) -> list[Hypothesis]:
-        """Encoder states (B, T, D), lengths (B,) -> a hypothesis for each, of at most `limits` tokens."""
-        slam, decoding = self.slam, self.decoding
-        most = torch.tensor(limits, device=self.device)
+    def generate(
+        self, states: Tensor, lengths: Tensor, limits: Sequence[int], languages: Sequence[str | None]
+    ) -> list[Hypothesis]:
+        """Encoder states (B, T, D), lengths (B,) -> a hypothesis for each, of at most `limits` tokens.
+
+        `languages`: of the recordings, for systems that take one; None where it is not known.
+        """
+        reader, decoding = self.reader, self.decoding
+        generation = GenerationLimits(limits, self.beams or decoding.beams, decoding.repetition_penalty)
         with arithmetic(self.device, self.dtype):
-            embeddings, mask = slam.prefix(states, lengths)
-            written = slam.model.generate(
-                inputs_embeds=embeddings.to(slam.llm.model.dtype),
-                attention_mask=mask,
-                generation_config=GenerationConfig(
-                    max_new_tokens=max(limits),
-                    num_beams=self.beams or decoding.beams,
-                    repetition_penalty=decoding.repetition_penalty,
-                    do_sample=False,
-                    eos_token_id=slam.llm.eos,
-                    pad_token_id=slam.llm.pad,
-                ),
-                stopping_criteria=StoppingCriteriaList([_RowLimits(most)]),
-            )
-        texts = slam.llm.tokenizer.batch_decode(written, skip_special_tokens=True)
-        rows = list(zip(texts, written.tolist(), limits, strict=True))
+            written = reader.generate(states, lengths, languages, generation)
         return [
-            Hypothesis(text, count_new_tokens(row, limit, slam.llm.eos), reached_limit(row, limit, slam.llm.eos))
-            for text, row, limit in rows
+            Hypothesis(text, count_new_tokens(row, limit, reader.eos), reached_limit(row, limit, reader.eos))
+            for text, row, limit in zip(reader.texts(written), written, limits, strict=True)
         ]
 
     def decode(
@@ -102,7 +80,7 @@ class Decoder:
             batch = waiting.pop(0)
             limits = [token_limit(utterances[i].seconds, self.decoding) for i in batch]
             try:
-                hypotheses = self.generate(*states.batch(batch, self.device), limits)
+                hypotheses = self.generate(*states.batch(batch, self.device), limits, [utterances[i].language for i in batch])
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise

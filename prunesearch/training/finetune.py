@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunesearch.model.llm import lora_parameters, recompute_activations, recomputes_activations
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.system import Reader, Target
 from prunesearch.study.config import TrainingConfig
 from prunesearch.study.files import write_atomically
 from prunesearch.study.interrupt import Interrupted
@@ -59,10 +59,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Encoder states of utterances and the tokens of their texts, by index in the corpus."""
+    """Encoder states of utterances and what is to be written for them, by index in the corpus."""
 
     states: StateStore
-    targets: Sequence[list[int]]
+    targets: Sequence[Target]
 
 
 @dataclass
@@ -89,10 +89,10 @@ class CurvePoint:
     memory_bytes: int
 
 
-def trainable(slam: SpeechLlm) -> dict[str, torch.nn.Parameter]:
+def trainable(reader: Reader) -> dict[str, torch.nn.Parameter]:
     """The weights that a fine-tune changes, by name."""
-    projector = {f"projector.{name}": p for name, p in slam.projector.named_parameters()}
-    return {**projector, **lora_parameters(slam.model)}
+    projector = {f"projector.{name}": p for name, p in reader.projector.named_parameters()}
+    return {**projector, **lora_parameters(reader.model)}
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,16 @@ class FineTuneSettings:
 
 
 class FineTune:
-    """Trains `slam` in place, up to the step that `run_to` is given, starting from the checkpoint if there is one.
+    """Trains the reader in place, up to the step that `run_to` is given, starting from the checkpoint if there is one.
 
     Each step draws its random numbers from the seed and its own number only, so that a resumed fine-tune ends in the weights of
     an uninterrupted one. A batch that does not fit in memory is halved into micro-batches, whose gradients add up to the
     batch's.
     """
 
-    def __init__(self, slam: SpeechLlm, data: TrainingSet, budget: Budget, settings: FineTuneSettings):
-        self.slam, self.data, self.budget, self.settings = slam, data, budget, settings
-        self._weights = trainable(slam)
+    def __init__(self, reader: Reader, data: TrainingSet, budget: Budget, settings: FineTuneSettings):
+        self.reader, self.data, self.budget, self.settings = reader, data, budget, settings
+        self._weights = trainable(reader)
         self._start = {name: p.detach().clone() for name, p in self._weights.items()} if budget.held_out else {}
         lora = [p for name, p in self._weights.items() if not name.startswith("projector.")]
         projector = [p for name, p in self._weights.items() if name.startswith("projector.")]
@@ -127,7 +127,7 @@ class FineTune:
         micro_batch = settings.config.micro_batch or settings.config.batch_size
         self.progress = self._resumed() or FineTuneProgress(micro_batch)
         self._saved = time.perf_counter()
-        self._loss_limit = EXPLODED * math.log(slam.llm.model.get_input_embeddings().num_embeddings)
+        self._loss_limit = EXPLODED * math.log(reader.vocabulary)
         self._train_mode(False)  # until `run_to`: dropout is off where the start is scored
         self._first_bad_step: Tensor | None = None  # on the device, so that the host need not wait for it at every step
 
@@ -181,8 +181,8 @@ class FineTune:
             indices = [shard[row] for row in rows]
             hidden, lengths = states.batch(indices, group.device)
             with arithmetic(group.device, self.settings.dtype):
-                total += float(self.slam.loss_sum(hidden, lengths, [targets[i] for i in indices]))
-        return group.total(total) / sum(len(targets[i]) for i in self.budget.held_out)
+                total += float(self.reader.loss_sum(hidden, lengths, [targets[i] for i in indices]))
+        return group.total(total) / self._tokens(self.budget.held_out)
 
     @contextmanager
     def checkpoint_when_interrupted(self) -> Iterator[None]:
@@ -194,8 +194,12 @@ class FineTune:
             raise
 
     def _train_mode(self, on: bool) -> None:
-        self.slam.projector.train(on)
-        self.slam.model.train(on)
+        self.reader.projector.train(on)
+        self.reader.model.train(on)
+
+    def _tokens(self, indices: Sequence[int]) -> int:
+        """The number of tokens that are to be written for these utterances."""
+        return sum(len(self.data.targets[i].tokens) for i in indices)
 
     def _step(self, step: int, fetched: Fetched, begin: float) -> None:
         config, budget, progress = self.settings.config, self.budget, self.progress
@@ -208,8 +212,7 @@ class FineTune:
         self._optimizer.zero_grad()
         progress.step = step + 1
         progress.seconds = time.perf_counter() - begin
-        texts = sum(len(self.data.targets[i]) for i in fetched.shard)
-        progress.tokens += sum(fetched.positions) // self.slam.projector.stack + texts
+        progress.tokens += self.reader.projector.embeddings_of(sum(fetched.positions)) + self._tokens(fetched.shard)
         here = torch.where(loss < self._loss_limit, budget.steps, step)  # NaN compares false
         self._first_bad_step = here if self._first_bad_step is None else torch.minimum(self._first_bad_step, here)
         if step % LOSS_EVERY == 0 or step + 1 == budget.steps:
@@ -253,13 +256,13 @@ class FineTune:
         texts = [targets[i] for i in fetched.shard[rows]]
         with attention_for_training(group.device):  # backwards too: recomputed activations must be computed alike
             with arithmetic(group.device, self.settings.dtype):
-                part = self.slam.loss_sum(hidden, lengths, texts) / sum(len(targets[i]) for i in fetched.batch)
+                part = self.reader.loss_sum(hidden, lengths, texts) / self._tokens(fetched.batch)
             part.backward()
         return part.detach()
 
     def _save_memory(self, problem: torch.OutOfMemoryError | None, shard: int) -> None:
         """Make the next attempt at a step smaller. Raises torch.OutOfMemoryError when nothing is left to try."""
-        progress, model = self.progress, self.slam.llm.model
+        progress, model = self.progress, self.reader.base
         if progress.micro_batch > 1:
             progress.micro_batch = (min(progress.micro_batch, shard) + 1) // 2
         elif not recomputes_activations(model):

@@ -17,8 +17,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from prunesearch.model.encoder import run_layers
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.system import SpeechProjector
 from prunesearch.speech.audio import version_of
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.files import read_unless_damaged, write_atomically
@@ -35,7 +34,7 @@ from prunesearch.study.importance import (
 )
 from prunesearch.study.interrupt import locked
 from prunesearch.study.record import SplitResult
-from prunesearch.training.anchor import anchor_weights, read_anchor, train_anchor
+from prunesearch.training.anchor import anchor_digest, anchor_projector
 from prunesearch.training.batches import by_length
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.device import arithmetic
@@ -101,9 +100,9 @@ def importance_scan(
     """
     folder = context.config.run_folder / "scan"
     folder.mkdir(parents=True, exist_ok=True)
-    weights = anchor_weights(context) if anchor_weights(context).exists() else train_anchor(context)
+    projector = anchor_projector(context)
     with locked(folder / "lock", context.group.check_anywhere):  # the study's other workers wait, and find it finished
-        return _scan(context, folder, weights, _counted(context, settings or ScanSettings(), choose), choose)
+        return _scan(context, folder, projector, _counted(context, settings or ScanSettings(), choose), choose)
 
 
 def _counted(context: TrainingContext, settings: ScanSettings, choose: ScreeningChoice | None) -> ScanSettings:
@@ -117,16 +116,16 @@ def _counted(context: TrainingContext, settings: ScanSettings, choose: Screening
 
 
 def _scan(
-    context: TrainingContext, folder: Path, weights: Path, settings: ScanSettings, choose: ScreeningChoice | None
+    context: TrainingContext, folder: Path, projector: SpeechProjector, settings: ScanSettings, choose: ScreeningChoice | None
 ) -> Scan:
-    anchor = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    anchor = anchor_digest(context)[:12]
     removable = context.config.removable(context.depth)
     name = _scan_name(context, anchor, settings)
     if finished := read_unless_damaged(folder / f"{name}.json", Scan):
         write_scan(folder / "scan.json", finished)
         return finished
     sets = family(removable, settings.most)
-    scanner = Scanner(context, weights, settings.utterances, len(sets))
+    scanner = Scanner(context, projector, settings.utterances, len(sets))
 
     small = [s for s in sets if len(s) < 2]
     all_losses = len(sets) - len(small) <= settings.loss_sets
@@ -141,7 +140,7 @@ def _scan(
     result = scanner.result(sums, sets, wer, counted, anchor)
     if settings.screened and choose is not None:
         screening = Screening.continued(folder / f"{name}.screened")
-        result = screening.run(context, scanner.slam.projector, result, choose, settings.screened)
+        result = screening.run(context, projector, result, choose, settings.screened)
     write_scan(folder / f"{name}.json", result)
     write_scan(folder / "scan.json", result)
     for part in ("first", "second", "screened"):
@@ -160,7 +159,7 @@ def _scan_name(context: TrainingContext, anchor: str, settings: ScanSettings) ->
 class Scanner:
     """A subset of dev, and the anchor's system."""
 
-    def __init__(self, context: TrainingContext, anchor: Path, utterances: int, sets: int):
+    def __init__(self, context: TrainingContext, projector: SpeechProjector, utterances: int, sets: int):
         self.context = context
         self.first = context.shared_depth
         self.prefix = context.prefix("dev")
@@ -171,10 +170,8 @@ class Scanner:
         one = sets * longest * self.prefix.values.shape[1] * self.prefix.values.element_size()
         batch = max(1, min(BATCH, END_STATES // one))
         self.batches = [[chosen[j] for j in b] for b in by_length([self.prefix.length(i) for i in chosen], batch)]
-        self.texts = {i: context.llm.tokens(corpus[i].target) for i in chosen}
-        projector = context.fresh_projector()
-        projector.load_state_dict(read_anchor(anchor, projector))
-        self.slam = SpeechLlm(projector.eval(), context.llm, context.llm.model)
+        self.targets = {i: context.system.target(corpus[i].target, corpus[i].language) for i in chosen}
+        self.projector = projector.eval()
 
     def layer(self, states: Sequence[Tensor], lengths: Tensor, layer: int) -> list[Tensor]:
         """One layer applied to the states of several sets (each (B, T, D)), in few batches."""
@@ -182,7 +179,7 @@ class Scanner:
         step, out = max(1, ROWS // batch), []
         for begin in range(0, len(states), step):
             part = torch.cat(list(states[begin : begin + step]))
-            ran = run_layers(self.context.encoder, part, lengths.repeat(len(part) // batch), layer, layer + 1)
+            ran = self.context.encoder.run(part, lengths.repeat(len(part) // batch), layer, layer + 1)
             out.extend(ran.split(batch))
         return out
 
@@ -207,8 +204,8 @@ class Scanner:
 
     def projected(self, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states (B, T, D) and the projector's output (B, A, D), zero beyond an utterance's end."""
-        states = self.context.encoder.layer_norm(hidden)
-        audio, audio_lengths = self.slam.projector(states, lengths)
+        states = self.context.encoder.norm(hidden)
+        audio, audio_lengths = self.projector(states, lengths)
         inside = torch.arange(audio.shape[1], device=audio.device) < audio_lengths[:, None]
         return states, audio.float() * inside[..., None]
 
@@ -230,10 +227,10 @@ class Scanner:
         self, indices: list[int], sets: Sequence[LayerSet], with_loss: set[LayerSet], statistics: bool, sums: _Sums
     ) -> None:
         hidden, lengths = self.prefix.batch(indices, self.context.device)
-        texts = [self.texts[i] for i in indices]
+        targets = [self.targets[i] for i in indices]
         path: list[Tensor] = []
         whole = None
-        with arithmetic(self.context.device, self.context.dtype):
+        with arithmetic(self.context.device, self.context.dtype), self.context.system.reader(self.projector) as reader:
             for node, states, is_end in self.tree(hidden, lengths, sets):
                 if not is_end:
                     path.append(states)
@@ -242,10 +239,10 @@ class Scanner:
                 whole = audio if whole is None else whole  # the empty set comes first
                 sums.add("drift", set_key(node), (audio - whole).square().sum().item())
                 if node in with_loss:
-                    sums.add("loss", set_key(node), self.slam.loss_sum(encoded, lengths, texts).item())
+                    sums.add("loss", set_key(node), reader.loss_sum(encoded, lengths, targets).item())
         assert whole is not None
         sums.reference += whole.square().sum().item()
-        sums.tokens += sum(map(len, texts))
+        sums.tokens += sum(len(target.tokens) for target in targets)
         if statistics:
             self._statistics(path, lengths, sums)
 
@@ -275,7 +272,8 @@ class Scanner:
         context, found = self.context, {}
         for done, layers in enumerate(sets):
             states = context.encoded(context.pruned_encoder(Candidate(layers)), "dev", self.chosen)
-            results = context.decode(self.slam, "dev", states, self.chosen)
+            with context.system.reader(self.projector) as reader:
+                results = context.decode(reader, "dev", states, self.chosen)
             found[layers] = SplitResult.of(results).errors.wer
             context.progress("decoding without a layer", done + 1, len(sets))
         return found
@@ -291,7 +289,7 @@ class Scanner:
         encoders = {s: context.pruned_encoder(Candidate(s)) for s in sets}
 
         def one_by_one(hidden: Tensor, lengths: Tensor) -> dict[LayerSet, Tensor]:
-            return {s: run_layers(encoder, hidden, lengths, self.first) for s, encoder in encoders.items()}
+            return {s: encoder.run(hidden, lengths, self.first) for s, encoder in encoders.items()}
 
         def as_tree(hidden: Tensor, lengths: Tensor) -> dict[LayerSet, Tensor]:
             return {node: states for node, states, is_end in self.tree(hidden, lengths, sets) if is_end}

@@ -15,9 +15,8 @@ from typing import Any, Literal, Protocol
 import torch
 
 from prunesearch import __version__
-from prunesearch.model.llm import lora
-from prunesearch.model.parameters import count_parameters
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.digest import hub_commits
+from prunesearch.model.system import Reader
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.interrupt import LeaseLost
 from prunesearch.study.record import (
@@ -85,7 +84,7 @@ class Prepared:
     """A candidate's system, ready to be trained, and the encoder states that it is trained and scored on."""
 
     candidate: Candidate
-    slam: SpeechLlm
+    reader: Reader
     parameters: Parameters
     train: StateStore
     dev: StateStore | None  # of the main process, which decodes
@@ -135,18 +134,17 @@ def prepare(context: TrainingContext, candidate: Candidate) -> Iterator[Prepared
     """Remove the layers, repair what is left, compute the encoder states, start the projector, and put LoRA on the LLM until
     the end.
     """
-    config, group = context.config, context.group
+    group = context.group
     started = time.perf_counter()
     encoder, projector, repair = start_of(context, candidate)
     repair_seconds = time.perf_counter() - started
-    with lora(context.llm, candidate.lora_rank, config.llm, config.seed + candidate.repeat) as model:
-        slam = SpeechLlm(projector, context.llm, model)
+    with context.system.reader(projector, candidate.lora_rank, context.config.seed + candidate.repeat) as reader:
         started = time.perf_counter()
         train = context.encoded(encoder, "train", context.drawn(context.budget(candidate.repeat)))
         dev = context.encoded(encoder, "dev", context.used("dev")) if group.is_main_process else None
         seconds = time.perf_counter() - started
-        parameters = count_parameters(encoder, projector, model)
-        yield Prepared(candidate, slam, parameters, train, dev, repair, repair_seconds, seconds)
+        parameters = context.system.parameters(encoder, reader)
+        yield Prepared(candidate, reader, parameters, train, dev, repair, repair_seconds, seconds)
 
 
 def fine_tune(context: TrainingContext, system: Prepared, monitor: TrialMonitor) -> Run:
@@ -157,7 +155,7 @@ def fine_tune(context: TrainingContext, system: Prepared, monitor: TrialMonitor)
     rungs = sorted({round(fraction * budget.steps) or 1 for fraction in config.training.rungs if budget.steps})
     with LearningCurve(folder, context, label, budget.steps) as curve:
         settings = FineTuneSettings(config.training, context.group, context.dtype, folder / "checkpoint.pt", curve.add)
-        tuning = FineTune(system.slam, TrainingSet(system.train, context.targets), budget, settings)
+        tuning = FineTune(system.reader, TrainingSet(system.train, context.targets), budget, settings)
         run = Run(tuning.progress)
         try:
             with tuning.checkpoint_when_interrupted():
@@ -185,7 +183,7 @@ def score(context: TrainingContext, system: Prepared, run: Run, monitor: TrialMo
         return
     started = time.perf_counter()
     try:
-        results = context.decode(system.slam, "dev", system.dev)
+        results = context.decode(system.reader, "dev", system.dev)
     except torch.OutOfMemoryError as error:
         run.fail_for_memory(error)
         return
@@ -281,7 +279,7 @@ def write(context: TrainingContext, system: Prepared, run: Run, name: str | None
     record = context.group.broadcast(record)
     if context.group.is_main_process:
         if run.state != "failed":
-            write_tensors(folder / WEIGHTS_FILE, trainable(system.slam))
+            write_tensors(folder / WEIGHTS_FILE, trainable(system.reader))
         write_record(context.records, record)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     return record
@@ -294,14 +292,13 @@ def decode_test(context: TrainingContext, record: RunRecord) -> RunRecord:
     config, candidate = context.config, record.candidate
     encoder = repaired_encoder(context, candidate)
     keep_repaired_maps(context, candidate, encoder)
-    with lora(context.llm, record.lora_rank, config.llm, config.seed) as model:
-        slam = SpeechLlm(context.fresh_projector(), context.llm, model)
-        weights = trainable(slam)
+    with context.system.reader(context.fresh_projector(), record.lora_rank, config.seed) as reader:
+        weights = trainable(reader)
         restore(weights, read_tensors(record_folder(context.records, candidate) / WEIGHTS_FILE, weights, TRAIN_AGAIN))
-        slam.projector.eval()
-        model.eval()
+        reader.projector.eval()
+        reader.model.eval()
         states = context.encoded(encoder, "test", context.used("test"))
-        results = context.decode(slam, "test", states, beams=config.decoding.test_beams)
+        results = context.decode(reader, "test", states, beams=config.decoding.test_beams)
     write_utterances(context.records, candidate, "test", results)
     tested = record.model_copy(update={"test": SplitResult.of(results)})
     write_record(context.records, tested)
@@ -334,7 +331,7 @@ def provenance(context: TrainingContext) -> dict[str, Any]:
         "processes": context.group.size,
         "dtype": str(context.dtype).removeprefix("torch."),
         "models": context.model_digests,
-        "hub_commits": context.hub_commits(),
+        "hub_commits": hub_commits(context.config),
         "fingerprint": context.config.fingerprint(),
         "config": context.config.model_dump(mode="json", exclude={"storage"}),
     }

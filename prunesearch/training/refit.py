@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunesearch.model.encoder import activations, add_attention, attention_heads, behind_attention, behind_feed_forward
-from prunesearch.model.projector import Projector
+from prunesearch.model.system import SpeechEncoder, SpeechProjector
 from prunesearch.training.device import arithmetic
 from prunesearch.training.ridge import LADDER, NormalEquations, Solution, solve
 from prunesearch.training.states import StateStore
@@ -31,20 +30,28 @@ class Refit:
     dtype: torch.dtype
     ladder: Sequence[float] = LADDER
 
+    @property
+    def encoder(self) -> SpeechEncoder:
+        """The unpruned encoder."""
+        return self.streams.encoder
+
     def attention(self, number: int, layer: Any, heads: Stream, stream: Stream) -> Solution:
         """Refit a layer's `out_proj`, so that the stream behind its attention becomes what it is in the unpruned encoder."""
         target = self.streams.behind_attention(number)
-        return self._fit(layer.self_attn.out_proj, _attention_rows, heads, target, stream)
+        return self._fit(self.encoder.attention_map(layer), _attention_rows, heads, target, stream)
 
     def feed_forward(self, layer: Any, middle: Stream, following: int) -> Solution:
         """Refit a layer's `fc2`, so that the stream becomes what it is before layer `following` of the unpruned encoder."""
-        return self._fit(layer.fc2, partial(_feed_forward_rows, layer), middle, self.streams.before(following))
+        rows = partial(_feed_forward_rows, self.encoder, layer)
+        return self._fit(self.encoder.feed_forward_map(layer), rows, middle, self.streams.before(following))
 
-    def projector(self, projector: Projector, norm: nn.Module, behind: Stream) -> Solution:
-        """Refit a projector's first map. `norm`: the encoder's last LayerNorm; `behind`: the stream before it."""
-        full = self.streams.before(len(self.streams.encoder.layers))
-        rows = partial(_projector_rows, projector, copy.deepcopy(projector.up), norm)
-        return self._fit(projector.up, rows, behind, full)
+    def projector(self, projector: SpeechProjector, behind: Stream) -> Solution:
+        """Refit a projector's first map. `behind`: the stream behind the pruned encoder's last layer."""
+        full = self.streams.before(self.encoder.depth)
+        rows = partial(_projector_rows, projector, copy.deepcopy(projector.entry), self.encoder)
+        solution = self._fit(projector.entry, rows, behind, full)
+        projector.fold()
+        return solution
 
     def _fit(self, linear: nn.Linear, rows: Callable[..., Rows], *streams: Stream) -> Solution:
         """`rows`: of the streams' states of a batch, and their lengths."""
@@ -71,25 +78,22 @@ class Refit:
 
     def heads(self, layer: Any, stream: Stream) -> Stream:
         """What the layer's `out_proj` reads."""
-        return self.streams.map(partial(attention_heads, layer), stream)
+        return self.streams.map(partial(self.encoder.attention_heads, layer), stream)
 
     def behind_attention(self, layer: Any, heads: Stream, stream: Stream) -> Stream:
-        return self.streams.map(partial(_add_attention, layer), stream, heads)
+        return self.streams.map(lambda h, read, lengths: self.encoder.add_attention(layer, h, read), stream, heads)
 
     def behind_feed_forward(self, layer: Any, middle: Stream) -> Stream:
-        return self.streams.map(partial(behind_feed_forward, layer), middle)
+        return self.streams.map(lambda m, lengths: self.encoder.behind_feed_forward(layer, m), middle)
 
     def behind_layer(self, layer: Any, stream: Stream) -> Stream:
         """Through a layer that is not refitted."""
-        return self.streams.map(partial(_layer, layer), stream)
+        encoder = self.encoder
 
+        def through(hidden: Tensor, lengths: Tensor) -> Tensor:
+            return encoder.behind_feed_forward(layer, encoder.behind_attention(layer, hidden, lengths))
 
-def _layer(layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
-    return behind_feed_forward(layer, behind_attention(layer, hidden, lengths), lengths)
-
-
-def _add_attention(layer: Any, hidden: Tensor, heads: Tensor, lengths: Tensor) -> Tensor:
-    return add_attention(layer, hidden, heads)
+        return self.streams.map(through, stream)
 
 
 # The rows that maps are refitted on
@@ -100,16 +104,16 @@ def _attention_rows(heads: Tensor, middle: Tensor, hidden: Tensor, lengths: Tens
     return heads, middle.float() - hidden.float(), lengths
 
 
-def _feed_forward_rows(layer: Any, middle: Tensor, target: Tensor, lengths: Tensor) -> Rows:
+def _feed_forward_rows(encoder: SpeechEncoder, layer: Any, middle: Tensor, target: Tensor, lengths: Tensor) -> Rows:
     """`fc2` should add to the pruned stream what leads to the unpruned stream before the next kept layer."""
-    return activations(layer, middle), target.float() - middle.float(), lengths
+    return encoder.activations(layer, middle), target.float() - middle.float(), lengths
 
 
 def _projector_rows(
-    projector: Projector, before: nn.Linear, norm: nn.Module, pruned: Tensor, full: Tensor, lengths: Tensor
+    projector: SpeechProjector, before: nn.Linear, encoder: SpeechEncoder, pruned: Tensor, full: Tensor, lengths: Tensor
 ) -> Rows:
     """The first map should compute from the pruned encoder's states what it computed (`before`) from the unpruned one's."""
-    stacked, audio_lengths = projector.stacked(norm(pruned), lengths)
-    with torch.autocast(stacked.device.type, enabled=False):
-        wanted = before(projector.stacked(norm(full), lengths)[0].float())
-    return stacked, wanted, audio_lengths
+    inputs, audio_lengths = projector.inputs(encoder.norm(pruned), lengths)
+    with torch.autocast(inputs.device.type, enabled=False):
+        wanted = before(projector.inputs(encoder.norm(full), lengths)[0].float())
+    return inputs, wanted, audio_lengths

@@ -24,10 +24,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.encoder import remove_layers, run_layers, with_repaired_maps
-from prunesearch.model.projector import Projector
+from prunesearch.model.system import SpeechEncoder, SpeechProjector
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
@@ -55,12 +53,12 @@ class Repair:
     attention: bool = True
     above: bool = True
     ladder: Sequence[float] = LADDER
-    encoder: WhisperEncoder = field(init=False)
+    encoder: SpeechEncoder = field(init=False)
     solutions: dict[str, Solution] = field(default_factory=dict)
     _behind: Stream | None = None  # the stream behind the pruned encoder's last layer
 
     def __post_init__(self) -> None:
-        self.encoder = remove_layers(self.context.encoder, self.removed_layers)
+        self.encoder = self.context.encoder.without(self.removed_layers)
         self._removed = set(self.removed_layers)
         self._kept = [i for i in range(self.context.depth) if i not in self._removed]
         # the lowest layer whose output changes: the one below the lowest cut is refitted
@@ -90,7 +88,7 @@ class Repair:
         self._behind = stream
 
     @torch.no_grad()
-    def projector(self, projector: Projector) -> None:
+    def projector(self, projector: SpeechProjector) -> None:
         """Refit the projector's first linear map in place.
 
         On the states of the pruned encoder, it shall compute what it computed on those of the unpruned one.
@@ -98,11 +96,11 @@ class Repair:
         if self._behind is None:
             cut = min(self._removed)  # below it, both encoders have the same layers
             streams = self.context.streams
-            self._behind = streams.map(partial(run_layers, self.encoder, first=cut), streams.before(cut))
-        self.solutions["projector.up"] = self._refit.projector(projector, self.encoder.layer_norm, self._behind)
+            self._behind = streams.map(partial(self.encoder.run, first=cut), streams.before(cut))
+        self.solutions[f"projector.{projector.entry_name}"] = self._refit.projector(projector, self._behind)
 
 
-def start_of(context: TrainingContext, candidate: Candidate) -> tuple[WhisperEncoder, Projector, RepairSummary | None]:
+def start_of(context: TrainingContext, candidate: Candidate) -> tuple[SpeechEncoder, SpeechProjector, RepairSummary | None]:
     """What a candidate's training starts from: its pruned encoder and its projector, repaired as the study says."""
     method, removed = context.config.training.repair, candidate.removed_layers
     projector = starting_projector(context, candidate.repeat)
@@ -123,14 +121,14 @@ def start_of(context: TrainingContext, candidate: Candidate) -> tuple[WhisperEnc
     return repair.encoder, projector, summary
 
 
-def repaired_encoder(context: TrainingContext, candidate: Candidate) -> WhisperEncoder:
+def repaired_encoder(context: TrainingContext, candidate: Candidate) -> SpeechEncoder:
     """The candidate's encoder, with its repair from the record's folder if it was kept there, else made again."""
     if context.config.training.repair != "layers" or not candidate.removed_layers:
         return context.pruned_encoder(candidate)
     file, encoder = record_folder(context.records, candidate) / ENCODER_FILE, context.pruned_encoder(candidate)
     if file.exists():
         try:
-            return with_repaired_maps(encoder, read_tensors(file, encoder.state_dict(), "it is made again", complete=False))
+            return encoder.with_maps(read_tensors(file, encoder.module.state_dict(), "it is made again", complete=False))
         except StudyError as error:
             print_note(str(error))
     repair = Repair(context, candidate.removed_layers)
@@ -138,10 +136,10 @@ def repaired_encoder(context: TrainingContext, candidate: Candidate) -> WhisperE
     return repair.encoder
 
 
-def keep_repaired_maps(context: TrainingContext, candidate: Candidate, encoder: WhisperEncoder) -> None:
+def keep_repaired_maps(context: TrainingContext, candidate: Candidate, encoder: SpeechEncoder) -> None:
     """Write the maps of a repaired encoder that differ from the unpruned encoder's, beside the candidate's record."""
-    plain = context.pruned_encoder(candidate).state_dict()
-    maps = {name: t for name, t in encoder.state_dict().items() if t.data_ptr() != plain[name].data_ptr()}
+    plain = context.pruned_encoder(candidate).module.state_dict()
+    maps = {name: t for name, t in encoder.module.state_dict().items() if t.data_ptr() != plain[name].data_ptr()}
     if maps:
         write_tensors(record_folder(context.records, candidate) / ENCODER_FILE, maps)
 

@@ -16,8 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.system import SpeechProjector
 from prunesearch.study.candidate import count_candidates
 from prunesearch.study.files import read_unless_damaged, write_atomically
 from prunesearch.study.importance import LayerSet, Scan, SetScore
@@ -51,13 +50,13 @@ class Screen:
     of them is held out.
     """
 
-    def __init__(self, context: TrainingContext, projector: Projector, utterances: int = SCORED, fitted: int = FITTED):
+    def __init__(self, context: TrainingContext, projector: SpeechProjector, utterances: int = SCORED, fitted: int = FITTED):
         self.context = context
         self._refit_layers = context.config.training.repair == "layers"
         dev = context.corpora["dev"]
         chosen = sorted(random.Random(context.config.seed).sample(range(len(dev)), min(utterances, len(dev))))
         self._dev = batches_of([u.seconds for u in dev], chosen)
-        self._texts = {i: context.llm.tokens(dev[i].target) for i in chosen}
+        self._targets = {i: context.system.target(dev[i].target, dev[i].language) for i in chosen}
         others = (Group(context.prefix("dev"), self._dev),)
         self._streams = context.streams_over(context.repair_utterances[:fitted], others)
         self._refit = Refit(self._streams, context.dtype)
@@ -82,7 +81,7 @@ class Screen:
         for layers in sets:
             by_following.setdefault(_next_kept(layers, at + 1), []).append(layers)
         layer, middle = copy.deepcopy(self.context.encoder.layers[at]), None
-        original = layer.fc2
+        original = copy.deepcopy(self.context.encoder.feed_forward_map(layer).state_dict())
         for following, members in by_following.items():
             lost = (*cut, *range(at + 1, following))
             if not lost:
@@ -90,7 +89,7 @@ class Screen:
                 continue
             if middle is None:
                 middle = self._behind_attention(at, layer, stream, bool(cut))
-            layer.fc2 = copy.deepcopy(original)
+            self.context.encoder.feed_forward_map(layer).load_state_dict(original)
             if self._refit_layers:
                 self._refit.feed_forward(layer, middle, following)
             yield from self._visit(following, self._refit.behind_feed_forward(layer, middle), lost, members)
@@ -103,17 +102,16 @@ class Screen:
 
     def _left(self, layers: LayerSet, behind: Stream) -> Screened:
         context, projector, residual = self.context, copy.deepcopy(self._projector), 0.0
-        norm = context.encoder.layer_norm
         if layers:
-            residual = self._refit.projector(projector, norm, behind).error
-        slam = SpeechLlm(projector, context.llm, context.llm.model)
+            residual = self._refit.projector(projector, behind).error
         loss, tokens = 0.0, 0
-        for batch in self._dev:
-            hidden, lengths = self._streams.read(batch, [behind[1]])
-            texts = [self._texts[i] for i in batch]
-            with arithmetic(context.device, context.dtype):
-                loss += float(slam.loss_sum(norm(hidden), lengths, texts))
-            tokens += sum(map(len, texts))
+        with context.system.reader(projector) as reader:
+            for batch in self._dev:
+                hidden, lengths = self._streams.read(batch, [behind[1]])
+                targets = [self._targets[i] for i in batch]
+                with arithmetic(context.device, context.dtype):
+                    loss += float(reader.loss_sum(context.encoder.norm(hidden), lengths, targets))
+                tokens += sum(len(target.tokens) for target in targets)
         return Screened(loss=loss / tokens, residual=residual)
 
 
@@ -142,7 +140,7 @@ class Screening(BaseModel):
         screening._path = path
         return screening
 
-    def run(self, context: TrainingContext, projector: Projector, scan: Scan, choose: ScreeningChoice, most: int) -> Scan:
+    def run(self, context: TrainingContext, projector: SpeechProjector, scan: Scan, choose: ScreeningChoice, most: int) -> Scan:
         """The scan with losses after the repair, of its own sets and of larger ones."""
         begin, removable = time.perf_counter() - self.seconds, context.config.removable(context.depth)
         screen, largest = Screen(context, projector), context.config.max_removed(context.depth)

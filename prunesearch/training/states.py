@@ -13,17 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.encoder import embed, run_layers
 from prunesearch.model.llm import sent_to
-from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, version_of
+from prunesearch.model.system import SpeechEncoder
+from prunesearch.speech.audio import AudioError, padded, read_audio, version_of
 from prunesearch.speech.corpus import Utterance
 from prunesearch.study.errors import StudyError
 from prunesearch.study.files import naming, read_unless_damaged, write_atomically
@@ -124,23 +123,12 @@ def ahead(work: Callable[[T], R], items: Iterable[T], device: torch.device, thre
 # From samples to encoder states: the one way that studies and exported systems take.
 
 
-def log_mel(extractor: Any, samples: NDArray[np.float32], pad_to_seconds: float | None, device: torch.device) -> Tensor:
-    """(M, F) of one recording, by the checkpoint's own feature extractor, without padding to 30 s.
-
-    Computed on `device`, returned on the CPU. A recording shorter than the extractor's window is padded to one.
-    """
-    samples = padded(samples, pad_to_seconds)
-    samples = np.pad(samples, (0, max(0, extractor.n_fft - len(samples))))
-    out = extractor(
-        samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="pt", device=str(device)
-    )
-    mel: Tensor = out["input_features"][0]
-    return mel
-
-
-def window_seconds(encoder: WhisperEncoder, extractor: Any) -> float:
-    """The longest recording that the encoder can take as a whole."""
-    return float(encoder.max_source_positions * 2 * extractor.hop_length / SAMPLE_RATE)
+def features_of(
+    encoder: SpeechEncoder, samples: NDArray[np.float32], pad_to_seconds: float | None, device: torch.device
+) -> Tensor:
+    """What the encoder reads of one recording, padded with silence to a multiple of `pad_to_seconds`: (M, F) on the CPU,
+    computed on `device`."""
+    return encoder.features(padded(samples, pad_to_seconds), device)
 
 
 def batch_of(mels: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -150,18 +138,6 @@ def batch_of(mels: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tens
     for row, mel in zip(features, mels, strict=True):
         row[:, : mel.shape[1]] = mel
     return features.to(device), frames
-
-
-def first_layers(encoder: WhisperEncoder, features: Tensor, frames: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """Convolutions and the first `depth` layers: (B, M, F), (B,) -> states (B, T, D), lengths (B,)."""
-    hidden, lengths = embed(encoder, features, frames)
-    return run_layers(encoder, hidden, lengths, 0, depth), lengths
-
-
-def last_layers(encoder: WhisperEncoder, hidden: Tensor, lengths: Tensor, depth: int) -> Tensor:
-    """The layers above the first `depth`, and the final LayerNorm: (B, T, D), (B,) -> (B, T, D)."""
-    out: Tensor = encoder.layer_norm(run_layers(encoder, hidden, lengths, depth))
-    return out
 
 
 @dataclass(frozen=True)
@@ -174,8 +150,7 @@ class StateCache:
 
     folder: Path
     scratch: Path
-    encoder: WhisperEncoder
-    extractor: Any
+    encoder: SpeechEncoder
     depth: int
     pad_to_seconds: float | None
     models: str
@@ -203,8 +178,7 @@ class StateCache:
                 unfinished.replace(values_file)
                 write_atomically(index_file, json.dumps(lengths))
         spans = _spans(lengths)
-        width = self.encoder.config.d_model
-        return StateStore(_mapped(values_file, sum(n for _, n in spans.values()), width, self.dtype), spans)
+        return StateStore(_mapped(values_file, sum(n for _, n in spans.values()), self.encoder.width, self.dtype), spans)
 
     def _stored_lengths(self, index_file: Path, values_file: Path, order: list[int]) -> dict[int, int] | None:
         """The lengths of the stored states, in the order of their file; None if states must be computed.
@@ -215,7 +189,7 @@ class StateCache:
         lengths = read_unless_damaged(index_file, dict[int, int])
         if lengths is None:
             return None
-        size = sum(lengths.values()) * self.encoder.config.d_model * self.dtype.itemsize
+        size = sum(lengths.values()) * self.encoder.width * self.dtype.itemsize
         found = values_file.stat().st_size if values_file.exists() else 0
         if sorted(lengths) == order and found == size:
             return lengths
@@ -226,22 +200,22 @@ class StateCache:
         """Append the utterances' states to the file; returns their lengths, in the order of the file."""
         batches = [[order[j] for j in b] for b in by_length([utterances[i].seconds for i in order], ENCODING_BATCH)]
 
-        def features_of(batch: list[int]) -> list[Tensor]:
-            return [self._log_mel(utterances[i]) for i in batch]
+        def read(batch: list[int]) -> list[Tensor]:
+            return [self._features(utterances[i]) for i in batch]
 
         lengths: dict[int, int] = {}
-        for done, (batch, mels) in enumerate(zip(batches, ahead(features_of, batches, self.device, threads=4), strict=True)):
+        for done, (batch, mels) in enumerate(zip(batches, ahead(read, batches, self.device, threads=4), strict=True)):
             with arithmetic(self.device, self.dtype):
-                hidden, positions = first_layers(self.encoder, *batch_of(mels, self.device), self.depth)
+                hidden, positions = self.encoder.first_layers(*batch_of(mels, self.device), self.depth)
             lengths |= zip(batch, positions.tolist(), strict=True)
             for row, i in zip(hidden.to("cpu", self.dtype), batch, strict=True):
                 file.write(row[: lengths[i]].contiguous().view(torch.uint8).numpy().tobytes())
             self.progress(f"log-mels and first layers of {split}", done, len(batches))
         return lengths
 
-    def _log_mel(self, utterance: Utterance) -> Tensor:
+    def _features(self, utterance: Utterance) -> Tensor:
         try:
-            return log_mel(self.extractor, read_audio(utterance.audio), self.pad_to_seconds, self.device)
+            return features_of(self.encoder, read_audio(utterance.audio), self.pad_to_seconds, self.device)
         except AudioError as error:
             raise StudyError([f"utterance {utterance.id}: {error}"]) from None
 
@@ -252,7 +226,7 @@ class StateCache:
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
     @torch.no_grad()
-    def finish(self, prefix: StateStore, encoder: WhisperEncoder, wanted: Iterable[int]) -> StateStore:
+    def finish(self, prefix: StateStore, encoder: SpeechEncoder, wanted: Iterable[int]) -> StateStore:
         """The output of a candidate's `encoder` for some utterances: its first `depth` layers are the prefix's.
 
         The file has no name: it disappears with the store. Raises OSError when the disk is full.
@@ -265,7 +239,7 @@ class StateCache:
             indices = [order[j] for j in batch]
             hidden, positions = prefix.batch(indices, self.device)
             with arithmetic(self.device, dtype):
-                hidden = last_layers(encoder, hidden, positions, self.depth)
+                hidden = encoder.last_layers(hidden, positions, self.depth)
             store.write(indices, hidden)
             self.progress("encoding", done, len(batches))
         return store

@@ -16,9 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.slam import SpeechLlm
+from prunesearch.model.system import Reader, SpeechEncoder, Target
 from prunesearch.training.device import arithmetic
 from prunesearch.training.finetune import trainable
 
@@ -69,7 +68,7 @@ class _AllocationCounter(TorchDispatchMode):
 def _without_data(*modules: nn.Module) -> list[Tensor]:
     """Give modules of the meta device tensors that pretend to be on a device; returns these. Tied weights stay tied."""
     made: dict[int, Tensor] = {}
-    for module in (m for root in modules for m in root.modules()):
+    for module in dict.fromkeys(m for root in modules for m in root.modules()):  # a part may belong to two of them
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is None:
@@ -82,22 +81,22 @@ def _without_data(*modules: nn.Module) -> list[Tensor]:
     return list(made.values())
 
 
-def step_cost(slam: SpeechLlm, width: int, positions: int, text_tokens: int, batch: int, dtype: torch.dtype) -> StepCost:
+def step_cost(reader: Reader, width: int, positions: int, text_tokens: int, batch: int, dtype: torch.dtype) -> StepCost:
     """A step of the fine-tune on `batch` utterances of so many encoder positions (of `width`) and text tokens each.
 
-    `slam` is made on the meta device, its LLM in `dtype`, and cannot be used for anything else afterwards.
+    The reader is made on the meta device, its language model in `dtype`, and cannot be used for anything else afterwards.
     """
     with FakeTensorMode():
-        weights = _without_data(slam.model, slam.projector)
-        slam.model.train()
-        slam.projector.train()
-        optimizer = torch.optim.AdamW(trainable(slam).values(), foreach=True)  # what it chooses on a GPU
+        weights = _without_data(reader.model, reader.projector)
+        reader.model.train()
+        reader.projector.train()
+        optimizer = torch.optim.AdamW(trainable(reader).values(), foreach=True)  # what it chooses on a GPU
         states = torch.empty(batch, positions, width, dtype=dtype)
         lengths = torch.full((batch,), positions)
         watch = _AllocationCounter([*weights, states])
         with watch, FlopCounterMode(display=False) as counter:
             with arithmetic(CPU, dtype):
-                loss = slam.loss(states, lengths, [[0] * text_tokens] * batch)
+                loss = reader.loss(states, lengths, [Target([0] * text_tokens)] * batch)
             loss.backward()
             optimizer.step()
     weight_bytes = sum(t.nbytes for t in weights)
@@ -105,10 +104,9 @@ def step_cost(slam: SpeechLlm, width: int, positions: int, text_tokens: int, bat
     return StepCost(counter.get_total_flops(), watch.calls, weight_bytes, peak_bytes)
 
 
-def encoding_operations(encoder: WhisperEncoder, positions: int) -> int:
+def encoding_operations(encoder: SpeechEncoder, positions: int) -> int:
     """Operations of the encoder's layers on one utterance; the encoder is made on the meta device."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        hidden = torch.empty(1, positions, encoder.config.d_model, device="meta", dtype=encoder.dtype)
-        for layer in encoder.layers:
-            hidden = layer(hidden, None)
+        hidden = torch.empty(1, positions, encoder.width, device="meta", dtype=encoder.module.dtype)
+        encoder.run(hidden, torch.tensor([positions]))
     return counter.get_total_flops()

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from prunesearch.model.encoder import behind_attention, behind_feed_forward
+from prunesearch.model.system import SpeechEncoder
 from prunesearch.training.batches import by_length
 from prunesearch.training.device import arithmetic
 from prunesearch.training.states import StateStore, nameless_store
@@ -47,7 +46,7 @@ class Streams:
     `check`: called often; may raise Interrupted.
     """
 
-    encoder: WhisperEncoder
+    encoder: SpeechEncoder
     start: StateStore
     fit: Batches
     held_out: Batches
@@ -69,7 +68,7 @@ class Streams:
             return tuple(group.start for group in self.groups)
         if layer not in self._before:
             below = self.behind_attention(layer - 1)
-            self._before[layer] = self.map(partial(behind_feed_forward, self.encoder.layers[layer - 1]), below)
+            self._before[layer] = self.map(self._feed_forward(layer - 1), below)
             self._drop_below(layer)
         return self._before[layer]
 
@@ -77,8 +76,11 @@ class Streams:
         """The stream behind a layer's attention, before its feed-forward part."""
         if layer not in self._behind_attention:
             below = self.before(layer)
-            self._behind_attention[layer] = self.map(partial(behind_attention, self.encoder.layers[layer]), below)
+            self._behind_attention[layer] = self.map(partial(self.encoder.behind_attention, self.encoder.layers[layer]), below)
         return self._behind_attention[layer]
+
+    def _feed_forward(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda middle, lengths: self.encoder.behind_feed_forward(self.encoder.layers[layer], middle)
 
     def map(self, function: Callable[..., Tensor], *streams: Stream) -> Stream:
         """A new stream: the function of the streams' states of a batch (B, T, D), and their lengths (B,)."""

@@ -171,10 +171,10 @@ def annotate(stored: StoredStudy, config: StudyConfig, named: Mapping[str, Candi
         from optuna_dashboard import save_note
     except ImportError:
         return
-    objective = config.search.params_objective
+    objective, names = config.search.params_objective, [f"`{part.source}`" for part in config.models.values()]
     paragraphs = (
         f"# {config.name}",
-        f"Which layers of `{config.encoder.model}` can `{config.llm.model}` do without, and which LoRA rank repairs that?",
+        f"Which encoder layers can {' with '.join(names)} do without, and which LoRA rank repairs that?",
         f"Dev WER (a fraction) against `{objective}`. The attribute `candidate` of a trial names its candidate: "
         "`minus-3-4+lora8` is the encoder without layers 3 and 4, with LoRA of rank 8. These are evaluated in any case:",
         "\n".join(f"- `{name}`: `{candidate.key}`" for name, candidate in named.items()),
@@ -203,7 +203,7 @@ def code_identity() -> dict[str, str]:
     """The code that trains and scores: versions of this package and of the libraries it computes with, and a source digest."""
     digest = hashlib.sha256()
     package = Path(prunesearch.__file__).parent
-    for file in sorted(p for room in ("speech", "model", "training") for p in (package / room).glob("*.py")):
+    for file in sorted(p for room in ("speech", "model", "training") for p in (package / room).rglob("*.py")):
         digest.update(file.read_bytes())
     libraries = {name: version(name) for name in ("torch", "transformers", "peft", "jiwer")}
     return {"prunesearch": prunesearch.__version__, "source": digest.hexdigest()[:12], **libraries}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from optuna.storages import BaseStorage
 
-from prunesearch.model.skeleton import encoder_layers
+from prunesearch.model.families import encoder_layers
 from prunesearch.search.space import SearchSpace
 from prunesearch.speech.corpus import load_corpus
 from prunesearch.speech.overlap import shared_recordings

@@ -151,7 +151,7 @@ class Worker:
     def run(self) -> None:
         """Evaluate candidates until the study's budget is used. Raises Interrupted."""
         group = self.context.group
-        if self.config.training.init == "anchor":
+        if self.config.training.init == "anchor" and not self.context.system.is_trained:
             self._lock_anchor(self._anchor())
         if not group.is_main_process:
             self._follow()

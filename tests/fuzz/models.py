@@ -24,14 +24,12 @@ from safetensors.torch import load_file, save_file
 
 from prunesearch.asr.parts import Settings
 from prunesearch.asr.slam_asr import SlamAsr
-from prunesearch.model.digest import model_digest
-from prunesearch.model.encoder import remove_layers
+from prunesearch.model.families.slam_asr import SlamSystem, SpeechLlm
 from prunesearch.model.llm import with_lora
-from prunesearch.model.loading import load_models
 from prunesearch.model.projector import Projector
-from prunesearch.model.slam import SpeechLlm
-from prunesearch.study.config import DecodingConfig, LlmConfig, ProjectorConfig, StudyConfig, load_study
+from prunesearch.study.config import DecodingConfig, StudyConfig, load_study
 from prunesearch.study.errors import StudyError
+from prunesearch.study.model_config import LlmConfig, ProjectorConfig
 from tests.conftest import save_models, write_split, write_study
 from tests.fuzz import FuzzResult
 
@@ -43,12 +41,12 @@ Damage = Callable[[Path], None]  # of a model's folder, in place
 
 def save_export(models: Path, out: Path, seed: int = 0, rank: int = 2) -> None:
     """An exported system of the toy's models, with an untrained projector and LoRA drawn from `seed`."""
-    loaded = load_models(load_study(models / "study" / "study.toml"), torch.float32)
+    loaded = SlamSystem.load(load_study(models / "study" / "study.toml"), torch.float32)
     torch.manual_seed(seed)
     llm_config, shape = LlmConfig(model=str(models / "llm")), ProjectorConfig(stack=2, hidden=16, dropout=0.0)
-    encoder = remove_layers(loaded.encoder, (1,))
+    encoder = loaded.encoder.without((1,))
     projector = Projector.for_models(shape, 16, 16).eval()
-    model = with_lora(loaded.llm, rank, llm_config, seed)
+    model = with_lora(loaded.llm.model, rank, llm_config, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -57,8 +55,8 @@ def save_export(models: Path, out: Path, seed: int = 0, rank: int = 2) -> None:
         dtype="float32", removed_layers=(1,), encoder_layers=4, lora_rank=rank, projector=shape, llm=llm_config,
         decoding=DecodingConfig(max_tokens=4),
     )  # fmt: skip
-    slam = SpeechLlm(projector, loaded.llm, model.eval())
-    SlamAsr(encoder, loaded.extractor, slam, settings, torch.device("cpu")).save_pretrained(out)
+    reader = SpeechLlm(projector, loaded.llm, model.eval())
+    SlamAsr(encoder, reader, settings, torch.device("cpu")).save_pretrained(out)
 
 
 def make_intact(folder: Path) -> None:
@@ -280,11 +278,10 @@ class Case:
         if part == "export":
             asr = SlamAsr.from_pretrained(self.folder / "export")
             asr.decode([np.zeros(16_000, np.float32)])
-            return {**asr.encoder.state_dict(), **asr.slam.projector.state_dict(), **asr.slam.model.state_dict()}
-        models = load_models(self.config, torch.float32)
-        for section in (self.config.encoder, self.config.llm):
-            model_digest(self.config, section)
-        module = models.encoder if part == "encoder" else models.llm.model
+            return {**asr.encoder.module.state_dict(), **asr.reader.projector.state_dict(), **asr.reader.model.state_dict()}
+        models = SlamSystem.load(self.config, torch.float32)
+        models.digests(self.config)
+        module = models.encoder.module if part == "encoder" else models.llm.model
         return dict(module.state_dict())
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
-from prunesearch.model.encoder import encode, load_encoder
+from prunesearch.model.encoder import WhisperLayers, load_encoder
 
 FRAMES_A_BATCH = 7_000  # mel frames of 16 ms: about 50 phrases
 CTC_SHARE = 0.4
@@ -82,7 +82,7 @@ def main(data: Path, llm: Path, out: Path, minutes: float, go_on: bool, peak: fl
             features = masked(features, rng)
         encoder = model.model.encoder
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the CPU's flash backward is slow
-            states, positions = encode(encoder, features, frames)
+            states, positions = WhisperLayers(encoder, None).encode(features, frames)
             inside = torch.arange(states.shape[1]) < positions[:, None]
             width = max(len(tokens[i]) for i in batch) + 1
             labels = torch.full((len(batch), width), -100)
