@@ -266,10 +266,10 @@ def test_the_default_token_limit_follows_from_the_audios_length() -> None:
 
 def test_hypotheses_that_end_at_their_token_limit_are_counted() -> None:
     end, pad = 2, 0
-    assert reached_limit([5, 6, 7, pad], limit=3, eos=end)
-    assert reached_limit([5, 6, 7, end], limit=3, eos=end)  # padded with its end of sequence
-    assert not reached_limit([5, 6, end, pad], limit=3, eos=end)
-    assert not reached_limit([5, 6], limit=3, eos=end)
+    assert reached_limit([5, 6, 7, pad], limit=3, ends=(end,))
+    assert reached_limit([5, 6, 7, end], limit=3, ends=(end,))  # padded with its end of sequence
+    assert not reached_limit([5, 6, end, pad], limit=3, ends=(end,))
+    assert not reached_limit([5, 6], limit=3, ends=(end,))
 
     def result(reached: bool | None) -> UtteranceResult:
         return UtteranceResult(id="a", reference="a", hypothesis="a", errors=WordErrors(), reached_limit=reached)

@@ -126,10 +126,10 @@ def test_the_llm_is_loaded_once_and_left_without_lora(study: Path, monkeypatch: 
 
 def test_tokens_are_counted_up_to_the_end_of_sequence_or_the_limit() -> None:
     end, pad = 2, 0
-    assert count_new_tokens([5, 6, end, pad, pad], limit=5, eos=end) == 3
-    assert count_new_tokens([5, 6, 7, pad, pad], limit=3, eos=end) == 3
-    assert count_new_tokens([5, 6], limit=5, eos=end) == 2
-    assert count_new_tokens([5, end, end, end], limit=4, eos=end) == 2  # padded with its end of sequence
+    assert count_new_tokens([5, 6, end, pad, pad], limit=5, ends=(end,)) == 3
+    assert count_new_tokens([5, 6, 7, pad, pad], limit=3, ends=(end,)) == 3
+    assert count_new_tokens([5, 6], limit=5, ends=(end,)) == 2
+    assert count_new_tokens([5, end, end, end], limit=4, ends=(end,)) == 2  # padded with its end of sequence
 
 
 def test_the_command_prints_json_and_keeps_the_outcome(study: Path) -> None:

@@ -139,7 +139,7 @@ def written(
     states, lengths = states_of(system, samples, removed)
     with system.reader(system.new_projector(0)) as reader:
         rows = reader.generate(states, lengths, languages, GenerationLimits([12] * len(samples)))
-    return [row[: row.index(reader.eos)] if reader.eos in row else row for row in rows]
+    return [row[: row.index(reader.ends[0])] if reader.ends[0] in row else row for row in rows]
 
 
 def own_generate(folder: Path, samples: list[np.ndarray], **options: Any) -> list[list[int]]:

@@ -38,10 +38,11 @@ def load_encoder(source: str | Path, revision: str | None = None, dtype: torch.d
     return load_checkpoint(WhisperEncoder, source, revision, config, ENCODER, **options)
 
 
-def remove_layers(encoder: WhisperEncoder, removed_layers: Iterable[int]) -> WhisperEncoder:
-    """Build a `WhisperEncoder` without the given (zero-based) layers. It shares the weights of the layers that stay.
+def remove_layers(encoder: Any, removed_layers: Iterable[int]) -> Any:
+    """Build an encoder of the same class without the given (zero-based) layers. It shares the weights of the layers that stay.
 
-    Layers are deleted from the module list and from the config. The final LayerNorm stays (arXiv 2603.27981).
+    Layers are deleted from the module list `layers` and from the config's `encoder_layers`. The final LayerNorm stays
+    (arXiv 2603.27981).
     Raises ValueError for an index outside the encoder.
     """
     removed = set(removed_layers)
@@ -51,14 +52,14 @@ def remove_layers(encoder: WhisperEncoder, removed_layers: Iterable[int]) -> Whi
     config = copy.deepcopy(encoder.config)
     config.encoder_layers = depth - len(removed)
     with torch.device("meta"):  # allocates nothing: every module is replaced by the original's
-        pruned = WhisperEncoder(config)
+        pruned = type(encoder)(config)
     for name, module in encoder.named_children():
         setattr(pruned, name, module)
     pruned.layers = nn.ModuleList(layer for i, layer in enumerate(encoder.layers) if i not in removed)
     return pruned.train(encoder.training)
 
 
-def with_repaired_maps(encoder: WhisperEncoder, maps: Mapping[str, Tensor]) -> WhisperEncoder:
+def with_repaired_maps(encoder: Any, maps: Mapping[str, Tensor]) -> Any:
     """A pruned encoder with some of its tensors replaced, by name; the layers that hold them are copied first.
 
     Raises ValueError for a tensor that the encoder does not have, or of another shape.

@@ -163,17 +163,15 @@ def embedding_scale(model: PreTrainedModel) -> float:
 def lora_targets(model: PreTrainedModel, config: LlmConfig | ModelConfig) -> list[str]:
     """Names of the layers that LoRA adapts. Raises StudyError when the model has no layer of that name."""
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    kind = model.config.model_type
+    kind, key = model.config.model_type, f"{'model' if isinstance(config, ModelConfig) else 'llm'}.lora_targets"
     if config.lora_targets == "auto":
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ())
         targets = next((own for own in ATTENTION if names.issuperset(own)), known)
         if not targets:
-            raise StudyError(
-                [f'llm.lora_targets: "auto" has no default for {kind!r} models; name some of its layers: {_layers(model)}']
-            )
+            raise StudyError([f'{key}: "auto" has no default for {kind!r} models; name some of its layers: {_layers(model)}'])
         return list(targets)
     if missing := [t for t in config.lora_targets if t not in names]:
-        raise StudyError([f"llm.lora_targets: this {kind!r} model has no layer {missing[0]!r}; it has {_layers(model)}"])
+        raise StudyError([f"{key}: this {kind!r} model has no layer {missing[0]!r}; it has {_layers(model)}"])
     return list(config.lora_targets)
 
 

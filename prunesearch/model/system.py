@@ -199,7 +199,7 @@ class SpeechProjector(nn.Module, ABC):
 class Reader(ABC):
     """What reads an encoder's states and writes text: a projector and a language model, with or without LoRA.
 
-    model: the language model, wrapped by peft where it has a LoRA. eos: the end-of-sequence token's id.
+    model: the language model, wrapped by peft where it has a LoRA.
     """
 
     projector: Any  # a SpeechProjector
@@ -212,7 +212,8 @@ class Reader(ABC):
 
     @property
     @abstractmethod
-    def eos(self) -> int: ...
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end a text; the first is the one that is trained."""
 
     @property
     def vocabulary(self) -> int:
@@ -231,7 +232,7 @@ class Reader(ABC):
     def generate(
         self, states: Tensor, lengths: Tensor, languages: Sequence[str | None], limits: GenerationLimits
     ) -> list[list[int]]:
-        """(B, T, D), lengths (B,) -> new tokens of each row, its end of sequence included; what follows that is undefined."""
+        """(B, T, D), lengths (B,) -> new tokens of each row, its end included; what follows that is undefined."""
 
     @abstractmethod
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -1,6 +1,6 @@
 """Batched generation from encoder states, with a KV cache, scored against the references."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ class Decoder:
         with arithmetic(self.device, self.dtype):
             written = reader.generate(states, lengths, languages, generation)
         return [
-            Hypothesis(text, count_new_tokens(row, limit, reader.eos), reached_limit(row, limit, reader.eos))
+            Hypothesis(text, count_new_tokens(row, limit, reader.ends), reached_limit(row, limit, reader.ends))
             for text, row, limit in zip(reader.texts(written), written, limits, strict=True)
         ]
 
@@ -91,15 +91,15 @@ class Decoder:
         return found
 
 
-def count_new_tokens(row: Sequence[int], limit: int, eos: int) -> int:
-    """The tokens of a row that ends with its end of sequence or at its limit; padding after that does not count."""
+def count_new_tokens(row: Sequence[int], limit: int, ends: Collection[int]) -> int:
+    """The tokens of a row that ends with an end of sequence or at its limit; padding after that does not count."""
     row = row[:limit]  # an LLM may pad with its end of sequence
-    return row.index(eos) + 1 if eos in row else len(row)
+    return next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
 
 
-def reached_limit(row: Sequence[int], limit: int, eos: int) -> bool:
-    """Whether a row has as many tokens as its limit allows, and none of them is its end of sequence."""
-    return len(row) >= limit and eos not in row[:limit]
+def reached_limit(row: Sequence[int], limit: int, ends: Collection[int]) -> bool:
+    """Whether a row has as many tokens as its limit allows, and none of them is an end of sequence."""
+    return len(row) >= limit and not any(token in ends for token in row[:limit])
 
 
 def scored(

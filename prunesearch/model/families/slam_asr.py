@@ -47,8 +47,8 @@ class SpeechLlm(Reader):
         return self.llm.model
 
     @property
-    def eos(self) -> int:
-        return self.llm.eos
+    def ends(self) -> tuple[int, ...]:
+        return (self.llm.eos,)
 
     @cached_property
     def _bos_and_prompt(self) -> tuple[Tensor, Tensor]:

@@ -130,8 +130,8 @@ class WhisperDecoder(Reader):
         return self.system.model
 
     @property
-    def eos(self) -> int:
-        return int(self.base.generation_config.eos_token_id)
+    def ends(self) -> tuple[int, ...]:
+        return (int(self.base.generation_config.eos_token_id),)
 
     def logits(self, states: Tensor, prompts: Tensor, tokens: Tensor) -> Tensor:
         """(B, T, D), prompts (B, P), text (B, S) -> (B, S, V): the predictions of the text tokens only."""

@@ -1,0 +1,409 @@
+"""Speech-LLMs with an audio tower: transformers' `audio_tower`, `multi_modal_projector` and `language_model`.
+
+A chat template puts the projected audio between fixed tokens: those before it and those after it depend on the language only.
+Each model's own processor says what they are. Windows, packing and padding are each tower's own.
+
+Shapes: B batch, M mel bins, F mel frames, T tower positions, D tower width, A audio embeddings, P prefix, S text tokens,
+V vocabulary.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConfig, StoppingCriteriaList
+
+from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
+from prunesearch.model.digest import model_digest
+from prunesearch.model.encoder import SAMPLE_RATE, remove_layers, with_repaired_maps
+from prunesearch.model.generation import RowLimits
+from prunesearch.model.hub import read_architecture
+from prunesearch.model.llm import lora_targets, pad_tokens, recompute_activations, remove_lora, with_lora
+from prunesearch.model.parameters import size_of
+from prunesearch.model.system import GenerationLimits, Reader, SpeechEncoder, SpeechProjector, Target, TrainedSystem
+from prunesearch.study.config import StudyConfig
+from prunesearch.study.errors import StudyError
+from prunesearch.study.model_config import ModelConfig
+from prunesearch.study.record import Parameters
+
+MODEL = Part("model")
+TOWER_PREFIX = r"^(model\.)?audio_tower\."  # of the tower's tensors in a checkpoint
+PROMPT_TOKENS = 20  # about the length of a chat template: a plan is made without a processor
+
+
+# Towers
+
+
+@dataclass(frozen=True)
+class PackedTower(SpeechEncoder):
+    """Qwen3-ASR's tower. Convolutions see chunks of `2 * n_window` mel frames, attention sees windows of some chunks, and the
+    positions of a batch lie one behind the other: padding is never computed.
+    """
+
+    module: Any
+    extractor: Any
+
+    @property
+    def width(self) -> int:
+        return int(self.module.config.d_model)
+
+    @property
+    def window_seconds(self) -> float:
+        return float(self.extractor.chunk_length)
+
+    @property
+    def _chunk(self) -> int:
+        """Mel frames of a chunk."""
+        return 2 * int(self.module.n_window)
+
+    def positions(self, seconds: float) -> int:
+        frames = torch.tensor([round(seconds * SAMPLE_RATE / self.extractor.hop_length)])
+        return int(self._lengths(frames).sum())
+
+    def features(self, samples: NDArray[np.float32], device: torch.device) -> Tensor:
+        """(M, F): the frames that the model's own feature extractor marks as valid."""
+        out = self.extractor(
+            samples, sampling_rate=SAMPLE_RATE, padding=True, truncation=False, return_attention_mask=True,
+            return_tensors="pt", device=str(device),
+        )  # fmt: skip
+        mel: Tensor = out["input_features"][0][:, : int(out["attention_mask"][0].sum())]
+        return mel
+
+    def _lengths(self, frames: Tensor) -> Tensor:
+        """Mel frames (B,) -> positions of each chunk (B, chunks): three convolutions halve them."""
+        chunks = int(-(-frames.max() // self._chunk))
+        starts = torch.arange(chunks, device=frames.device) * self._chunk
+        lengths: Tensor = (frames[:, None] - starts).clamp(0, self._chunk)
+        for _ in range(3):
+            lengths = torch.where(lengths > 0, (lengths - 1) // 2 + 1, lengths)
+        return lengths
+
+    def embed(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        tower, chunk, (batch, bins, width) = self.module, self._chunk, features.shape
+        padded = nn.functional.pad(features, (0, -width % chunk))
+        chunks = padded.shape[-1] // chunk
+        hidden = padded.view(batch, bins, chunks, chunk).transpose(1, 2).reshape(batch * chunks, 1, bins, chunk)
+        for convolution in (tower.conv2d1, tower.conv2d2, tower.conv2d3):
+            hidden = nn.functional.gelu(convolution(hidden))
+        hidden = tower.conv_out(hidden.permute(0, 3, 1, 2).flatten(2))  # (B * chunks, positions, D)
+        hidden = hidden + tower.positional_embedding.positional_embedding[: hidden.shape[1]].to(hidden.dtype)
+        lengths = self._lengths(frames).sum(1)  # only an utterance's last chunk has fewer positions
+        return hidden.reshape(batch, -1, hidden.shape[-1])[:, : int(lengths.max())], lengths
+
+    def run(self, hidden: Tensor, lengths: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        packed, bounds = self._packed(hidden, lengths)
+        for layer in self.layers[first:last]:
+            packed = layer(packed, bounds)[0]
+        return self._padded(packed, hidden, lengths)
+
+    def _packed(self, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> all valid positions (N, D), and the bounds of the attention's windows among them."""
+        window = int(self._lengths(torch.tensor([self._chunk])).sum()) * (self.module.n_window_infer // self._chunk)
+        sizes = [min(window, n - start) for n in lengths.tolist() for start in range(0, n, window)]
+        bounds = torch.tensor([0, *sizes], device=hidden.device).cumsum(0, dtype=torch.int32)
+        return hidden[_inside(hidden, lengths)], bounds
+
+    @staticmethod
+    def _padded(packed: Tensor, like: Tensor, lengths: Tensor) -> Tensor:
+        out = packed.new_zeros(*like.shape[:2], packed.shape[-1])
+        out[_inside(like, lengths)] = packed
+        return out
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.module.ln_post(hidden)
+        return out
+
+    def without(self, removed_layers: Iterable[int]) -> Self:
+        return replace(self, module=remove_layers(self.module, removed_layers))
+
+    def with_maps(self, maps: Mapping[str, Tensor]) -> Self:
+        return replace(self, module=with_repaired_maps(self.module, maps))
+
+    def attention_map(self, layer: Any) -> nn.Linear:
+        return layer.self_attn.out_proj
+
+    def attention_heads(self, layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
+        packed, bounds = self._packed(hidden, lengths)
+        heads: list[Tensor] = []
+        hook = layer.self_attn.out_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
+        try:
+            layer.self_attn(hidden_states=layer.self_attn_layer_norm(packed), cu_seqlens=bounds)
+        finally:
+            hook.remove()
+        return self._padded(heads[0], hidden, lengths)
+
+    def feed_forward_map(self, layer: Any) -> nn.Linear:
+        return layer.fc2
+
+    def activations(self, layer: Any, middle: Tensor) -> Tensor:
+        inner: Tensor = layer.activation_fn(layer.fc1(layer.final_layer_norm(middle)))
+        return inner
+
+
+def _inside(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T), True where a position belongs to its utterance."""
+    return torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+
+
+# Each model's own ways
+
+
+@dataclass(frozen=True)
+class Ways:
+    """What differs from model to model. `ask`: the processor's inputs for recordings in a language; `read`: its text of token
+    rows.
+    """
+
+    tower: Callable[[Any, Any], SpeechEncoder]
+    ask: Callable[[Any, list[NDArray[np.float32]], str | None], Any]
+    read: Callable[[Any, list[list[int]]], list[str]]
+
+
+WAYS = {
+    "qwen3_asr": Ways(
+        PackedTower,
+        ask=lambda processor, samples, language: processor.apply_transcription_request(samples, language=language),
+        read=lambda processor, rows: processor.decode(rows, return_format="transcription_only"),
+    ),
+}
+
+
+class TowerProjector(SpeechProjector):
+    """A copy of the model's projector in fp32, whose first linear map reads the tower's states."""
+
+    entry_name = "linear_1"
+
+    def __init__(self, own: nn.Module):
+        super().__init__()
+        self.own = copy.deepcopy(own).float().requires_grad_(True)
+
+    @property
+    def entry(self) -> nn.Linear:
+        return self.own.linear_1  # type: ignore[return-value]
+
+    def inputs(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return states, lengths
+
+    def embeddings_of(self, positions: int) -> int:
+        return positions
+
+    def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        out: Tensor = self.own(states)
+        return out, lengths
+
+
+@dataclass
+class TowerReader(Reader):
+    """Projector and language model. `system`: what they belong to."""
+
+    projector: SpeechProjector
+    model: Any
+    system: "TowerSystem"
+
+    @property
+    def base(self) -> Any:
+        return self.system.model
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return self.system.ends
+
+    def prefix(self, states: Tensor, lengths: Tensor, languages: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """Everything before the text: (B, T, D), lengths (B,) -> embeddings (B, P, width), mask (B, P), padded on the left."""
+        audio, audio_lengths = self.projector(states, lengths)
+        embed = self.base.get_input_embeddings()
+        rows = []
+        for row, length, language in zip(audio, audio_lengths.tolist(), languages, strict=True):
+            around = (embed(torch.tensor(ids, device=audio.device)) for ids in self.system.prompt(language))
+            before, behind = (part.to(audio.dtype) for part in around)
+            rows.append(torch.cat([before, row[:length], behind]))
+        width = max(map(len, rows))
+        padded = torch.stack([nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=audio.device)
+        return padded, mask
+
+    def logits(self, states: Tensor, lengths: Tensor, languages: Sequence[str | None], tokens: Tensor) -> Tensor:
+        """(B, T, D), lengths (B,), text (B, S) -> (B, S, V): the predictions of the text tokens only."""
+        prefix, mask = self.prefix(states, lengths, languages)
+        text = self.base.get_input_embeddings()(tokens[:, :-1]).to(prefix.dtype)
+        mask = torch.cat([mask, mask.new_ones(text.shape[:2])], 1)  # padding on the right is never attended to: causal
+        out = self.model(
+            inputs_embeds=torch.cat([prefix, text], 1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=tokens.shape[1],
+            use_cache=False,
+        )
+        found: Tensor = out.logits
+        return found
+
+    def loss_sum(self, states: Tensor, lengths: Tensor, targets: Sequence[Target]) -> Tensor:
+        labels = pad_tokens([target.tokens for target in targets], -100, states.device)
+        logits = self.logits(states, lengths, [target.language for target in targets], labels.clamp(min=0))
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+    def generate(
+        self, states: Tensor, lengths: Tensor, languages: Sequence[str | None], limits: GenerationLimits
+    ) -> list[list[int]]:
+        embeddings, mask = self.prefix(states, lengths, languages)
+        written = self.model.generate(
+            inputs_embeds=embeddings.to(self.base.dtype),
+            attention_mask=mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=max(limits.new_tokens),
+                num_beams=limits.beams,
+                repetition_penalty=limits.repetition_penalty,
+                do_sample=False,
+                eos_token_id=list(self.ends),
+                pad_token_id=self.system.pad,
+            ),
+            stopping_criteria=StoppingCriteriaList([RowLimits(limits.new_tokens, states.device)]),
+        )
+        rows: list[list[int]] = written.tolist()
+        return rows
+
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return self.system.ways.read(self.system.processor, [list(row) for row in rows])
+
+
+@dataclass(frozen=True)
+class TowerSystem(TrainedSystem):
+    """`model`: transformers' model without its tower and its projector, which are in `encoder` and `projector`."""
+
+    config: ModelConfig
+    encoder: SpeechEncoder
+    projector: nn.Module
+    model: Any
+    processor: Any
+    ways: Ways
+    _prompts: dict[str | None, tuple[list[int], list[int]]] = field(default_factory=dict)
+
+    @classmethod
+    def from_source(cls, source: str, config: ModelConfig, dtype: torch.dtype) -> Self:
+        shape = read_config(source, config.revision)
+        if config.window_seconds is not None:
+            raise StudyError([f"model.window_seconds: is for Whisper, got {config.window_seconds}: leave it out"])
+        options = {"dtype": dtype, "attn_implementation": "sdpa"}
+        model = load_checkpoint(AutoModelForMultimodalLM, source, config.revision, shape, MODEL, **options)
+        with library_errors("its processor cannot be loaded", local=Path(source).is_dir()):
+            processor = AutoProcessor.from_pretrained(source, revision=config.revision or "main", trust_remote_code=False)
+        system = cls._taken_apart(config, model.requires_grad_(False).eval(), processor)
+        lora_targets(model, config)
+        return system
+
+    @classmethod
+    def skeleton(cls, config: StudyConfig, dtype: torch.dtype) -> Self:
+        assert config.model is not None
+        with torch.device("meta"):
+            model = AutoModelForMultimodalLM.from_config(read_architecture(config, config.model), dtype=dtype)
+        return cls._taken_apart(config.model, model.requires_grad_(False), None)
+
+    @classmethod
+    def _taken_apart(cls, config: ModelConfig, model: Any, processor: Any) -> Self:
+        ways, inner = WAYS[model.config.model_type], model.model
+        extractor = processor.feature_extractor if processor is not None else _Hop()
+        tower, projector = inner.audio_tower, inner.multi_modal_projector
+        inner.audio_tower, inner.multi_modal_projector = nn.Module(), nn.Module()
+        return cls(config, ways.tower(tower, extractor), projector, model, processor, ways)
+
+    def to(self, device: torch.device) -> Self:
+        self.encoder.to(device)
+        self.projector.to(device)
+        self.model.to(device)
+        return self
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        settings = self.model.generation_config
+        ends = settings.eos_token_id if settings.eos_token_id is not None else self.model.config.eos_token_id
+        return (ends,) if isinstance(ends, int) else tuple(ends)
+
+    @property
+    def pad(self) -> int:
+        settings = self.model.generation_config
+        return int(settings.pad_token_id if settings.pad_token_id is not None else self.ends[0])
+
+    def prompt(self, language: str | None) -> tuple[list[int], list[int]]:
+        """The tokens before and behind the audio. Raises StudyError for a language that the model does not know."""
+        language = language or self.config.language
+        if self.processor is None:  # of a skeleton
+            return [0] * PROMPT_TOKENS, [0]
+        if language not in self._prompts:
+            try:
+                asked = self.ways.ask(self.processor, [np.zeros(SAMPLE_RATE, np.float32)], language)
+            except ValueError as error:
+                reason = str(error).splitlines()[0]
+                raise StudyError([f"language {language!r} is not one that {self.config.name} knows: {reason}"]) from None
+            ids, audio = asked["input_ids"][0].tolist(), self.model.config.audio_token_id
+            first, count = ids.index(audio), ids.count(audio)
+            assert ids[first : first + count] == [audio] * count, "the audio's place is one run of tokens"
+            self._prompts[language] = ids[:first], ids[first + count :]
+        return self._prompts[language]
+
+    def target(self, text: str, language: str | None) -> Target:
+        if (language or self.config.language) is None:
+            raise StudyError(
+                [
+                    "model.language: the data names no language, and the model is trained with one: "
+                    'write model.language = "en", or a column "language" in the data'
+                ]
+            )
+        self.prompt(language)
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return Target([*ids, int(tokenizer.eos_token_id)], language)
+
+    def new_projector(self, seed: int) -> TowerProjector:
+        return TowerProjector(self.projector)
+
+    def attach(self, projector: SpeechProjector, rank: int = 0, seed: int = 0) -> TowerReader:
+        names = "|".join(lora_targets(self.model, self.config))
+        model = with_lora(self.model, rank, self.config, seed, rf".*language_model.*\.({names})")
+        return TowerReader(projector, model, self)
+
+    def detach(self, reader: Reader) -> None:
+        remove_lora(reader.model, self.model)
+
+    def recompute_activations(self) -> None:
+        recompute_activations(self.model)
+
+    def parameters(self, encoder: SpeechEncoder, reader: Reader) -> Parameters:
+        lora = sum(p.numel() for name, p in reader.model.named_parameters() if "lora_" in name)
+        return Parameters(
+            encoder=size_of(encoder.module), projector=size_of(reader.projector), lora=lora, llm=size_of(reader.model) - lora
+        )
+
+    @classmethod
+    def digests(cls, config: StudyConfig) -> dict[str, str]:
+        assert config.model is not None
+        return {"encoder": model_digest(config, config.model, TOWER_PREFIX), "model": model_digest(config, config.model)}
+
+    def save_pretrained(self, folder: Path, encoder: SpeechEncoder, reader: Reader) -> None:
+        settings, inner = copy.deepcopy(self.model.config), self.model.model
+        settings.audio_config = encoder.module.config
+        with torch.device("meta"):  # allocates nothing: every module is replaced
+            whole = type(self.model)(settings)
+        whole.model.audio_tower, whole.model.language_model = encoder.module, inner.language_model
+        whole.model.multi_modal_projector, whole.lm_head = reader.projector.own, self.model.lm_head
+        whole.generation_config, dtype = self.model.generation_config, encoder.module.dtype
+        whole.config.dtype = dtype
+        state = {name.replace(".base_layer", ""): tensor for name, tensor in whole.state_dict().items() if ".lora_" not in name}
+        whole.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+        self.processor.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """Stands in for a feature extractor in a skeleton."""
+
+    hop_length: int = 160
+    chunk_length: int = 30
+
+
+System = TowerSystem

@@ -1,0 +1,297 @@
+"""Speech-LLMs with an audio tower as the system under search, against transformers' own models."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3ASRConfig,
+    Qwen3ASRForConditionalGeneration,
+)
+from transformers.models.qwen3_asr.feature_extraction_qwen3_asr import Qwen3ASRFeatureExtractor
+from transformers.models.qwen3_asr.processing_qwen3_asr import Qwen3ASRProcessor
+
+from prunesearch import AutoAsr, export, launch, plan
+from prunesearch.model.families.audio_tower import TowerSystem
+from prunesearch.model.system import GenerationLimits
+from prunesearch.speech.audio import read_audio
+from prunesearch.study.candidate import Candidate
+from prunesearch.study.config import load_study
+from prunesearch.study.errors import StudyError
+from prunesearch.study.model_config import ModelConfig
+from prunesearch.study.record import read_records, read_utterances
+from prunesearch.training.context import TrainingContext
+from tests.conftest import LAYERS, WORDS, as_toml
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]
+NAMES = {"audio_token": "<|audio_pad|>", "audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>"}
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}{% if part.type == 'audio' %}<|audio_start|><|audio_pad|><|audio_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% if not (loop.last and continue_final_message) %}<|im_end|>\n{% endif %}{% endfor %}"
+)
+
+
+def save_qwen3_asr(folder: Path) -> None:
+    """A Qwen3-ASR of toy size with random weights, its processor and tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_tokens(["<asr_text>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=NAMES
+    )
+    pad, end = (tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
+    config = Qwen3ASRConfig(
+        audio_config={
+            "encoder_layers": LAYERS, "d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": 128,
+            "output_dim": 32, "downsample_hidden_size": 8, "n_window_infer": 100, "initializer_range": 0.1,
+        },
+        text_config={
+            "model_type": "qwen3", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512,
+            "tie_word_embeddings": True, "initializer_range": 0.1,
+        },
+        audio_token_id=tokenizer.token_to_id("<|audio_pad|>"), pad_token_id=pad, eos_token_id=[pad, end],
+    )  # fmt: skip
+    model = Qwen3ASRForConditionalGeneration(config).eval()
+    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
+    Qwen3ASRProcessor(Qwen3ASRFeatureExtractor(), fast, chat_template=TEMPLATE).save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def train(folder: Path, toy: Path, steps: int = 200) -> None:
+    """Train the model of a folder on the toy's tones, with transformers alone, until it transcribes most of them."""
+    model, processor = AutoModelForMultimodalLM.from_pretrained(folder).train(), AutoProcessor.from_pretrained(folder)
+    rows = [json.loads(line) for line in (toy / "train.jsonl").read_text().splitlines()]
+    samples, end = [read_audio(toy / row["audio"]) for row in rows], processor.tokenizer.eos_token_id
+    asked = processor.apply_transcription_request(samples, language=["English"] * len(rows))
+    texts = [[*processor.tokenizer(row["text"]).input_ids, end] for row in rows]
+    width = max(map(len, texts))
+    written = torch.tensor([[*text, *[end] * (width - len(text))] for text in texts])
+    inside = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    ids, mask = torch.cat([asked["input_ids"], written], 1), torch.cat([asked["attention_mask"], inside], 1)
+    audio = {name: asked[name] for name in ("input_features", "input_features_mask")}
+    labels = written.masked_fill(inside == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        logits = model(input_ids=ids, attention_mask=mask, **audio).logits[:, -width - 1 : -1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def qwen(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen3-asr")
+    save_qwen3_asr(folder)
+    train(folder, toy)
+    return folder
+
+
+def study_file(folder: Path, toy: Path, checkpoint: Path, **sections: dict[str, Any]) -> Path:
+    table: dict[str, dict[str, Any]] = {
+        "model": {"name": str(checkpoint), "lora_dropout": 0.0},
+        "data": {split: str(toy / f"{split}.jsonl") for split in ("train", "dev", "test")},
+        "training": {"steps": 6, "batch_size": 4, "precision": "fp32", "learning_rate": 1e-3},
+        "decoding": {"tokens_per_second": 6.0},
+        "search": {"max_removed": 2, "lora_ranks": [0, 2], "baseline_lora_rank": 2, "trials": 8, "startup_trials": 2},
+    }
+    for name, section in sections.items():
+        table[name].update(section)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.toml").write_text("".join(f"{k} = {as_toml(v)}\n" for k, v in table.items()))
+    return folder / "study.toml"
+
+
+def recordings(toy: Path) -> list[np.ndarray]:
+    """Five; the last two are longer than a chunk of the tower, and longer than a window of its attention."""
+    tones = [read_audio(toy / "dev" / f"{i}.wav") for i in range(8)]
+    return [tones[0], tones[1], tones[2], np.concatenate(tones[:3]), np.concatenate(tones[:5])]
+
+
+def loaded(folder: Path) -> TowerSystem:
+    return TowerSystem.from_source(str(folder), ModelConfig(name=str(folder)), torch.float32)
+
+
+def batch(system: TowerSystem, samples: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features, padded with zeros, and frames."""
+    features = [system.encoder.features(s, torch.device("cpu")) for s in samples]
+    frames = torch.tensor([f.shape[-1] for f in features])
+    return torch.stack([torch.nn.functional.pad(f, (0, int(frames.max()) - f.shape[-1])) for f in features]), frames
+
+
+def written(
+    system: TowerSystem, samples: Sequence[np.ndarray], languages: list[str | None], removed: tuple[int, ...] = ()
+) -> list[list[int]]:
+    states, lengths = system.encoder.without(removed).encode(*batch(system, samples))
+    with system.reader(system.new_projector(0)) as reader:
+        rows = reader.generate(states, lengths, languages, GenerationLimits([8] * len(samples)))
+        return [_cut(row, reader.ends) for row in rows]
+
+
+def own_generate(folder: Path, sample: np.ndarray, language: str | None) -> list[int]:
+    model, processor = AutoModelForMultimodalLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    asked = processor.apply_transcription_request([sample], language=language)
+    row = model.generate(**asked, max_new_tokens=8)[0, asked["input_ids"].shape[1] :].tolist()
+    return _cut(row, model.generation_config.eos_token_id)
+
+
+def _cut(row: list[int], ends: Sequence[int]) -> list[int]:
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+
+
+@torch.no_grad()
+def test_removing_nothing_is_the_models_own_generate_token_by_token(qwen: Path, toy: Path) -> None:
+    system, samples = loaded(qwen), recordings(toy)
+    for language in ("en", "Danish", None):
+        own = [own_generate(qwen, sample, language) for sample in samples]
+        assert [written(system, [sample], [language])[0] for sample in samples] == own
+        assert written(system, samples, [language] * 5) == own, "in a batch"
+    assert len({tuple(row) for row in own}) > 1, "the model says different things"
+
+
+@torch.no_grad()
+def test_states_and_logits_at_batch_one_are_the_models_own(qwen: Path, toy: Path) -> None:
+    system = loaded(qwen)
+    model, processor = AutoModelForMultimodalLM.from_pretrained(qwen).eval(), AutoProcessor.from_pretrained(qwen)
+    for sample in recordings(toy):
+        asked = processor.apply_transcription_request([sample], language="en")
+        tower = model.model.audio_tower(asked["input_features"], asked["input_features_mask"]).last_hidden_state
+        states, lengths = system.encoder.encode(*batch(system, [sample]))
+        assert torch.equal(states[0], tower)
+        target = system.target("low high", "en")
+        ids = torch.cat([asked["input_ids"], torch.tensor([target.tokens])], 1)
+        own = model(**{**asked, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[
+            :, -len(target.tokens) - 1 : -1
+        ]
+        with system.reader(system.new_projector(0)) as reader:
+            ours = reader.logits(states, lengths, ["en"], torch.tensor([target.tokens]))  # type: ignore[attr-defined]
+            torch.testing.assert_close(ours, own, atol=2e-5, rtol=1e-4)
+            loss = torch.nn.functional.cross_entropy(own[0], torch.tensor(target.tokens))
+            assert reader.loss(states, lengths, [target]).item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_removing_layers_equals_deleting_them_by_hand(qwen: Path, toy: Path, tmp_path: Path) -> None:
+    whole = AutoModelForMultimodalLM.from_pretrained(qwen)
+    settings = whole.config.to_dict()
+    settings["audio_config"]["encoder_layers"] = 2
+    pruned = Qwen3ASRForConditionalGeneration(Qwen3ASRConfig.from_dict(settings))
+    state = {n: t for n, t in whole.state_dict().items() if ".audio_tower.layers." not in n}
+    for new, old in enumerate((0, 3)):
+        prefix = f"audio_tower.layers.{old}."
+        state |= {n.replace(prefix, f"audio_tower.layers.{new}."): t for n, t in whole.state_dict().items() if prefix in n}
+    pruned.load_state_dict(state)
+    shutil.copytree(qwen, tmp_path / "pruned")
+    pruned.generation_config = whole.generation_config
+    pruned.save_pretrained(tmp_path / "pruned")
+    system = loaded(qwen)
+    for sample in recordings(toy):
+        assert written(system, [sample], ["en"], removed=(1, 2))[0] == own_generate(tmp_path / "pruned", sample, "en")
+
+
+@torch.no_grad()
+def test_a_batch_and_cached_states_change_nothing(qwen: Path, toy: Path, tmp_path: Path) -> None:
+    context = TrainingContext.open(load_study(study_file(tmp_path / "s", toy, qwen, search={"removable_layers": [2, 3]})))
+    encoder, dev = context.pruned_encoder(Candidate((3,))), context.corpora["dev"]
+    store = context.encoded(encoder, "dev", context.used("dev"))
+    targets = [context.system.target(u.target, u.language) for u in dev]
+    with context.system.reader(context.fresh_projector()) as reader:
+        together = reader.loss_sum(*store.batch(range(len(dev)), context.device), targets)
+        alone = 0.0
+        for i, utterance in enumerate(dev):
+            features = encoder.features(read_audio(utterance.audio), context.device)[None]
+            direct, lengths = encoder.encode(features, torch.tensor([features.shape[-1]]))
+            torch.testing.assert_close(store.batch([i], context.device)[0], direct, atol=1e-5, rtol=1e-4)
+            alone += reader.loss_sum(direct, lengths, [targets[i]]).item()
+    assert together.item() == pytest.approx(alone, rel=1e-4)
+
+
+ALONE = """
+import json, sys, torch, soundfile
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+folder, manifest = sys.argv[1:]
+model, processor = AutoModelForMultimodalLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+texts = []
+for line in open(manifest):
+    row = json.loads(line)
+    samples = soundfile.read(manifest.rsplit("/", 1)[0] + "/" + row["audio"], dtype="float32")[0]
+    asked = processor.apply_transcription_request([samples], language="en")
+    limit = int(len(samples) / 16000 * 6) + 8
+    ids = model.generate(**asked, max_new_tokens=limit)[:, asked["input_ids"].shape[1]:]
+    texts += processor.decode(ids, return_format="transcription_only")
+assert not any(name.startswith("prunesearch") for name in sys.modules)
+print(json.dumps({"layers": model.config.audio_config.encoder_layers, "texts": texts}))
+"""
+
+
+def test_a_study_of_eight_candidates_and_its_export(qwen: Path, toy: Path, tmp_path: Path) -> None:
+    file = study_file(tmp_path / "s", toy, qwen)
+    launch(file)
+    config = load_study(file)
+    records = {r.name or r.candidate.key: r for r in read_records(config.run_folder / "records", config.name)}
+    assert len(records) == 8
+    unpruned, pruned = records["unpruned"], records["top2+lora"]
+    assert unpruned.dev is not None
+    assert unpruned.dev.errors.wer < 0.5, "the model transcribes"
+    model = AutoModelForMultimodalLM.from_pretrained(qwen)
+    assert unpruned.parameters.total == model.num_parameters()
+    assert unpruned.parameters.projector == sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    counted = plan(file).named
+    assert {name: counted[name] for name in counted} == {name: records[name].parameters for name in counted}
+    assert pruned.repair is not None
+    assert {"1.fc2", "projector.linear_1"} <= {*pruned.repair.ridge}
+
+    export(file, tmp_path / "out", candidate=pruned.candidate.key)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "out"), str(toy / "dev.jsonl")],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    trial = read_utterances(config.run_folder / "records", pruned.candidate, "dev")
+    assert trial is not None
+    assert found == {"layers": 2, "texts": [u.hypothesis for u in trial]}
+    own, new = (json.loads((folder / "config.json").read_text()) for folder in (qwen, tmp_path / "out"))
+    assert own["audio_config"].pop("encoder_layers") == 4
+    assert new["audio_config"].pop("encoder_layers") == 2
+    assert {k for k in {*own, *new} if own.get(k) != new.get(k)} <= {"dtype", "transformers_version"}
+    samples = [read_audio(toy / "dev" / f"{i}.wav") for i in range(8)]
+    assert AutoAsr.from_pretrained(tmp_path / "out").transcribe(samples, language="en") == found["texts"]
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ({"window_seconds": 2}, r"model\.window_seconds: is for Whisper, got 2"),
+        ({"language": "xx"}, r"language 'xx' is not one that .* knows"),
+        ({"lora_targets": ["nope"]}, r"model\.lora_targets: .* no layer 'nope'"),
+    ],
+)
+def test_what_a_study_of_a_tower_refuses(qwen: Path, toy: Path, tmp_path: Path, model: dict[str, Any], line: str) -> None:
+    rows = [json.loads(text) for text in (toy / "dev.jsonl").open()]
+    manifest = tmp_path / "dev.jsonl"
+    manifest.write_text("\n".join(json.dumps({"audio": str(toy / r["audio"]), "text": r["text"]}) for r in rows))
+    with pytest.raises(StudyError, match=line) as caught:
+        _ = TrainingContext.open(
+            load_study(study_file(tmp_path / "s", toy, qwen, model=model, data={"dev": str(manifest)}))  # without languages
+        ).corpora
+    assert len(caught.value.lines) == 1
