@@ -12,7 +12,7 @@ from prunesearch.asr.recognizer import Recognizer
 from prunesearch.asr.slam_asr import SlamAsr
 from prunesearch.model.encoder import WhisperLayers
 from prunesearch.model.families import family_of
-from prunesearch.model.families.slam_asr import SpeechLlm
+from prunesearch.model.families.slam_asr import SpeechLlm, trained_weights
 from prunesearch.model.system import SpeechEncoder, SpeechSystem, TrainedSystem
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
@@ -61,6 +61,12 @@ def encoder_of(config: StudyConfig, record: RunRecord, unpruned: SpeechEncoder) 
     if not file.exists():
         raise StudyError([f"{file} is missing: the repaired encoder of {record.candidate.key} was not kept; export it again"])
     return encoder.with_maps(read_tensors(file, encoder.module.state_dict(), "delete it and export it again", complete=False))
+
+
+def llm_differs(config: StudyConfig) -> bool:
+    """Whether the LLM has other weights than where it came from: the anchor's LoRA was merged into it."""
+    weights = trained_weights(config) if config.model is None else None
+    return weights is not None and bool(weights.lora)
 
 
 def recorded_dtype(record: RunRecord) -> str:

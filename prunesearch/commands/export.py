@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from prunesearch.asr.assembly import load_candidate
+from prunesearch.asr.assembly import llm_differs, load_candidate
 from prunesearch.commands.model_card import model_card, record_without_paths
 from prunesearch.model.hub import is_local
 from prunesearch.search.study_progress import candidate_key
@@ -45,8 +45,10 @@ def export(
     keep_maps_of(config, [record])
     asr = load_candidate(config, record, merge)
     llm_is_local = config.model is None and is_local(config.locate(config.slam.llm.model))
+    if (changed := llm_differs(config)) and with_llm is False:
+        raise StudyError(["--no-llm: the anchor's LoRA is merged into the LLM, which must be written: leave the option out"])
     with whole_or_nothing(out):
-        asr.save_pretrained(out, with_llm=llm_is_local if with_llm is None else with_llm)
+        asr.save_pretrained(out, with_llm=llm_is_local or changed if with_llm is None else with_llm)
         write_atomically(out / "record.json", record_without_paths(config, record).model_dump_json(indent=1) + "\n")
         llm_missing = llm_is_local and not (out / "llm").is_dir()
         write_atomically(out / "README.md", model_card(config, record, asr.settings.merged, llm_missing))

@@ -72,10 +72,16 @@ def plan(study: StudyConfig | str | Path) -> Plan:
         candidates=space.size,
         trials=config.search.trials,
         steps=config.training.steps,
-        anchor_steps=0 if family_of(config).is_trained or config.training.init == "scratch" else config.anchor.steps,
+        anchor_steps=_anchor_steps(config),
         batch_size=config.training.batch_size,
         overrides=config.overrides(),
     )
+
+
+def _anchor_steps(config: StudyConfig) -> int:
+    """Steps that the anchor is trained; 0 where none is trained."""
+    trains = config.training.init == "anchor" and config.anchor.weights is None and not family_of(config).is_trained
+    return config.anchor.steps if trains else 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ def estimate(config: StudyConfig, seconds: float = 5.0, hours: float | None = No
         encoded = drawn if hours is None else min(drawn, 3600 * hours / seconds)
         return (steps * step_seconds + encoded * encoding / (teraflops * 1e12)) / 3600
 
-    anchor = fine_tune(config.anchor.steps) if training.init == "anchor" and not system.is_trained else 0.0
+    anchor = fine_tune(steps) if (steps := _anchor_steps(config)) else 0.0
     return Estimate(
         seconds=seconds,
         teraflops=teraflops,

@@ -26,12 +26,16 @@ _QWEN2 = {  # width, feed-forward width, layers, heads, key-value heads, vocabul
     "Qwen/Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151_936, True),
     "Qwen/Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152_064, False),
 }
+_QWEN3_ASR = {  # tower: layers, width, heads; language model: width, feed-forward width
+    "Qwen/Qwen3-ASR-0.6B-hf": (18, 896, 14, 1024, 3072),
+    "Qwen/Qwen3-ASR-1.7B-hf": (24, 1024, 16, 2048, 6144),
+}
 CAUSAL_WITHOUT_SAYING = {"gpt_neox", "gpt_neox_japanese"}  # their `is_decoder` is False, and means nothing
 
 
 def known_architecture(name: str) -> Any | None:
     """The configuration of a model in the tables above, without tokenizer details; None for any other name."""
-    from transformers import Qwen2Config, WhisperConfig
+    from transformers import Qwen2Config, Qwen3ASRConfig, WhisperConfig
 
     if name in _WHISPER:
         layers, width, heads, mels, decoder_layers = _WHISPER[name]
@@ -46,6 +50,18 @@ def known_architecture(name: str) -> Any | None:
             vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
         )  # fmt: skip
+    if name in _QWEN3_ASR:
+        layers, width, heads, llm_width, llm_inner = _QWEN3_ASR[name]
+        audio = {
+            "encoder_layers": layers, "d_model": width, "encoder_attention_heads": heads, "encoder_ffn_dim": 4 * width,
+            "output_dim": llm_width,
+        }  # fmt: skip
+        text = {
+            "model_type": "qwen3", "vocab_size": 151_936, "hidden_size": llm_width, "intermediate_size": llm_inner,
+            "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+            "max_position_embeddings": 65_536, "tie_word_embeddings": True,
+        }  # fmt: skip
+        return Qwen3ASRConfig(audio_config=audio, text_config=text)
     return None
 
 

@@ -242,11 +242,13 @@ class Reader(ABC):
 class SpeechSystem(ABC):
     """The unpruned system that a study starts from, on one device. Its weights are frozen.
 
-    is_trained: the system exists already, projector included; else the study trains an anchor first.
+    is_trained: the system exists already, projector included; else the study needs an anchor.
+    trained_projector: the anchor's weights, if the study gives them; else it trains one.
     """
 
     encoder: SpeechEncoder
     is_trained: bool
+    trained_projector: Mapping[str, Tensor] | None = None
 
     @classmethod
     @abstractmethod

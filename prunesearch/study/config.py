@@ -86,6 +86,11 @@ class TextConfig(Section):
 class AnchorConfig(Section):
     """Training of the anchor: the unpruned encoder's projector, without LoRA. Every candidate starts from its weights."""
 
+    weights: str | None = Field(
+        None,
+        description="trained weights to take instead of training: an export of the unpruned system, a projector as safetensors, "
+        "or a checkpoint of the published code or of SLAM-LLM. A LoRA in them is merged into the LLM, for all candidates",
+    )
     steps: Count = 400
     learning_rate: Positive = 1e-3
 
@@ -335,6 +340,7 @@ class StudyConfig(Section):
                 **dict.fromkeys(unused, True),
                 "storage": True,
                 "search": {"trials", "fixed", "sampler", "startup_trials", "scan", "repeats"},
+                "anchor": {"weights"},  # what they are is locked by their digest
                 "training": {"micro_batch", "gradient_checkpointing", "checkpoint_seconds", "tracker", "rung_confidence"},
                 "decoding": {"batch_size"},
             },

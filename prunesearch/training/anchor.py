@@ -41,7 +41,7 @@ def _fix(weights: Path) -> str:
 
 
 def train_anchor(context: TrainingContext) -> Path:
-    """The anchor's weights, trained by the first worker that needs them; the others wait.
+    """The anchor's weights, trained (or copied from `anchor.weights`) by the first worker that needs them; the others wait.
 
     All processes of a group call this. Raises StudyError when the training diverges: without an anchor there is no study.
     """
@@ -50,7 +50,13 @@ def train_anchor(context: TrainingContext) -> Path:
     with group.lock(weights.parent / "lock"):
         if not group.broadcast(weights.exists()):
             with context.system.reader(context.fresh_projector()) as reader:
-                progress = _train(context, reader, weights.parent / "checkpoint.pt")
+                given = context.system.trained_projector
+                if given is None:
+                    progress = _train(context, reader, weights.parent / "checkpoint.pt")
+                else:
+                    reader.projector.load_state_dict(given)
+                    progress = FineTuneProgress(micro_batch=0)
+                    reader.projector.eval()
                 if group.is_main_process:
                     _write(context, reader, progress, weights)
             group.broadcast(None)  # the other processes read what the main process has written

@@ -130,6 +130,12 @@ class TrainingContext:
         budget = self._budget(training.steps, training.learning_rate, lora_rate, "candidate", repeat)
         return replace(budget, held_out=self.held_out if training.interpolate and training.steps else ())
 
+    @property
+    def trains_anchor(self) -> bool:
+        """Whether an anchor is trained: not where all start from scratch, nor where there are trained weights already."""
+        config = self.config
+        return config.training.init == "anchor" and not self.system.is_trained and config.anchor.weights is None
+
     @cached_property
     def anchor_budget(self) -> Budget:
         anchor = self.config.anchor
@@ -173,7 +179,7 @@ class TrainingContext:
             return sorted(self.repair_utterances)
         if split != "train":
             return list(range(len(self.corpora[split])))
-        budgets = [self.budget(), self.anchor_budget] if self.config.training.init == "anchor" else [self.budget()]
+        budgets = [self.budget(), self.anchor_budget] if self.trains_anchor else [self.budget()]
         drawn = {i for budget in budgets for batch in budget.batches for i in batch}
         fitted = self.repair_utterances if self.repair_split == "train" else []
         return sorted(drawn | {*fitted, *self.held_out})

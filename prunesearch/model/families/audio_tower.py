@@ -106,11 +106,13 @@ class PackedTower(SpeechEncoder):
         """(B, T, D) -> all valid positions (N, D), and the bounds of the attention's windows among them."""
         window = int(self._lengths(torch.tensor([self._chunk])).sum()) * (self.module.n_window_infer // self._chunk)
         sizes = [min(window, n - start) for n in lengths.tolist() for start in range(0, n, window)]
-        bounds = torch.tensor([0, *sizes], device=hidden.device).cumsum(0, dtype=torch.int32)
-        return hidden[_inside(hidden, lengths)], bounds
+        bounds = torch.tensor([0, *sizes], device=lengths.device).cumsum(0, dtype=torch.int32)
+        return hidden.flatten(0, 1) if _is_full(hidden, lengths) else hidden[_inside(hidden, lengths)], bounds
 
     @staticmethod
     def _padded(packed: Tensor, like: Tensor, lengths: Tensor) -> Tensor:
+        if _is_full(like, lengths):
+            return packed.reshape(*like.shape[:2], -1)
         out = packed.new_zeros(*like.shape[:2], packed.shape[-1])
         out[_inside(like, lengths)] = packed
         return out
@@ -144,6 +146,11 @@ class PackedTower(SpeechEncoder):
     def activations(self, layer: Any, middle: Tensor) -> Tensor:
         inner: Tensor = layer.activation_fn(layer.fc1(layer.final_layer_norm(middle)))
         return inner
+
+
+def _is_full(hidden: Tensor, lengths: Tensor) -> bool:
+    """Whether nothing of (B, T, D) is padding."""
+    return bool((lengths == hidden.shape[1]).all())
 
 
 def _inside(hidden: Tensor, lengths: Tensor) -> Tensor:
@@ -216,17 +223,19 @@ class TowerReader(Reader):
 
     def prefix(self, states: Tensor, lengths: Tensor, languages: Sequence[str | None]) -> tuple[Tensor, Tensor]:
         """Everything before the text: (B, T, D), lengths (B,) -> embeddings (B, P, width), mask (B, P), padded on the left."""
-        audio, audio_lengths = self.projector(states, lengths)
-        embed = self.base.get_input_embeddings()
-        rows = []
-        for row, length, language in zip(audio, audio_lengths.tolist(), languages, strict=True):
-            around = (embed(torch.tensor(ids, device=audio.device)) for ids in self.system.prompt(language))
-            before, behind = (part.to(audio.dtype) for part in around)
-            rows.append(torch.cat([before, row[:length], behind]))
-        width = max(map(len, rows))
-        padded = torch.stack([nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=audio.device)
-        return padded, mask
+        audio, heard = self.projector(states, lengths)
+        embed, device = self.base.get_input_embeddings(), audio.device
+        before, behind = zip(*(self.system.prompt(language) for language in languages), strict=True)
+        parts = [embed(pad_tokens(ids, self.system.pad, device)).to(audio.dtype) for ids in (before, behind)]
+        source = torch.cat([parts[0], audio, parts[1]], 1)  # (B, P, width), each of the three padded on its right
+        first, last = (torch.tensor([len(row) for row in ids], device=device)[:, None] for ids in (before, behind))
+        heard, width = heard[:, None], source.shape[1]
+        place = torch.arange(width, device=device) - (width - first - heard - last)  # (B, P): negative is padding
+        index = torch.where(place < first, place, parts[0].shape[1] + place - first)
+        index = torch.where(place < first + heard, index, width - parts[1].shape[1] + place - first - heard)
+        mask = place >= 0
+        rows = source.gather(1, index.clamp(min=0)[..., None].expand_as(source))
+        return rows * mask[..., None], mask.long()
 
     def logits(self, states: Tensor, lengths: Tensor, languages: Sequence[str | None], tokens: Tensor) -> Tensor:
         """(B, T, D), lengths (B,), text (B, S) -> (B, S, V): the predictions of the text tokens only."""

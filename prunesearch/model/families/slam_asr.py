@@ -7,7 +7,7 @@ V vocabulary.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from prunesearch.model.checkpoint_files import CheckpointError
 from prunesearch.model.digest import model_digest
 from prunesearch.model.encoder import ENCODER_PREFIX, WhisperLayers
 from prunesearch.model.generation import RowLimits
@@ -28,8 +29,11 @@ from prunesearch.model.loading import load_studys_encoder, load_studys_llm
 from prunesearch.model.parameters import count_parameters
 from prunesearch.model.projector import Projector
 from prunesearch.model.system import GenerationLimits, Reader, SpeechEncoder, SpeechProjector, SpeechSystem, Target
+from prunesearch.model.trained_weights import TrainedWeights, read_trained_weights
 from prunesearch.study.config import StudyConfig
+from prunesearch.study.errors import StudyError
 from prunesearch.study.record import Parameters
+from prunesearch.study.section import check_variables
 
 PROMPT_TOKENS = 6  # about the length of the default prompt: a plan is made without a tokenizer
 
@@ -132,6 +136,7 @@ class SlamSystem(SpeechSystem):
     config: StudyConfig
     encoder: WhisperLayers
     llm: Llm
+    trained_projector: Mapping[str, Tensor] | None = None  # of `anchor.weights`
     is_trained = False
 
     @classmethod
@@ -140,9 +145,23 @@ class SlamSystem(SpeechSystem):
 
         Raises StudyError when one of them cannot be loaded or is of the wrong kind.
         """
+        weights = trained_weights(config)  # their errors are told before gigabytes are loaded
         encoder, llm = load_studys_encoder(config, dtype), load_studys_llm(config, dtype)
         lora_targets(llm.model, config.slam.llm)  # a wrong name is told now, and not when the first LoRA is made
-        return cls(config, encoder, llm)
+        system = cls(config, encoder, llm, None if weights is None else weights.projector)
+        if weights is not None:
+            system._take(weights)
+        return system
+
+    def _take(self, weights: TrainedWeights) -> None:
+        """Merge a LoRA of trained weights into the LLM, and check that their projector fits."""
+        if weights.lora and self.llm.quantized:
+            raise StudyError(["anchor.weights: its LoRA cannot be merged into a quantised LLM: leave llm.quantization out"])
+        try:
+            weights.for_projector(self.new_projector(0).state_dict())
+            weights.merge_lora(self.llm.model, self.config.slam.llm.lora_alpha_per_rank)
+        except CheckpointError as error:
+            raise StudyError([f"anchor.weights: {error}"]) from error
 
     @classmethod
     def skeleton(cls, config: StudyConfig, dtype: torch.dtype) -> Self:
@@ -186,7 +205,22 @@ class SlamSystem(SpeechSystem):
     @classmethod
     def digests(cls, config: StudyConfig) -> dict[str, str]:
         parts = config.slam
-        return {"encoder": model_digest(config, parts.encoder, ENCODER_PREFIX), "llm": model_digest(config, parts.llm)}
+        digests = {"encoder": model_digest(config, parts.encoder, ENCODER_PREFIX), "llm": model_digest(config, parts.llm)}
+        weights = trained_weights(config)
+        return digests if weights is None else {**digests, "anchor": weights.digest()}
+
+
+def trained_weights(config: StudyConfig) -> TrainedWeights | None:
+    """What `anchor.weights` names; None where the anchor is trained. Raises StudyError where it cannot be read."""
+    if config.anchor.weights is None:
+        return None
+    source = config.locate(check_variables(config.anchor.weights))
+    if not Path(source).exists():
+        raise StudyError([f"anchor.weights: there is no file or folder {source}"])
+    try:
+        return read_trained_weights(Path(source))
+    except (OSError, ValueError) as error:
+        raise StudyError([f"anchor.weights: {source}: {error}"]) from error
 
 
 def _hop_length(config: StudyConfig) -> int:
