@@ -6,7 +6,6 @@ import json
 import os
 import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from prunesearch.study.candidate import Candidate, baselines
 from prunesearch.study.errors import StudyError, describe_validation_error
-from prunesearch.study.model_config import EncoderConfig, LlmConfig, ModelConfig, ModelSection, ProjectorConfig
+from prunesearch.study.model_config import EncoderConfig, LlmConfig, ModelConfig, ModelSection, ProjectorConfig, SlamParts
 from prunesearch.study.presets import overridden_keys, with_preset
 from prunesearch.study.search_config import SearchConfig, most_removed
 from prunesearch.study.section import Count, Fraction, Positive, Section, context_of, locate
@@ -88,8 +87,8 @@ class AnchorConfig(Section):
 
     weights: str | None = Field(
         None,
-        description="trained weights to take instead of training: an export of the unpruned system, a projector as safetensors, "
-        "or a checkpoint of the published code or of SLAM-LLM. A LoRA in them is merged into the LLM, for all candidates",
+        description="trained weights to take instead of training: an export of the unpruned system, a projector as "
+        "safetensors, or a checkpoint of the published code or of SLAM-LLM. A LoRA in them is merged into the LLM",
     )
     steps: Count = 400
     learning_rate: Positive = 1e-3
@@ -169,15 +168,6 @@ class StorageConfig(Section):
     artifacts: str | None = Field(
         None, description="a folder or s3://bucket/prefix for big files, if the workers do not share the run folder"
     )
-
-
-@dataclass(frozen=True)
-class SlamParts:
-    """What a SLAM-ASR system is assembled from."""
-
-    encoder: EncoderConfig
-    llm: LlmConfig
-    projector: ProjectorConfig
 
 
 class StudyConfig(Section):

@@ -1,5 +1,6 @@
 """The sections of a study file that name models: a speech model that exists already, or the parts of a SLAM-ASR system."""
 
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -83,6 +84,15 @@ class ModelConfig(Section):
     @property
     def source(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True)
+class SlamParts:
+    """What a SLAM-ASR system is assembled from."""
+
+    encoder: EncoderConfig
+    llm: LlmConfig
+    projector: ProjectorConfig
 
 
 ModelSection: TypeAlias = EncoderConfig | LlmConfig | ModelConfig
