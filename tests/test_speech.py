@@ -9,6 +9,7 @@ import soundfile
 
 from prunesearch.speech.audio import SAMPLE_RATE, AudioError, padded, read_audio, seconds_of
 from prunesearch.speech.corpus import load_corpus
+from prunesearch.speech.splitting import split_manifest
 from prunesearch.speech.text import normalizer_for
 from prunesearch.speech.wer import count_errors, is_loop, longest_repetition
 from prunesearch.study.config import load_study
@@ -123,3 +124,55 @@ def test_broken_lines_are_reported_together_or_skipped_if_the_study_says_so(toy:
     assert [f"dev.jsonl:{n}:" in line for n, line in enumerate(caught.value.lines[:3], 1)] == [True] * 3
     skipping = load_study(write_study(tmp_path, toy, data={"dev": "dev.jsonl", "skip_unreadable": True}))
     assert len(load_corpus(skipping, "dev")) == 8
+
+
+# One manifest that becomes three
+
+
+def manifest_of(folder: Path, rows: list[dict[str, object]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "all.jsonl"
+
+
+@pytest.mark.parametrize(("column", "unit"), [("speaker", "speaker"), ("client_id", "client_id"), (None, "text")])
+def test_a_manifest_is_split_without_a_speaker_or_text_in_two_splits(tmp_path: Path, column: str | None, unit: str) -> None:
+    rows: list[dict[str, object]] = [
+        {"audio": f"clips/{i}.wav", "text": f"sentence {i % 40}", "more": i, **({column: f"s{i % 9}"} if column else {})}
+        for i in range(120)
+    ]
+    done = split_manifest(manifest_of(tmp_path / "in", rows), tmp_path / "out" / "data")
+    again = split_manifest(tmp_path / "in" / "all.jsonl", tmp_path / "again")
+    assert done == again
+    assert done.unit == unit
+    found = {
+        split: [json.loads(line) for line in (tmp_path / "out" / "data" / f"{split}.jsonl").open()] for split in done.units
+    }
+    assert sum(map(len, found.values())) == 120
+    assert {row["more"] for split in found.values() for row in split} == set(range(120)), "each once, with all of its columns"
+    assert all(len(chosen) >= 0.15 * 120 for chosen in found.values())
+    assert len(found["train"]) > len(found["dev"])
+    names = [{row[unit] for row in chosen} for chosen in found.values()]
+    assert not names[0] & names[1]
+    assert not names[1] & names[2]
+    assert not names[0] & names[2]
+    one = found["dev"][0]
+    assert (tmp_path / "out" / "data" / one["audio"]).resolve() == (tmp_path / "in" / "clips" / f"{one['more']}.wav").resolve()
+
+
+def test_a_column_of_speakers_with_gaps_is_not_used(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"audio": f"{i}.wav", "text": f"t{i}", "speaker": f"s{i}" if i else None} for i in range(9)
+    ]
+    assert split_manifest(manifest_of(tmp_path, rows), tmp_path / "out").unit == "text"
+
+
+def test_a_manifest_that_cannot_be_split_is_named_and_writes_nothing(tmp_path: Path) -> None:
+    two: list[dict[str, object]] = [{"audio": f"{i}.wav", "text": f"t{i % 2}"} for i in range(9)]
+    with pytest.raises(StudyError, match=r"must have at least three different texts to be split, got 2"):
+        split_manifest(manifest_of(tmp_path, two), tmp_path / "out")
+    with pytest.raises(StudyError, match=r"all\.jsonl:2: "):
+        split_manifest(manifest_of(tmp_path, [*two[:1], {"text": "no recording"}]), tmp_path / "out")
+    with pytest.raises(StudyError, match=r"--data: there is no file"):
+        split_manifest(tmp_path / "nowhere.jsonl", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -35,6 +35,7 @@ from prunesearch.training.context import TrainingContext
 from prunesearch.training.repair import Repair
 from tests.conftest import LAYERS, WORDS, as_toml
 
+ROOT = Path(__file__).parents[1]
 SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|da|>", "<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
 
 
@@ -416,6 +417,28 @@ def test_repair_brings_the_states_back(whisper: Path, toy: Path, tmp_path: Path)
     repair.layers()
     repaired, pruned = (context.encoded(e, "train", everyone).values for e in (repair.encoder, context.encoder.without((1,))))
     assert (repaired - full).norm() < 0.7 * (pruned - full).norm()
+
+
+def test_one_command_makes_a_study_of_a_model_and_one_manifest(whisper: Path, toy: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for split in ("train", "dev", "test") for line in (toy / f"{split}.jsonl").open()]
+    rows = [{**row, "audio": str(toy / row["audio"]), "speaker": f"speaker {i % 5}"} for i, row in enumerate(rows)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = cli(
+        "init", "mine", "--in", str(tmp_path), "--model", str(whisper), "--data", str(tmp_path / "all.jsonl"),
+    )  # fmt: skip
+    assert "by speaker: " in done
+    said = cli("validate", str(tmp_path / "mine"))
+    assert "whisper with 4 encoder layers" in said
+    config = load_study(tmp_path / "mine")
+    assert config.data.group == "speaker"
+    context = TrainingContext.open(config)
+    assert sum(len(context.corpora[split]) for split in ("train", "dev", "test")) == len(rows)
+
+
+def cli(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "cli.py", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 # Bad input

@@ -57,11 +57,23 @@ def _options(
 def init(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new study.")],
     folder: Annotated[Path, typer.Option("--in", help="Folder to create the study's folder in.")] = Path("studies"),
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Speech model that exists already: a hub name or a folder, such as of Whisper."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One manifest, to be split into train, dev and test by speaker, else by text."),
+    ] = None,
 ) -> None:
     """Write a commented study file to start from."""
     from prunesearch.commands.init import write_study_file
 
-    path = write_study_file(folder, name)
+    path = write_study_file(folder, name, model)
+    if data is not None:
+        from prunesearch.commands.init import write_splits
+
+        typer.echo(write_splits(data, path))
     typer.echo(f"wrote {path}; edit it, then run: prunesearch validate {path.parent}")
 
 
@@ -83,7 +95,10 @@ def validate(
         table["storage"]["url"] = config.storage.url and shown(config.storage.url)
         print_json(table)
     else:
-        typer.echo(f"{config.source} is valid: {config.name}, fingerprint {config.fingerprint()}")
+        from prunesearch.model.families import describe_model
+
+        what = describe_model(config)
+        typer.echo(f"{config.source} is valid: {config.name}, {what}, fingerprint {config.fingerprint()}")
 
 
 @app.command()

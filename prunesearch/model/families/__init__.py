@@ -5,9 +5,10 @@ Nothing here imports torch: a family's file is imported when a system is built.
 
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunesearch.model.hub import architectures, read_architecture
+from prunesearch.model.hub import architectures, known_architecture, read_architecture
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.model_config import LEAST_ENCODER_LAYERS
@@ -75,6 +76,19 @@ def family_of(config: StudyConfig) -> Family:
             ]
         )
     return family
+
+
+def describe_model(config: StudyConfig) -> str:
+    """The family of the study's model, and its encoder's depth; of a model on the hub, only its name.
+
+    Raises StudyError where a model on this machine is of no known family.
+    """
+    if config.model is None:
+        return "SLAM-ASR"
+    name = config.locate(config.model.name)
+    if not Path(name).exists() and known_architecture(name) is None:
+        return f"{config.model.name} from the hub"
+    return f"{read_architecture(config, config.model).model_type} with {encoder_layers(config)} encoder layers"
 
 
 def encoder_layers(config: StudyConfig) -> int:
