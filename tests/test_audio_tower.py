@@ -16,9 +16,13 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     GenerationConfig,
+    GlmAsrConfig,
+    GlmAsrForConditionalGeneration,
+    GlmAsrProcessor,
     PreTrainedTokenizerFast,
     Qwen3ASRConfig,
     Qwen3ASRForConditionalGeneration,
+    WhisperFeatureExtractor,
 )
 from transformers.models.qwen3_asr.feature_extraction_qwen3_asr import Qwen3ASRFeatureExtractor
 from transformers.models.qwen3_asr.processing_qwen3_asr import Qwen3ASRProcessor
@@ -44,10 +48,10 @@ TEMPLATE = (
     "{% if not (loop.last and continue_final_message) %}<|im_end|>\n{% endif %}{% endfor %}"
 )
 
+GENERATING = TEMPLATE.replace("loop.last and continue_final_message", "false") + "<|im_start|>assistant\n"
 
-def save_qwen3_asr(folder: Path) -> None:
-    """A Qwen3-ASR of toy size with random weights, its processor and tokenizer."""
-    torch.manual_seed(0)
+
+def toy_tokenizer(**names: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,21 +59,29 @@ def save_qwen3_asr(folder: Path) -> None:
     tokenizer.train_from_iterator(WORDS, trainer)
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens(["<asr_text>"])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=NAMES
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=names
     )
-    pad, end = (tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
+
+
+TEXT = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+def save_qwen3_asr(folder: Path) -> None:
+    """A Qwen3-ASR of toy size with random weights, its processor and tokenizer."""
+    torch.manual_seed(0)
+    fast = toy_tokenizer(**NAMES)
+    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio_pad|>"])
     config = Qwen3ASRConfig(
         audio_config={
             "encoder_layers": LAYERS, "d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": 128,
             "output_dim": 32, "downsample_hidden_size": 8, "n_window_infer": 100, "initializer_range": 0.1,
         },
-        text_config={
-            "model_type": "qwen3", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512,
-            "tie_word_embeddings": True, "initializer_range": 0.1,
-        },
-        audio_token_id=tokenizer.token_to_id("<|audio_pad|>"), pad_token_id=pad, eos_token_id=[pad, end],
+        text_config={"model_type": "qwen3", "tie_word_embeddings": True, **TEXT},
+        audio_token_id=audio, pad_token_id=pad, eos_token_id=[pad, end],
     )  # fmt: skip
     model = Qwen3ASRForConditionalGeneration(config).eval()
     model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
@@ -77,12 +89,42 @@ def save_qwen3_asr(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def save_glm_asr(folder: Path) -> None:
+    """A GLM-ASR of toy size with random weights, its processor and tokenizer, and a window of four seconds."""
+    torch.manual_seed(0)
+    fast = toy_tokenizer()
+    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio_pad|>"])
+    config = GlmAsrConfig(
+        audio_config={
+            "num_hidden_layers": LAYERS, "hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2,
+            "num_mel_bins": 128, "max_position_embeddings": 200, "initializer_range": 0.1,
+        },
+        text_config={"model_type": "llama", "eos_token_id": [pad, end], "tie_word_embeddings": False, **TEXT},
+        audio_token_id=audio,
+    )  # fmt: skip
+    model = GlmAsrForConditionalGeneration(config).eval()
+    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
+    extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=4)
+    processor = GlmAsrProcessor(extractor, fast, chat_template=GENERATING, audio_token="<|audio_pad|>")
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+FAMILIES = {"qwen3_asr": save_qwen3_asr, "glmasr": save_glm_asr}
+
+
+def ask(processor: Any, samples: Sequence[np.ndarray], language: str | None) -> Any:
+    """The inputs for a batch, as the family's documentation shows them."""
+    options = {"language": language} if isinstance(processor, Qwen3ASRProcessor) else {}
+    return processor.apply_transcription_request([*samples], **options)
+
+
 def train(folder: Path, toy: Path, steps: int = 200) -> None:
     """Train the model of a folder on the toy's tones, with transformers alone, until it transcribes most of them."""
     model, processor = AutoModelForMultimodalLM.from_pretrained(folder).train(), AutoProcessor.from_pretrained(folder)
     rows = [json.loads(line) for line in (toy / "train.jsonl").read_text().splitlines()]
     samples, end = [read_audio(toy / row["audio"]) for row in rows], processor.tokenizer.eos_token_id
-    asked = processor.apply_transcription_request(samples, language=["English"] * len(rows))
+    asked = ask(processor, samples, "English")
     texts = [[*processor.tokenizer(row["text"]).input_ids, end] for row in rows]
     width = max(map(len, texts))
     written = torch.tensor([[*text, *[end] * (width - len(text))] for text in texts])
@@ -99,11 +141,22 @@ def train(folder: Path, toy: Path, steps: int = 200) -> None:
     model.eval().save_pretrained(folder)
 
 
+def trained(family: str, toy: Path, folder: Path) -> Path:
+    FAMILIES[family](folder)
+    train(folder, toy)
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def tower(request: pytest.FixtureRequest, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model of each family."""
+    return trained(request.param, toy, tmp_path_factory.mktemp(request.param))
+
+
 @pytest.fixture(scope="module")
 def qwen(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("qwen3-asr")
+    folder = tmp_path_factory.mktemp("qwen")
     save_qwen3_asr(folder)
-    train(folder, toy)
     return folder
 
 
@@ -150,7 +203,7 @@ def written(
 
 def own_generate(folder: Path, sample: np.ndarray, language: str | None) -> list[int]:
     model, processor = AutoModelForMultimodalLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    asked = processor.apply_transcription_request([sample], language=language)
+    asked = ask(processor, [sample], language)
     row = model.generate(**asked, max_new_tokens=8)[0, asked["input_ids"].shape[1] :].tolist()
     return _cut(row, model.generation_config.eos_token_id)
 
@@ -160,24 +213,25 @@ def _cut(row: list[int], ends: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def test_removing_nothing_is_the_models_own_generate_token_by_token(qwen: Path, toy: Path) -> None:
-    system, samples = loaded(qwen), recordings(toy)
+def test_removing_nothing_is_the_models_own_generate_token_by_token(tower: Path, toy: Path) -> None:
+    system, samples = loaded(tower), recordings(toy)
     for language in ("en", "Danish", None):
-        own = [own_generate(qwen, sample, language) for sample in samples]
+        own = [own_generate(tower, sample, language) for sample in samples]
         assert [written(system, [sample], [language])[0] for sample in samples] == own
         assert written(system, samples, [language] * 5) == own, "in a batch"
     assert len({tuple(row) for row in own}) > 1, "the model says different things"
 
 
 @torch.no_grad()
-def test_states_and_logits_at_batch_one_are_the_models_own(qwen: Path, toy: Path) -> None:
-    system = loaded(qwen)
-    model, processor = AutoModelForMultimodalLM.from_pretrained(qwen).eval(), AutoProcessor.from_pretrained(qwen)
+def test_states_and_logits_at_batch_one_are_the_models_own(tower: Path, toy: Path) -> None:
+    system = loaded(tower)
+    model, processor = AutoModelForMultimodalLM.from_pretrained(tower).eval(), AutoProcessor.from_pretrained(tower)
     for sample in recordings(toy):
-        asked = processor.apply_transcription_request([sample], language="en")
-        tower = model.model.audio_tower(asked["input_features"], asked["input_features_mask"]).last_hidden_state
+        asked = ask(processor, [sample], "en")
+        own_states = model.model.get_audio_features(asked["input_features"], asked["input_features_mask"]).last_hidden_state
         states, lengths = system.encoder.encode(*batch(system, [sample]))
-        assert torch.equal(states[0], tower)
+        own_states = own_states.reshape(-1, own_states.shape[-1])
+        assert torch.equal(states[0], own_states)
         target = system.target("low high", "en")
         ids = torch.cat([asked["input_ids"], torch.tensor([target.tokens])], 1)
         own = model(**{**asked, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[
@@ -191,27 +245,28 @@ def test_states_and_logits_at_batch_one_are_the_models_own(qwen: Path, toy: Path
 
 
 @torch.no_grad()
-def test_removing_layers_equals_deleting_them_by_hand(qwen: Path, toy: Path, tmp_path: Path) -> None:
-    whole = AutoModelForMultimodalLM.from_pretrained(qwen)
+def test_removing_layers_equals_deleting_them_by_hand(tower: Path, toy: Path, tmp_path: Path) -> None:
+    whole = AutoModelForMultimodalLM.from_pretrained(tower)
     settings = whole.config.to_dict()
-    settings["audio_config"]["encoder_layers"] = 2
-    pruned = Qwen3ASRForConditionalGeneration(Qwen3ASRConfig.from_dict(settings))
+    depth = "encoder_layers" if "encoder_layers" in settings["audio_config"] else "num_hidden_layers"
+    settings["audio_config"][depth] = 2
+    pruned = type(whole)(type(whole.config).from_dict(settings))
     state = {n: t for n, t in whole.state_dict().items() if ".audio_tower.layers." not in n}
     for new, old in enumerate((0, 3)):
         prefix = f"audio_tower.layers.{old}."
         state |= {n.replace(prefix, f"audio_tower.layers.{new}."): t for n, t in whole.state_dict().items() if prefix in n}
     pruned.load_state_dict(state)
-    shutil.copytree(qwen, tmp_path / "pruned")
+    shutil.copytree(tower, tmp_path / "pruned")
     pruned.generation_config = whole.generation_config
     pruned.save_pretrained(tmp_path / "pruned")
-    system = loaded(qwen)
+    system = loaded(tower)
     for sample in recordings(toy):
         assert written(system, [sample], ["en"], removed=(1, 2))[0] == own_generate(tmp_path / "pruned", sample, "en")
 
 
 @torch.no_grad()
-def test_a_batch_and_cached_states_change_nothing(qwen: Path, toy: Path, tmp_path: Path) -> None:
-    context = TrainingContext.open(load_study(study_file(tmp_path / "s", toy, qwen, search={"removable_layers": [2, 3]})))
+def test_a_batch_and_cached_states_change_nothing(tower: Path, toy: Path, tmp_path: Path) -> None:
+    context = TrainingContext.open(load_study(study_file(tmp_path / "s", toy, tower, search={"removable_layers": [2, 3]})))
     encoder, dev = context.pruned_encoder(Candidate((3,))), context.corpora["dev"]
     store = context.encoded(encoder, "dev", context.used("dev"))
     targets = [context.system.target(u.target, u.language) for u in dev]
@@ -235,17 +290,19 @@ texts = []
 for line in open(manifest):
     row = json.loads(line)
     samples = soundfile.read(manifest.rsplit("/", 1)[0] + "/" + row["audio"], dtype="float32")[0]
-    asked = processor.apply_transcription_request([samples], language="en")
+    options = {"language": "en"} if model.config.model_type == "qwen3_asr" else {}
+    asked = processor.apply_transcription_request([samples], **options)
     limit = int(len(samples) / 16000 * 6) + 8
     ids = model.generate(**asked, max_new_tokens=limit)[:, asked["input_ids"].shape[1]:]
-    texts += processor.decode(ids, return_format="transcription_only")
+    read = {"return_format": "transcription_only"} if options else {"strip_prefix": True, "skip_special_tokens": True}
+    texts += processor.decode(ids, **read)
 assert not any(name.startswith("prunesearch") for name in sys.modules)
-print(json.dumps({"layers": model.config.audio_config.encoder_layers, "texts": texts}))
+print(json.dumps({"layers": len(model.model.audio_tower.layers), "texts": texts}))
 """
 
 
-def test_a_study_of_eight_candidates_and_its_export(qwen: Path, toy: Path, tmp_path: Path) -> None:
-    file = study_file(tmp_path / "s", toy, qwen)
+def test_a_study_of_eight_candidates_and_its_export(tower: Path, toy: Path, tmp_path: Path) -> None:
+    file = study_file(tmp_path / "s", toy, tower)
     launch(file)
     config = load_study(file)
     records = {r.name or r.candidate.key: r for r in read_records(config.run_folder / "records", config.name)}
@@ -253,7 +310,7 @@ def test_a_study_of_eight_candidates_and_its_export(qwen: Path, toy: Path, tmp_p
     unpruned, pruned = records["unpruned"], records["top2+lora"]
     assert unpruned.dev is not None
     assert unpruned.dev.errors.wer < 0.5, "the model transcribes"
-    model = AutoModelForMultimodalLM.from_pretrained(qwen)
+    model = AutoModelForMultimodalLM.from_pretrained(tower)
     assert unpruned.parameters.total == model.num_parameters()
     assert unpruned.parameters.projector == sum(p.numel() for p in model.model.multi_modal_projector.parameters())
     counted = plan(file).named
@@ -270,9 +327,9 @@ def test_a_study_of_eight_candidates_and_its_export(qwen: Path, toy: Path, tmp_p
     trial = read_utterances(config.run_folder / "records", pruned.candidate, "dev")
     assert trial is not None
     assert found == {"layers": 2, "texts": [u.hypothesis for u in trial]}
-    own, new = (json.loads((folder / "config.json").read_text()) for folder in (qwen, tmp_path / "out"))
-    assert own["audio_config"].pop("encoder_layers") == 4
-    assert new["audio_config"].pop("encoder_layers") == 2
+    own, new = (json.loads((folder / "config.json").read_text()) for folder in (tower, tmp_path / "out"))
+    depth = "encoder_layers" if "encoder_layers" in own["audio_config"] else "num_hidden_layers"
+    assert (own["audio_config"].pop(depth), new["audio_config"].pop(depth)) == (4, 2)
     assert {k for k in {*own, *new} if own.get(k) != new.get(k)} <= {"dtype", "transformers_version"}
     samples = [read_audio(toy / "dev" / f"{i}.wav") for i in range(8)]
     assert AutoAsr.from_pretrained(tmp_path / "out").transcribe(samples, language="en") == found["texts"]

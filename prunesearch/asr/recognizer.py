@@ -151,15 +151,16 @@ class Recognizer(ABC):
 
         As in a study, the layers that its candidates share come first, for all parts; then the others, in batches of their own.
         """
-        shared, states = self.settings.shared_layers, [torch.empty(0)] * len(parts)
+        shared, states, read = self.settings.shared_layers, [torch.empty(0)] * len(parts), [0] * len(parts)
         for batch in by_length([len(p) for p in parts], ENCODING_BATCH):
             features, frames = self.log_mels([parts[i] for i in batch])
             with arithmetic(self.device, dtype):
                 hidden, lengths = self.encoder.first_layers(features, frames, shared)
-            for i, rows in zip(batch, _unpad(hidden.to("cpu", dtype), lengths), strict=True):
-                states[i] = rows
-        for batch in by_length([len(s) for s in states], ENCODING_BATCH):
-            hidden, lengths = self._pad_batch([states[i] for i in batch])
+            for i, row, length in zip(batch, hidden.to("cpu", dtype), lengths.tolist(), strict=True):
+                states[i], read[i] = row[: self.encoder.computed(length)].clone(), length
+        for batch in by_length(read, ENCODING_BATCH):
+            hidden, _ = self._pad_batch([states[i] for i in batch])
+            lengths = torch.tensor([read[i] for i in batch], device=self.device)
             with arithmetic(self.device, dtype):
                 hidden = self.encoder.last_layers(hidden, lengths, shared)
             for i, rows in zip(batch, _unpad(hidden.to("cpu", dtype), lengths), strict=True):

@@ -4,7 +4,8 @@ Shapes: B batch, M mel bins, F mel frames, T encoder positions (F / 2, rounded u
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from prunesearch.model.checkpoint import Part, load_checkpoint, read_config
 from prunesearch.model.checkpoint_files import CheckpointError
 from prunesearch.model.system import SpeechEncoder
+from prunesearch.study.config import DEPTHS
 
 SAMPLE_RATE = 16_000  # of all recordings that are read
 ENCODER_PREFIX = r"^(model\.)?encoder\."  # of the encoder's tensors in a full Whisper checkpoint; an encoder folder has none
@@ -50,7 +52,7 @@ def remove_layers(encoder: Any, removed_layers: Iterable[int]) -> Any:
     if outside := sorted(i for i in removed if not 0 <= i < depth):
         raise ValueError(f"removed_layers must lie in [0, {depth}), got {outside[0]}: indices are zero-based")
     config = copy.deepcopy(encoder.config)
-    config.encoder_layers = depth - len(removed)
+    setattr(config, next(name for name in DEPTHS if hasattr(config, name)), depth - len(removed))
     with torch.device("meta"):  # allocates nothing: every module is replaced by the original's
         pruned = type(encoder)(config)
     for name, module in encoder.named_children():
@@ -71,6 +73,17 @@ def with_repaired_maps(encoder: Any, maps: Mapping[str, Tensor]) -> Any:
         encoder.layers[place] = copy.deepcopy(encoder.layers[place])
     encoder.load_state_dict(dict(maps), strict=False)
     return encoder
+
+
+@contextmanager
+def read_by(module: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that gets what the module reads, each time that it is called in the context."""
+    inputs: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
 
 
 def positions_of(frames: Tensor) -> Tensor:
@@ -157,13 +170,9 @@ class WhisperLayers(SpeechEncoder):
         return layer.self_attn.out_proj
 
     def attention_heads(self, layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
-        heads: list[Tensor] = []
-        hook = layer.self_attn.out_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
-        try:
+        with read_by(layer.self_attn.out_proj) as heads:
             normed = layer.self_attn_layer_norm(hidden)
             layer.self_attn(hidden_states=normed, attention_mask=padding_mask(lengths, hidden.shape[1]))
-        finally:
-            hook.remove()
         return heads[0]
 
     def feed_forward_map(self, layer: Any) -> nn.Linear:

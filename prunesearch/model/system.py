@@ -80,6 +80,12 @@ class SpeechEncoder(ABC):
     def positions(self, seconds: float) -> int:
         """T of a recording of so many seconds."""
 
+    def computed(self, length: int) -> int:
+        """The number of positions that are computed for an utterance of this length: more than are read, if the encoder reads
+        every recording as a whole window, and what is behind it reads only the recording's part.
+        """
+        return length
+
     @abstractmethod
     def features(self, samples: NDArray[np.float32], device: torch.device) -> Tensor:
         """What the encoder reads of one recording at 16 kHz, (M, F): computed on `device`, returned on the CPU."""

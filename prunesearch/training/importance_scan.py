@@ -166,7 +166,7 @@ class Scanner:
         corpus = context.corpora["dev"]
         chosen = sorted(random.Random(context.config.seed).sample(range(len(corpus)), min(utterances, len(corpus))))
         self.chosen = chosen
-        longest = max(self.prefix.length(i) for i in chosen)
+        longest = max(self.prefix.spans[i][1] for i in chosen)
         one = sets * longest * self.prefix.values.shape[1] * self.prefix.values.element_size()
         batch = max(1, min(BATCH, END_STATES // one))
         self.batches = [[chosen[j] for j in b] for b in by_length([self.prefix.length(i) for i in chosen], batch)]

@@ -43,15 +43,16 @@ class StateStore:
     """State sequences of utterances, by their index in the corpus."""
 
     values: Tensor  # (positions of all utterances, D), memory-mapped
-    spans: dict[int, tuple[int, int]]  # utterance -> (first position, number of positions)
+    spans: dict[int, tuple[int, int]]  # utterance -> (first position, number of positions that are computed)
+    lengths: dict[int, int]  # utterance -> number of positions that are read
 
     def length(self, index: int) -> int:
-        return self.spans[index][1]
+        return self.lengths[index]
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """(B, T, D) padded with zeros, lengths (B,)."""
-        lengths = [self.spans[i][1] for i in indices]
-        states = self.values.new_zeros(len(indices), max(lengths), self.values.shape[1])
+        lengths = [self.lengths[i] for i in indices]
+        states = self.values.new_zeros(len(indices), max(self.spans[i][1] for i in indices), self.values.shape[1])
         for row, i in zip(states, indices, strict=True):
             first, length = self.spans[i]
             row[:length] = self.values[first : first + length]
@@ -177,8 +178,13 @@ class StateCache:
                     lengths = self._write_prefix(file, split, utterances, order)
                 unfinished.replace(values_file)
                 write_atomically(index_file, json.dumps(lengths))
-        spans = _spans(lengths)
-        return StateStore(_mapped(values_file, sum(n for _, n in spans.values()), self.encoder.width, self.dtype), spans)
+        spans = _spans(self._computed(lengths))
+        values = _mapped(values_file, sum(n for _, n in spans.values()), self.encoder.width, self.dtype)
+        return StateStore(values, spans, lengths)
+
+    def _computed(self, lengths: dict[int, int]) -> dict[int, int]:
+        """The number of positions that the encoder computes for each utterance."""
+        return {i: self.encoder.computed(length) for i, length in lengths.items()}
 
     def _stored_lengths(self, index_file: Path, values_file: Path, order: list[int]) -> dict[int, int] | None:
         """The lengths of the stored states, in the order of their file; None if states must be computed.
@@ -189,7 +195,7 @@ class StateCache:
         lengths = read_unless_damaged(index_file, dict[int, int])
         if lengths is None:
             return None
-        size = sum(lengths.values()) * self.encoder.width * self.dtype.itemsize
+        size = sum(self._computed(lengths).values()) * self.encoder.width * self.dtype.itemsize
         found = values_file.stat().st_size if values_file.exists() else 0
         if sorted(lengths) == order and found == size:
             return lengths
@@ -209,7 +215,7 @@ class StateCache:
                 hidden, positions = self.encoder.first_layers(*batch_of(mels, self.device), self.depth)
             lengths |= zip(batch, positions.tolist(), strict=True)
             for row, i in zip(hidden.to("cpu", self.dtype), batch, strict=True):
-                file.write(row[: lengths[i]].contiguous().view(torch.uint8).numpy().tobytes())
+                file.write(row[: self.encoder.computed(lengths[i])].contiguous().view(torch.uint8).numpy().tobytes())
             self.progress(f"log-mels and first layers of {split}", done, len(batches))
         return lengths
 
@@ -232,9 +238,8 @@ class StateCache:
         The file has no name: it disappears with the store. Raises OSError when the disk is full.
         """
         order = sorted(set(wanted))
-        lengths = {i: prefix.length(i) for i in order}
-        store, dtype = nameless_store(self.scratch, lengths, prefix), prefix.values.dtype
-        batches = by_length([lengths[i] for i in order], ENCODING_BATCH)
+        store, dtype = nameless_store(self.scratch, order, prefix), prefix.values.dtype
+        batches = by_length([prefix.length(i) for i in order], ENCODING_BATCH)
         for done, batch in enumerate(batches):
             indices = [order[j] for j in batch]
             hidden, positions = prefix.batch(indices, self.device)
@@ -249,13 +254,14 @@ def _mapped(path: str | Path, positions: int, width: int, dtype: torch.dtype) ->
     return torch.from_file(str(path), shared=True, size=positions * width, dtype=dtype).view(positions, width)
 
 
-def nameless_store(folder: Path, lengths: dict[int, int], like: StateStore) -> StateStore:
-    """An empty store for utterances of these lengths, with the width and dtype of another one. Its file disappears with it.
+def nameless_store(folder: Path, indices: Sequence[int], like: StateStore, width: int | None = None) -> StateStore:
+    """An empty store for some utterances of another one, of the same dtype and width (or of another width).
 
-    Raises OSError when the disk is full.
+    Its file disappears with it. Raises OSError when the disk is full.
     """
-    values = _nameless_file(folder, sum(lengths.values()), like.values.shape[1], like.values.dtype)
-    return StateStore(values, _spans(lengths))
+    computed = {i: like.spans[i][1] for i in indices}
+    values = _nameless_file(folder, sum(computed.values()), width or like.values.shape[1], like.values.dtype)
+    return StateStore(values, _spans(computed), {i: like.lengths[i] for i in indices})
 
 
 def _nameless_file(folder: Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:

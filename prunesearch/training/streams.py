@@ -89,13 +89,14 @@ class Streams:
         )
 
     def _map(self, function: Callable[..., Tensor], batches: Batches, stores: Sequence[StateStore]) -> StateStore:
-        lengths = {i: stores[0].length(i) for i in sorted(i for batch in batches for i in batch)}
-        out = nameless_store(self.scratch, lengths, stores[0])
+        utterances, out = sorted(i for batch in batches for i in batch), None
         for batch in batches:
-            with arithmetic(self.device, out.values.dtype):
-                out.write(batch, function(*self.read(batch, stores)))
+            with arithmetic(self.device, stores[0].values.dtype):
+                states = function(*self.read(batch, stores))
+            out = out or nameless_store(self.scratch, utterances, stores[0], states.shape[-1])
+            out.write(batch, states)
             self.check()
-        return out
+        return out or nameless_store(self.scratch, utterances, stores[0])
 
     def read(self, batch: Sequence[int], stores: Sequence[StateStore]) -> list[Tensor]:
         """The stores' states of a batch (B, T, D), and their lengths (B,)."""
@@ -104,7 +105,7 @@ class Streams:
 
     def _drop_below(self, layer: int) -> None:
         """Forget the streams below a layer, if all streams together are too large to be kept."""
-        positions = sum(group.start.length(i) for group in self.groups for batch in group.batches for i in batch)
+        positions = sum(group.start.spans[i][1] for group in self.groups for batch in group.batches for i in batch)
         size = positions * self.start.values.shape[1] * self.start.values.dtype.itemsize
         if 2 * size * (len(self.encoder.layers) - self.first) > KEPT_BYTES:
             for kept in (self._before, self._behind_attention):

@@ -48,6 +48,7 @@ class Family:
 SLAM_ASR = Family("slam_asr", is_trained=False, depth="encoder_layers")
 FAMILIES = {  # by the model_type of a configuration
     "whisper": Family("whisper", is_trained=True, depth="encoder_layers"),
+    "glmasr": Family("audio_tower", is_trained=True, depth="audio_config.num_hidden_layers"),
     "qwen3_asr": Family("audio_tower", is_trained=True, depth="audio_config.encoder_layers"),
 }
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConf
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
 from prunesearch.model.digest import model_digest
-from prunesearch.model.encoder import SAMPLE_RATE, remove_layers, with_repaired_maps
+from prunesearch.model.encoder import SAMPLE_RATE, read_by, remove_layers, with_repaired_maps
 from prunesearch.model.generation import RowLimits
 from prunesearch.model.hub import read_architecture
 from prunesearch.model.llm import lora_targets, pad_tokens, recompute_activations, remove_lora, with_lora
@@ -132,12 +132,8 @@ class PackedTower(SpeechEncoder):
 
     def attention_heads(self, layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
         packed, bounds = self._packed(hidden, lengths)
-        heads: list[Tensor] = []
-        hook = layer.self_attn.out_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
-        try:
+        with read_by(layer.self_attn.out_proj) as heads:
             layer.self_attn(hidden_states=layer.self_attn_layer_norm(packed), cu_seqlens=bounds)
-        finally:
-            hook.remove()
         return self._padded(heads[0], hidden, lengths)
 
     def feed_forward_map(self, layer: Any) -> nn.Linear:
@@ -146,6 +142,84 @@ class PackedTower(SpeechEncoder):
     def activations(self, layer: Any, middle: Tensor) -> Tensor:
         inner: Tensor = layer.activation_fn(layer.fc1(layer.final_layer_norm(middle)))
         return inner
+
+
+@dataclass(frozen=True)
+class WindowedTower(SpeechEncoder):
+    """GLM-ASR's tower: it attends to a whole window, silence included; the language model reads the recording's part only.
+
+    Features have one row more than mel bins: 1 where a frame belongs to the recording.
+    """
+
+    module: Any
+    extractor: Any
+
+    @property
+    def width(self) -> int:
+        return int(self.module.config.hidden_size)
+
+    @property
+    def window_seconds(self) -> float:
+        return float(self.extractor.chunk_length)
+
+    def positions(self, seconds: float) -> int:
+        return int(_halved(round(seconds * SAMPLE_RATE / self.extractor.hop_length)))
+
+    def computed(self, length: int) -> int:
+        return int(_halved(self.extractor.nb_max_frames))
+
+    def features(self, samples: NDArray[np.float32], device: torch.device) -> Tensor:
+        out = self.extractor(
+            samples, sampling_rate=SAMPLE_RATE, truncation=False, return_attention_mask=True, return_tensors="pt",
+            device=str(device),
+        )  # fmt: skip
+        mel, inside = out["input_features"][0], out["attention_mask"][0]
+        return torch.cat([mel, inside[None].to(mel.dtype)])
+
+    def embed(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = nn.functional.gelu(self.module.conv1(features[:, :-1]))
+        hidden = nn.functional.gelu(self.module.conv2(hidden)).transpose(1, 2)
+        return hidden, _halved(features[:, -1].sum(1).long())
+
+    def run(self, hidden: Tensor, lengths: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        places = self._places(hidden)
+        for layer in self.layers[first:last]:
+            hidden = layer(hidden, position_embeddings=places)
+        return hidden
+
+    def _places(self, hidden: Tensor) -> Any:
+        """Rotary position embeddings."""
+        return self.module.rotary_emb(hidden, position_ids=torch.arange(hidden.shape[1], device=hidden.device)[None])
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.module.norm(hidden)
+        return out
+
+    def without(self, removed_layers: Iterable[int]) -> Self:
+        return replace(self, module=remove_layers(self.module, removed_layers))
+
+    def with_maps(self, maps: Mapping[str, Tensor]) -> Self:
+        return replace(self, module=with_repaired_maps(self.module, maps))
+
+    def attention_map(self, layer: Any) -> nn.Linear:
+        return layer.self_attn.o_proj
+
+    def attention_heads(self, layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
+        with read_by(layer.self_attn.o_proj) as heads:
+            layer.self_attn(hidden_states=layer.input_layernorm(hidden), position_embeddings=self._places(hidden))
+        return heads[0]
+
+    def feed_forward_map(self, layer: Any) -> nn.Linear:
+        return layer.mlp.fc2
+
+    def activations(self, layer: Any, middle: Tensor) -> Tensor:
+        inner: Tensor = layer.mlp.act_fn(layer.mlp.fc1(layer.post_attention_layernorm(middle)))
+        return inner
+
+
+def _halved(frames: Any) -> Any:
+    """Mel frames -> tower positions: the second convolution has stride 2."""
+    return (frames - 1) // 2 + 1
 
 
 def _is_full(hidden: Tensor, lengths: Tensor) -> bool:
@@ -164,12 +238,15 @@ def _inside(hidden: Tensor, lengths: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Ways:
     """What differs from model to model. `ask`: the processor's inputs for recordings in a language; `read`: its text of token
-    rows.
+    rows. `takes_language`: whether it is told the language. `stack`: positions in an audio embedding; a last one that is not
+    whole is left out.
     """
 
     tower: Callable[[Any, Any], SpeechEncoder]
     ask: Callable[[Any, list[NDArray[np.float32]], str | None], Any]
     read: Callable[[Any, list[list[int]]], list[str]]
+    takes_language: bool = True
+    stack: int = 1
 
 
 WAYS = {
@@ -177,6 +254,13 @@ WAYS = {
         PackedTower,
         ask=lambda processor, samples, language: processor.apply_transcription_request(samples, language=language),
         read=lambda processor, rows: processor.decode(rows, return_format="transcription_only"),
+    ),
+    "glmasr": Ways(
+        WindowedTower,
+        ask=lambda processor, samples, language: processor.apply_transcription_request(samples),
+        read=lambda processor, rows: processor.decode(rows, strip_prefix=True, skip_special_tokens=True),
+        takes_language=False,
+        stack=4,
     ),
 }
 
@@ -186,8 +270,9 @@ class TowerProjector(SpeechProjector):
 
     entry_name = "linear_1"
 
-    def __init__(self, own: nn.Module):
+    def __init__(self, own: nn.Module, stack: int):
         super().__init__()
+        self.stack = stack
         self.own = copy.deepcopy(own).float().requires_grad_(True)
 
     @property
@@ -195,14 +280,17 @@ class TowerProjector(SpeechProjector):
         return self.own.linear_1  # type: ignore[return-value]
 
     def inputs(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        return states, lengths
+        batch, positions, width = states.shape
+        whole = positions // self.stack
+        return states[:, : whole * self.stack].reshape(batch, whole, self.stack * width), lengths // self.stack
 
     def embeddings_of(self, positions: int) -> int:
-        return positions
+        return positions // self.stack
 
     def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        out: Tensor = self.own(states)
-        return out, lengths
+        inputs, audio_lengths = self.inputs(states, lengths)
+        out: Tensor = self.own(inputs)
+        return out, audio_lengths
 
 
 @dataclass
@@ -340,7 +428,7 @@ class TowerSystem(TrainedSystem):
 
     def prompt(self, language: str | None) -> tuple[list[int], list[int]]:
         """The tokens before and behind the audio. Raises StudyError for a language that the model does not know."""
-        language = language or self.config.language
+        language = (language or self.config.language) if self.ways.takes_language else None
         if self.processor is None:  # of a skeleton
             return [0] * PROMPT_TOKENS, [0]
         if language not in self._prompts:
@@ -356,7 +444,7 @@ class TowerSystem(TrainedSystem):
         return self._prompts[language]
 
     def target(self, text: str, language: str | None) -> Target:
-        if (language or self.config.language) is None:
+        if self.ways.takes_language and (language or self.config.language) is None:
             raise StudyError(
                 [
                     "model.language: the data names no language, and the model is trained with one: "
@@ -369,7 +457,7 @@ class TowerSystem(TrainedSystem):
         return Target([*ids, int(tokenizer.eos_token_id)], language)
 
     def new_projector(self, seed: int) -> TowerProjector:
-        return TowerProjector(self.projector)
+        return TowerProjector(self.projector, self.ways.stack)
 
     def attach(self, projector: SpeechProjector, rank: int = 0, seed: int = 0) -> TowerReader:
         names = "|".join(lora_targets(self.model, self.config))
@@ -413,6 +501,7 @@ class _Hop:
 
     hop_length: int = 160
     chunk_length: int = 30
+    nb_max_frames: int = 3000
 
 
 System = TowerSystem
