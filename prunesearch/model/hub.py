@@ -30,12 +30,13 @@ _QWEN3_ASR = {  # tower: layers, width, heads; language model: width, feed-forwa
     "Qwen/Qwen3-ASR-0.6B-hf": (18, 896, 14, 1024, 3072),
     "Qwen/Qwen3-ASR-1.7B-hf": (24, 1024, 16, 2048, 6144),
 }
+_GLM_ASR = "zai-org/GLM-ASR-Nano-2512"  # transformers' default configuration
 CAUSAL_WITHOUT_SAYING = {"gpt_neox", "gpt_neox_japanese"}  # their `is_decoder` is False, and means nothing
 
 
 def known_architecture(name: str) -> Any | None:
     """The configuration of a model in the tables above, without tokenizer details; None for any other name."""
-    from transformers import Qwen2Config, Qwen3ASRConfig, WhisperConfig
+    from transformers import GlmAsrConfig, Qwen2Config, Qwen3ASRConfig, WhisperConfig
 
     if name in _WHISPER:
         layers, width, heads, mels, decoder_layers = _WHISPER[name]
@@ -50,6 +51,8 @@ def known_architecture(name: str) -> Any | None:
             vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
         )  # fmt: skip
+    if name == _GLM_ASR:
+        return GlmAsrConfig()
     if name in _QWEN3_ASR:
         layers, width, heads, llm_width, llm_inner = _QWEN3_ASR[name]
         audio = {
