@@ -86,6 +86,26 @@ def test_the_ridge_with_the_smallest_held_out_error_is_taken_and_that_error_is_t
     assert best.unexplained == pytest.approx(each[best.ridge] / before, rel=1e-4)
 
 
+def test_a_ridge_below_the_rounding_errors_is_not_taken() -> None:
+    """A few large inputs that move together: in fp32, their products hide the ridge, and the sums are not positive definite."""
+    generator = torch.Generator().manual_seed(0)
+    large = 1e4 * torch.randn(900, 2, generator=generator) @ torch.randn(2, 8, generator=generator)
+    x = torch.cat([torch.randn(900, 2040, generator=generator), large], 1)
+    y = x[:, :3] + 0.1 * torch.randn(900, 3, generator=generator)
+    torch.manual_seed(0)
+    linear = nn.Linear(2048, 3)
+    fit, held_out = sums(linear, x[:600], y[:600], 600), sums(linear, x[600:], y[600:], 300)
+    ladder = (1e-10, 1e-9, 1e-2)
+    products = fit.centred(*fit.means)[0]
+    products.diagonal().add_(ladder[1] * products.diagonal().mean())
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(products)
+    found = solve(fit, held_out, ladder)
+    assert found.ridge == ladder[2]
+    assert found.weight.isfinite().all()
+    assert found.unexplained <= 1 + 1e-6, "never worse than the map was"
+
+
 def test_batches_change_nothing_but_rounding() -> None:
     torch.manual_seed(0)
     linear, (x, y) = nn.Linear(6, 3), rows(50, 1)

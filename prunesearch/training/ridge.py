@@ -1,5 +1,6 @@
 """Ridge regression of one linear map, from sums that are collected batch by batch. Shapes: N rows, I inputs, O outputs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -85,13 +86,22 @@ def solve(fit: NormalEquations, held_out: NormalEquations, ladder: Sequence[floa
 
     @cache
     def tried(place: int) -> tuple[float, Tensor]:
-        """The squared error on the held-out rows, and the change of the weights, transposed: (I, O)."""
+        """The squared error on the held-out rows, and the change of the weights, transposed: (I, O).
+
+        The error is infinite where λ is smaller than the rounding errors of the sums, as it may be if a few inputs are by far
+        larger than the others (Whisper's feed-forward layers have such).
+        """
         regular = xx.clone()
         regular.diagonal().add_(ladder[place] * scale)
-        change = torch.cholesky_solve(xr, torch.linalg.cholesky(regular))
+        factor, failed = torch.linalg.cholesky_ex(regular)
+        if failed:
+            return math.inf, torch.zeros_like(xr)
+        change = torch.cholesky_solve(xr, factor)
         return float(held_rr - 2 * (change * held_xr).sum() + (change * (held_xx @ change)).sum()), change
 
     best = len(ladder) // 2
+    while math.isinf(tried(best)[0]) and best + 1 < len(ladder):
+        best += 1
     for step in (1, -1):
         while 0 <= best + step < len(ladder) and tried(best + step)[0] < tried(best)[0]:
             best += step
