@@ -71,6 +71,20 @@ def test_a_study_is_compared_with_its_confirmation_system_by_system(tmp_path: Pa
     assert "loses at most 5.00 points of dev WER at any parameter budget" in confirmation_table(found).note
 
 
+def test_without_differences_there_is_no_correlation_and_the_note_says_so(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    confirmation = study(confirmation_file(config).parent, "s-confirm")
+    for candidate in (Candidate(), Candidate((1,))):
+        add(config.run_folder / "records", candidate, 2)
+        add(confirmation.run_folder / "records", candidate, 2)
+    give_to_study(confirmation.run_folder / "records", confirmation.name)
+    found = compare_with_confirmation(config)
+    assert found is not None
+    note = confirmation_table(found).note
+    assert "none, since all systems have the same WER" in note
+    assert "nan" not in note
+
+
 @pytest.mark.parametrize("option", ["--init", "--from"])
 def test_init_and_its_older_name_from_set_the_projectors_start(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []

@@ -34,6 +34,7 @@ def transcribe(
     from prunesearch.asr.recordings import format_transcript, recordings, transcribe_files
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns of how its own Whisper calls its own generation
     with recordings(audio) as files:
         asr = AutoAsr.from_pretrained(folder, llm=llm)
         failed = False
@@ -61,6 +62,7 @@ def evaluate(
     from prunesearch.asr.scoring import score_manifest
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns of how its own Whisper calls its own generation
     found = score_manifest(AutoAsr.from_pretrained(folder, llm=llm), data, beams=beams)
     if as_json:
         print_json(found)

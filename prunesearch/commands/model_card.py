@@ -97,9 +97,10 @@ def _repair(record: RunRecord) -> str:
     if record.repair is None:
         return "none"
     maps = [name for name in record.repair.ridge if not name.startswith("projector")]
-    layers = f"{len(maps)} linear maps of the encoder ({', '.join(maps)}) and " if maps else ""
+    count = f"{len(maps)} linear map{'' if len(maps) == 1 else 's'}"
+    layers = f"{count} of the encoder ({', '.join(maps)}) and " if maps else ""
     fitted = f"refitted by least squares on {record.repair.utterances} utterances, without transcripts"
-    return f"{layers}the projector's first one, {fitted}"
+    return f"{layers}the first linear map behind it, {fitted}"
 
 
 def _training(record: RunRecord, config: StudyConfig) -> str:

@@ -117,7 +117,9 @@ def confirmation_table(found: Confirmation) -> Table:
     correlations = "; ".join(
         f"{name} {c.value:.2f} (95 % interval {c.low:.2f} to {c.high:.2f})"
         for name, c in (("Spearman's ρ", found.spearman), ("Kendall's τ", found.kendall))
+        if math.isfinite(c.value)
     )
+    correlations = correlations or "none, since all systems have the same WER in the short or in the long runs"
     return Table(
         "confirmation",
         "Confirmation, dev WER in %",
