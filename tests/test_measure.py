@@ -17,6 +17,7 @@ from prunesearch.cli.tables import measurement_table
 from prunesearch.commands.export import export
 from prunesearch.commands.launch import launch
 from prunesearch.commands.measure import measure
+from prunesearch.commands.measure_folders import is_exported, measure_folders
 from prunesearch.report import comparison_of
 from prunesearch.report.system_tables import ratios_table
 from prunesearch.study.config import load_study
@@ -182,3 +183,21 @@ def test_errors_are_one_line(copied: Path, toy: Path, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"unpruned.*prunesearch launch") as caught:
         measure(copied)
     assert len(caught.value.lines) == 1
+
+
+def test_an_exported_system_is_measured_beside_another_without_a_study(study: Path, tmp_path: Path) -> None:
+    export(study, tmp_path / "small", candidate="minus-2-3+lora4")
+    export(study, tmp_path / "whole", candidate="full")
+    recordings = load_study(study).data.dev[0]
+    found = measure_folders(tmp_path / "small", Path(str(recordings)), tmp_path / "whole", runs=1, utterances=2)
+    whole, small = found.systems
+    assert (found.study, whole.candidate, small.candidate) == ("small", "whole", "small")
+    assert whole.ratios.encoder == 1
+    assert small.ratios.file < 1, "two of four layers are missing"
+    assert found.utterances == 2
+    alone = measure_folders(tmp_path / "small", Path(str(recordings)), runs=1, utterances=1)
+    assert [system.candidate for system in alone.systems] == ["small"]
+    with pytest.raises(StudyError, match="--data: there is no file"):
+        measure_folders(tmp_path / "small", tmp_path / "nowhere.jsonl")
+    assert is_exported(tmp_path / "small")
+    assert not is_exported(study.parent)

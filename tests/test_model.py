@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel
 
-from prunesearch.model.encoder import WhisperLayers, load_encoder, positions_of, remove_layers
+from prunesearch.model.encoder import WhisperLayers, load_encoder, positions_of
 from prunesearch.model.families.slam_asr import SlamSystem, SpeechLlm
 from prunesearch.model.hub import architectures, name_without_path
 from prunesearch.model.llm import Llm, embedding_scale, load_llm, lora, lora_parameters
 from prunesearch.model.parameters import count_parameters
 from prunesearch.model.projector import Projector
+from prunesearch.model.surgery import remove_layers
 from prunesearch.model.system import Target
 from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError

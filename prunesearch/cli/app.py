@@ -391,7 +391,9 @@ def export(
 
 @app.command()
 def measure(
-    study: Study,
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="Study file, a folder that contains study.toml, or an exported system.")
+    ],
     candidate: Annotated[
         list[str] | None,
         typer.Option(
@@ -401,14 +403,34 @@ def measure(
     runs: Annotated[int, typer.Option(min=1, help="Timed runs per system, after one warm-up run.")] = 5,
     turns: Turns = None,
     utterances: Annotated[int, typer.Option(min=1, help="Number of dev utterances to use.")] = 16,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Of an exported system: the manifest whose first recordings are used.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Of an exported system: the system to compare with.")
+    ] = None,
     storage: StorageUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Measure latency, memory and file size on this machine, relative to the unpruned system."""
-    from prunesearch.commands.measure import measure as run
+    """Measure latency, memory and file size on this machine, relative to the unpruned system.
 
+    An exported system is measured without its study, beside another one (--against), on a manifest (--data).
+    """
+    from prunesearch.commands.measure_folders import is_exported, measure_folders
+    from prunesearch.study.errors import StudyError
+
+    runs = runs if turns is None else turns
     with ProgressDisplay() as display:
-        found = run(study, candidate or (), runs if turns is None else turns, utterances, display, storage)
+        if is_exported(study):
+            if data is None or candidate:
+                raise StudyError(["an exported system is measured with --data MANIFEST, and without --candidate"])
+            found = measure_folders(study, data, against, runs, utterances, display)
+        else:
+            from prunesearch.commands.measure import measure as run
+
+            if data or against:
+                raise StudyError([f"--data and --against are for an exported system, {study} is none: leave them out"])
+            found = run(study, candidate or (), runs, utterances, display, storage)
     if as_json:
         from dataclasses import asdict
 

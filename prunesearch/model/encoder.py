@@ -3,12 +3,8 @@
 Shapes: B batch, M mel bins, F mel frames, T encoder positions (F / 2, rounded up), D encoder width.
 """
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +14,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from prunesearch.model.checkpoint import Part, load_checkpoint, read_config
 from prunesearch.model.checkpoint_files import CheckpointError
+from prunesearch.model.surgery import read_by
 from prunesearch.model.system import SpeechEncoder
-from prunesearch.study.config import DEPTHS
 
 SAMPLE_RATE = 16_000  # of all recordings that are read
 ENCODER_PREFIX = r"^(model\.)?encoder\."  # of the encoder's tensors in a full Whisper checkpoint; an encoder folder has none
@@ -40,52 +36,6 @@ def load_encoder(source: str | Path, revision: str | None = None, dtype: torch.d
     return load_checkpoint(WhisperEncoder, source, revision, config, ENCODER, **options)
 
 
-def remove_layers(encoder: Any, removed_layers: Iterable[int]) -> Any:
-    """Build an encoder of the same class without the given (zero-based) layers. It shares the weights of the layers that stay.
-
-    Layers are deleted from the module list `layers` and from the config's `encoder_layers`. The final LayerNorm stays
-    (arXiv 2603.27981).
-    Raises ValueError for an index outside the encoder.
-    """
-    removed = set(removed_layers)
-    depth = len(encoder.layers)
-    if outside := sorted(i for i in removed if not 0 <= i < depth):
-        raise ValueError(f"removed_layers must lie in [0, {depth}), got {outside[0]}: indices are zero-based")
-    config = copy.deepcopy(encoder.config)
-    setattr(config, next(name for name in DEPTHS if hasattr(config, name)), depth - len(removed))
-    with torch.device("meta"):  # allocates nothing: every module is replaced by the original's
-        pruned = type(encoder)(config)
-    for name, module in encoder.named_children():
-        setattr(pruned, name, module)
-    pruned.layers = nn.ModuleList(layer for i, layer in enumerate(encoder.layers) if i not in removed)
-    return pruned.train(encoder.training)
-
-
-def with_repaired_maps(encoder: Any, maps: Mapping[str, Tensor]) -> Any:
-    """A pruned encoder with some of its tensors replaced, by name; the layers that hold them are copied first.
-
-    Raises ValueError for a tensor that the encoder does not have, or of another shape.
-    """
-    state = encoder.state_dict()
-    if wrong := [name for name, tensor in maps.items() if name not in state or state[name].shape != tensor.shape]:
-        raise ValueError(f"these maps belong to another encoder: {wrong[0]}")
-    for place in sorted({int(name.split(".")[1]) for name in maps if name.startswith("layers.")}):
-        encoder.layers[place] = copy.deepcopy(encoder.layers[place])
-    encoder.load_state_dict(dict(maps), strict=False)
-    return encoder
-
-
-@contextmanager
-def read_by(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that gets what the module reads, each time that it is called in the context."""
-    inputs: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
-    try:
-        yield inputs
-    finally:
-        hook.remove()
-
-
 def positions_of(frames: Tensor) -> Tensor:
     """Mel frames (B,) -> encoder positions (B,): the second convolution has stride 2."""
     return (frames + 1) // 2
@@ -99,15 +49,8 @@ def padding_mask(lengths: Tensor, width: int) -> Tensor | None:
     return inside[:, None, None, :].expand(-1, 1, width, -1)
 
 
-@dataclass(frozen=True)
 class WhisperLayers(SpeechEncoder):
-    """An encoder that consists of Whisper's layers. `extractor`: the feature extractor that belongs to it.
-
-    A study freezes its encoder, so that dropout is off.
-    """
-
-    module: Any
-    extractor: Any
+    """An encoder that consists of Whisper's layers. A study freezes its encoder, so that dropout is off."""
 
     @property
     def width(self) -> int:
@@ -159,12 +102,6 @@ class WhisperLayers(SpeechEncoder):
     def norm(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.module.layer_norm(hidden)
         return out
-
-    def without(self, removed_layers: Iterable[int]) -> Self:
-        return replace(self, module=remove_layers(self.module, removed_layers))
-
-    def with_maps(self, maps: Mapping[str, Tensor]) -> Self:
-        return replace(self, module=with_repaired_maps(self.module, maps))
 
     def attention_map(self, layer: Any) -> nn.Linear:
         return layer.self_attn.out_proj

@@ -15,7 +15,7 @@ Shapes: B batch, M mel bins, F mel frames, T encoder positions, D encoder width,
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunesearch.model.hub import loading_error
+from prunesearch.model.surgery import remove_layers, with_repaired_maps
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.model_config import ModelConfig
@@ -50,13 +51,16 @@ class GenerationLimits:
     repetition_penalty: float = 1.0
 
 
+@dataclass(frozen=True)
 class SpeechEncoder(ABC):
     """A frozen encoder, cut open between its layers. `module` is transformers' own: its parameters are counted and saved.
 
-    Every tensor of a layer has a name that begins with `layers.<place>.` in the module's `state_dict`.
+    Every tensor of a layer has a name that begins with `layers.<place>.` in the module's `state_dict`. `extractor`: the feature
+    extractor that belongs to the encoder.
     """
 
     module: Any
+    extractor: Any
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -72,9 +76,9 @@ class SpeechEncoder(ABC):
         """D."""
 
     @property
-    @abstractmethod
     def window_seconds(self) -> float:
-        """The longest recording that the encoder can take as a whole."""
+        """The longest recording that the encoder takes as a whole."""
+        return float(self.extractor.chunk_length)
 
     @abstractmethod
     def positions(self, seconds: float) -> int:
@@ -121,19 +125,13 @@ class SpeechEncoder(ABC):
 
     # Surgery
 
-    @abstractmethod
     def without(self, removed_layers: Iterable[int]) -> Self:
-        """The encoder without these (zero-based) layers. It shares the weights of the layers that stay.
+        """The encoder without these (zero-based) layers: see `surgery.remove_layers`."""
+        return replace(self, module=remove_layers(self.module, removed_layers))
 
-        Raises ValueError for an index outside the encoder.
-        """
-
-    @abstractmethod
     def with_maps(self, maps: Mapping[str, Tensor]) -> Self:
-        """The encoder with some of its tensors replaced, by name; the layers that hold them are copied first.
-
-        Raises ValueError for a tensor that the encoder does not have, or of another shape.
-        """
+        """The encoder with some of its tensors replaced: see `surgery.with_repaired_maps`."""
+        return replace(self, module=with_repaired_maps(self.module, maps))
 
     def to(self, device: torch.device | str) -> Self:
         """Move the module to the device, in place."""

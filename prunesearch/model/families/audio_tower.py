@@ -8,8 +8,8 @@ V vocabulary.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,11 +21,12 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConf
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
 from prunesearch.model.digest import model_digest
-from prunesearch.model.encoder import SAMPLE_RATE, read_by, remove_layers, with_repaired_maps
+from prunesearch.model.encoder import SAMPLE_RATE
 from prunesearch.model.generation import RowLimits
 from prunesearch.model.hub import read_architecture
 from prunesearch.model.llm import lora_targets, pad_tokens, recompute_activations, remove_lora, with_lora
 from prunesearch.model.parameters import size_of
+from prunesearch.model.surgery import read_by
 from prunesearch.model.system import GenerationLimits, Reader, SpeechEncoder, SpeechProjector, Target, TrainedSystem
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
@@ -40,22 +41,14 @@ PROMPT_TOKENS = 20  # about the length of a chat template: a plan is made withou
 # Towers
 
 
-@dataclass(frozen=True)
 class PackedTower(SpeechEncoder):
     """Qwen3-ASR's tower. Convolutions see chunks of `2 * n_window` mel frames, attention sees windows of some chunks, and the
     positions of a batch lie one behind the other: padding is never computed.
     """
 
-    module: Any
-    extractor: Any
-
     @property
     def width(self) -> int:
         return int(self.module.config.d_model)
-
-    @property
-    def window_seconds(self) -> float:
-        return float(self.extractor.chunk_length)
 
     @property
     def _chunk(self) -> int:
@@ -121,12 +114,6 @@ class PackedTower(SpeechEncoder):
         out: Tensor = self.module.ln_post(hidden)
         return out
 
-    def without(self, removed_layers: Iterable[int]) -> Self:
-        return replace(self, module=remove_layers(self.module, removed_layers))
-
-    def with_maps(self, maps: Mapping[str, Tensor]) -> Self:
-        return replace(self, module=with_repaired_maps(self.module, maps))
-
     def attention_map(self, layer: Any) -> nn.Linear:
         return layer.self_attn.out_proj
 
@@ -144,23 +131,15 @@ class PackedTower(SpeechEncoder):
         return inner
 
 
-@dataclass(frozen=True)
 class WindowedTower(SpeechEncoder):
     """GLM-ASR's tower: it attends to a whole window, silence included; the language model reads the recording's part only.
 
     Features have one row more than mel bins: 1 where a frame belongs to the recording.
     """
 
-    module: Any
-    extractor: Any
-
     @property
     def width(self) -> int:
         return int(self.module.config.hidden_size)
-
-    @property
-    def window_seconds(self) -> float:
-        return float(self.extractor.chunk_length)
 
     def positions(self, seconds: float) -> int:
         return int(_halved(round(seconds * SAMPLE_RATE / self.extractor.hop_length)))
@@ -194,12 +173,6 @@ class WindowedTower(SpeechEncoder):
     def norm(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.module.norm(hidden)
         return out
-
-    def without(self, removed_layers: Iterable[int]) -> Self:
-        return replace(self, module=remove_layers(self.module, removed_layers))
-
-    def with_maps(self, maps: Mapping[str, Tensor]) -> Self:
-        return replace(self, module=with_repaired_maps(self.module, maps))
 
     def attention_map(self, layer: Any) -> nn.Linear:
         return layer.self_attn.o_proj
