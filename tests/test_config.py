@@ -140,7 +140,7 @@ def test_the_fingerprint_ignores_what_may_change_and_nothing_else(toy: Path, tmp
 def test_every_shipped_study_file_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert STUDIES, "no study files found"
     for split in ("train", "dev", "test"):
-        for corpus in ("digits", "noisy"):
+        for corpus in ("digits", "noisy", "prompts"):
             (tmp_path / corpus).mkdir(exist_ok=True)
             (tmp_path / corpus / f"{split}.jsonl").touch()
     for model in ("whisper-base", "gemma-3-270m"):

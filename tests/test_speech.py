@@ -176,3 +176,9 @@ def test_a_manifest_that_cannot_be_split_is_named_and_writes_nothing(tmp_path: P
     with pytest.raises(StudyError, match=r"--data: there is no file"):
         split_manifest(tmp_path / "nowhere.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dev.jsonl").write_text("mine")
+    three: list[dict[str, object]] = [{"audio": f"{i}.wav", "text": f"t{i}"} for i in range(9)]
+    with pytest.raises(StudyError, match=r"dev\.jsonl exists already, and is not overwritten"):
+        split_manifest(manifest_of(tmp_path, three), tmp_path / "out")
+    assert (tmp_path / "out" / "dev.jsonl").read_text() == "mine"

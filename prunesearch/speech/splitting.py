@@ -13,6 +13,7 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.files import write_atomically
 
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+SPLITS = ("train", "dev", "test")
 SHARES = {"test": 0.15, "dev": 0.15}  # of the utterances, at least; train gets the rest
 MOST_SHOWN = 20
 
@@ -29,11 +30,13 @@ class Splitting:
 def split_manifest(manifest: Path, folder: Path) -> Splitting:
     """Write `train.jsonl`, `dev.jsonl` and `test.jsonl` to the folder, with all columns and paths that hold from there.
 
-    The same manifest is always split alike. Raises StudyError for lines that are no utterances, and where fewer than three
-    speakers (or texts) are told apart.
+    The same manifest is always split alike. Raises StudyError for lines that are no utterances, where fewer than three speakers
+    (or texts) are told apart, and where one of the files exists already.
     """
     if not manifest.is_file():
         raise StudyError([f"--data: there is no file {manifest}"])
+    if there := [file for split in SPLITS if (file := folder / f"{split}.jsonl").exists()]:
+        raise StudyError([f"--data: {there[0]} exists already, and is not overwritten: choose another name, or move it away"])
     wrong = [f"{row.where}: {row.problem}" for row in read_manifest(manifest) if row.problem]
     if wrong:
         more = [f"… and {len(wrong) - MOST_SHOWN} more"] if len(wrong) > MOST_SHOWN else []
@@ -44,7 +47,7 @@ def split_manifest(manifest: Path, folder: Path) -> Splitting:
     if len(names) < 3:
         raise StudyError([f"--data: {manifest} must have at least three different texts to be split, got {len(names)}"])
     split_of = _assigned(rows, unit, names)
-    found: dict[str, list[dict[str, Any]]] = {split: [] for split in ("train", "dev", "test")}
+    found: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for row in rows:
         audio = os.path.relpath(manifest.parent / row["audio"], folder)
         found[split_of[str(row[unit])]].append({**row, "audio": audio})

@@ -435,6 +435,7 @@ def _local_encoder_layers(raw: dict[str, Any], folder: Path) -> int | None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:  # reported when the model is opened
         return None
-    inside = found.get("audio_config", found) if isinstance(found, dict) else None
-    layers = [inside[name] for name in DEPTHS if name in inside] if isinstance(inside, dict) else []
+    tower = found.get("audio_config") if isinstance(found, dict) else None
+    inside, names = (tower, DEPTHS) if isinstance(tower, dict) else (found, DEPTHS[:1])  # a text model's depth is not meant
+    layers = [inside[name] for name in names if name in inside] if isinstance(inside, dict) else []
     return layers[0] if layers and isinstance(layers[0], int) else None

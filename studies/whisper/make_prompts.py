@@ -15,7 +15,7 @@ from pathlib import Path
 
 import soundfile
 
-from prunesearch.speech.splitting import split_manifest
+from prunesearch.speech.splitting import SPLITS, split_manifest
 
 VOICES = {"en": "en_US_f_Allison", "es": "es_MX_f_Allison", "fr": "fr_CA_f_June"}
 SHORTEST, LONGEST = 1.0, 5.8  # seconds
@@ -41,6 +41,8 @@ def main(out: Path, root: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     everything = out / "all.jsonl"
     everything.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    for split in SPLITS:
+        (out / f"{split}.jsonl").unlink(missing_ok=True)  # of an earlier run
     done = split_manifest(everything, out)
     print(*(f"{split}: {count} utterances" for split, count in done.utterances.items()), sep="\n")
 
