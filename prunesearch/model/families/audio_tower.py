@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConfig, StoppingCriteriaList
+from transformers import AutoModelForMultimodalLM, AutoProcessor, StoppingCriteriaList
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
 from prunesearch.model.digest import model_digest
@@ -154,18 +154,19 @@ class TowerReader(Reader):
     def generate(
         self, states: Tensor, lengths: Tensor, languages: Sequence[str | None], limits: GenerationLimits
     ) -> list[list[int]]:
+        """With the model's own settings, without sampling."""
         embeddings, mask = self.prefix(states, lengths, languages)
+        settings = copy.deepcopy(self.base.generation_config)
+        settings.update(
+            max_new_tokens=max(limits.new_tokens), max_length=None, num_beams=limits.beams, do_sample=False, temperature=None,
+            top_p=None, top_k=None, eos_token_id=list(self.ends), pad_token_id=self.system.pad,
+        )  # fmt: skip
+        if limits.repetition_penalty != 1:
+            settings.repetition_penalty = limits.repetition_penalty
         written = self.model.generate(
             inputs_embeds=embeddings.to(self.base.dtype),
             attention_mask=mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=max(limits.new_tokens),
-                num_beams=limits.beams,
-                repetition_penalty=limits.repetition_penalty,
-                do_sample=False,
-                eos_token_id=list(self.ends),
-                pad_token_id=self.system.pad,
-            ),
+            generation_config=settings,
             stopping_criteria=StoppingCriteriaList([RowLimits(limits.new_tokens, states.device)]),
         )
         rows: list[list[int]] = written.tolist()

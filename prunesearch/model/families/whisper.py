@@ -168,7 +168,9 @@ class WhisperDecoder(Reader):
         system = self.system
         prompt = PROMPT_TOKENS if system.is_multilingual else 2
         most = [min(limits.new_tokens[i], self.base.config.max_target_positions - prompt) for i in rows]
-        options = {"language": languages, "task": "transcribe"} if system.is_multilingual else {}
+        options: dict[str, Any] = {"language": languages, "task": "transcribe"} if system.is_multilingual else {}
+        if limits.repetition_penalty != 1:
+            options["repetition_penalty"] = limits.repetition_penalty
         written = self.model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=states.to(self.base.dtype)),
             return_timestamps=False,
@@ -177,7 +179,6 @@ class WhisperDecoder(Reader):
             do_sample=False,
             max_new_tokens=max(most),
             num_beams=limits.beams,
-            repetition_penalty=limits.repetition_penalty,
             stopping_criteria=StoppingCriteriaList([RowLimits([prompt + n for n in most], states.device)]),
             **{name: value for name, value in options.items() if value is not None},
         ).sequences
