@@ -91,6 +91,24 @@ def write_study(folder: Path, toy: Path, **sections: dict[str, Any]) -> Path:
         table["data"][split] = str(toy / f"{split}.jsonl")
     for name, section in sections.items():
         table.setdefault(name, {}).update(section)
+    return _written(folder, table)
+
+
+def write_model_study(folder: Path, toy: Path, checkpoint: Path, **sections: dict[str, Any]) -> Path:
+    """A study file in `folder` on a model that is trained already and the toy's data, with keys of some sections replaced."""
+    table: dict[str, dict[str, Any]] = {
+        "model": {"name": str(checkpoint), "lora_dropout": 0.0},
+        "data": {split: str(toy / f"{split}.jsonl") for split in ("train", "dev", "test")},
+        "training": {"steps": 6, "batch_size": 4, "precision": "fp32", "learning_rate": 1e-3},
+        "decoding": {"tokens_per_second": 6.0},
+        "search": {"max_removed": 2, "lora_ranks": [0, 2], "baseline_lora_rank": 2, "trials": 8, "startup_trials": 2},
+    }
+    for name, section in sections.items():
+        table.setdefault(name, {}).update(section)
+    return _written(folder, table)
+
+
+def _written(folder: Path, table: dict[str, dict[str, Any]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.toml").write_text("".join(f"{k} = {as_toml(v)}\n" for k, v in table.items()))
     return folder / "study.toml"

@@ -138,6 +138,26 @@ def _another_width(exported: Path, file: Path) -> Path:
     return file
 
 
+def _trained_encoder(exported: Path, file: Path) -> Path:
+    projector = load_file(exported / "lora" / "projector.safetensors")
+    names = {f"encoder_projector.{name}": tensor for name, tensor in with_theirs(projector).items()}
+    torch.save({"model": {**names, "encoder.conv1.bias": torch.ones(16)}, "optimizer": {}}, file)
+    return file
+
+
+def _more_weights(exported: Path, file: Path) -> Path:
+    projector = load_file(exported / "lora" / "projector.safetensors")
+    torch.save({"projector": with_theirs(projector), "adapter": {"layers.0.weight": torch.ones(4)}}, file)
+    return file
+
+
+def _a_list_for_a_lora(exported: Path, file: Path) -> Path:
+    torch.save(
+        {"projector": with_theirs(load_file(exported / "lora" / "projector.safetensors")), "lora": [torch.ones(4)]}, file
+    )
+    return file
+
+
 def _not_a_number(exported: Path, file: Path) -> Path:
     projector = load_file(exported / "lora" / "projector.safetensors")
     save_file({**projector, "up.bias": torch.full((16,), float("nan"))}, file)
@@ -162,6 +182,9 @@ def _cut(exported: Path, file: Path) -> Path:
         (_half_of_a_lora, "half.pt", r"has one factor only of the LoRA on model\.layers\.0\.self_attn\.q_proj"),
         (_of_another_llm, "other.pt", r"its LoRA adapts model\.layers\.9\..* and the LLM has no such layer"),
         (_another_width, "wide.safetensors", r"the trained projector has tensors of another shape .*up\.weight: \(8, 32\)"),
+        (_trained_encoder, "all.pt", r"weights that would not be read, 'encoder\.conv1\.bias' the first"),
+        (_more_weights, "more.pt", r"weights that would not be read, 'adapter'"),
+        (_a_list_for_a_lora, "list.pt", r"its lora must be a table of tensors, got list"),
         (_not_a_number, "nan.safetensors", r"weights must be finite numbers"),
         (_code, "code.pt", r"cannot be read as tensors \(a pickle's other content is never run\)"),
         (_cut, "cut.safetensors", r"cut\.safetensors"),

@@ -37,7 +37,7 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.model_config import ModelConfig
 from prunesearch.study.record import read_records, read_utterances
 from prunesearch.training.context import TrainingContext
-from tests.conftest import LAYERS, WORDS, as_toml
+from tests.conftest import LAYERS, WORDS, write_model_study
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]
 NAMES = {"audio_token": "<|audio_pad|>", "audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>"}
@@ -160,21 +160,6 @@ def qwen(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def study_file(folder: Path, toy: Path, checkpoint: Path, **sections: dict[str, Any]) -> Path:
-    table: dict[str, dict[str, Any]] = {
-        "model": {"name": str(checkpoint), "lora_dropout": 0.0},
-        "data": {split: str(toy / f"{split}.jsonl") for split in ("train", "dev", "test")},
-        "training": {"steps": 6, "batch_size": 4, "precision": "fp32", "learning_rate": 1e-3},
-        "decoding": {"tokens_per_second": 6.0},
-        "search": {"max_removed": 2, "lora_ranks": [0, 2], "baseline_lora_rank": 2, "trials": 8, "startup_trials": 2},
-    }
-    for name, section in sections.items():
-        table[name].update(section)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.toml").write_text("".join(f"{k} = {as_toml(v)}\n" for k, v in table.items()))
-    return folder / "study.toml"
-
-
 def recordings(toy: Path) -> list[np.ndarray]:
     """Five; the last two are longer than a chunk of the tower, and longer than a window of its attention."""
     tones = [read_audio(toy / "dev" / f"{i}.wav") for i in range(8)]
@@ -231,14 +216,15 @@ def test_states_and_logits_at_batch_one_are_the_models_own(tower: Path, toy: Pat
         own_states = model.model.get_audio_features(asked["input_features"], asked["input_features_mask"]).last_hidden_state
         states, lengths = system.encoder.encode(*batch(system, [sample]))
         own_states = own_states.reshape(-1, own_states.shape[-1])
-        assert torch.equal(states[0], own_states)
+        assert states.shape[1] == int(lengths[0])
+        assert torch.equal(states[0], own_states[: int(lengths[0])]), "what is read of the window"
         target = system.target("low high", "en")
         ids = torch.cat([asked["input_ids"], torch.tensor([target.tokens])], 1)
         own = model(**{**asked, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[
             :, -len(target.tokens) - 1 : -1
         ]
         with system.reader(system.new_projector(0)) as reader:
-            ours = reader.logits(states, lengths, ["en"], torch.tensor([target.tokens]))  # type: ignore[attr-defined]
+            ours = reader.logits(states, lengths, torch.tensor([target.tokens]), ["en"])
             torch.testing.assert_close(ours, own, atol=2e-5, rtol=1e-4)
             loss = torch.nn.functional.cross_entropy(own[0], torch.tensor(target.tokens))
             assert reader.loss(states, lengths, [target]).item() == pytest.approx(loss.item(), rel=1e-4)
@@ -266,7 +252,8 @@ def test_removing_layers_equals_deleting_them_by_hand(tower: Path, toy: Path, tm
 
 @torch.no_grad()
 def test_a_batch_and_cached_states_change_nothing(tower: Path, toy: Path, tmp_path: Path) -> None:
-    context = TrainingContext.open(load_study(study_file(tmp_path / "s", toy, tower, search={"removable_layers": [2, 3]})))
+    file = write_model_study(tmp_path / "s", toy, tower, search={"removable_layers": [2, 3]})
+    context = TrainingContext.open(load_study(file))
     encoder, dev = context.pruned_encoder(Candidate((3,))), context.corpora["dev"]
     store = context.encoded(encoder, "dev", context.used("dev"))
     targets = [context.system.target(u.target, u.language) for u in dev]
@@ -302,7 +289,7 @@ print(json.dumps({"layers": len(model.model.audio_tower.layers), "texts": texts}
 
 
 def test_a_study_of_eight_candidates_and_its_export(tower: Path, toy: Path, tmp_path: Path) -> None:
-    file = study_file(tmp_path / "s", toy, tower)
+    file = write_model_study(tmp_path / "s", toy, tower)
     launch(file)
     config = load_study(file)
     records = {r.name or r.candidate.key: r for r in read_records(config.run_folder / "records", config.name)}
@@ -347,8 +334,7 @@ def test_what_a_study_of_a_tower_refuses(qwen: Path, toy: Path, tmp_path: Path, 
     rows = [json.loads(text) for text in (toy / "dev.jsonl").open()]
     manifest = tmp_path / "dev.jsonl"
     manifest.write_text("\n".join(json.dumps({"audio": str(toy / r["audio"]), "text": r["text"]}) for r in rows))
+    file = write_model_study(tmp_path / "s", toy, qwen, model=model, data={"dev": str(manifest)})  # without languages
     with pytest.raises(StudyError, match=line) as caught:
-        _ = TrainingContext.open(
-            load_study(study_file(tmp_path / "s", toy, qwen, model=model, data={"dev": str(manifest)}))  # without languages
-        ).corpora
+        _ = TrainingContext.open(load_study(file)).corpora
     assert len(caught.value.lines) == 1

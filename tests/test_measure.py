@@ -7,7 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -197,6 +199,11 @@ def test_an_exported_system_is_measured_beside_another_without_a_study(study: Pa
     assert found.utterances == 2
     alone = measure_folders(tmp_path / "small", Path(str(recordings)), runs=1, utterances=1)
     assert [system.candidate for system in alone.systems] == ["small"]
+    long = np.sin(np.arange(16_000 * 3) / 20)  # the window has two seconds
+    soundfile.write(tmp_path / "long.wav", long, 16_000)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"audio": "long.wav", "text": ""}))
+    with pytest.raises(StudyError, match=r"lasts 3\.0 s, longer than the window of 2 s"):
+        measure_folders(tmp_path / "small", tmp_path / "long.jsonl")
     with pytest.raises(StudyError, match="--data: there is no file"):
         measure_folders(tmp_path / "small", tmp_path / "nowhere.jsonl")
     assert is_exported(tmp_path / "small")

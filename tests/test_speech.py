@@ -146,7 +146,7 @@ def test_a_manifest_is_split_without_a_speaker_or_text_in_two_splits(tmp_path: P
     assert done == again
     assert done.unit == unit
     found = {
-        split: [json.loads(line) for line in (tmp_path / "out" / "data" / f"{split}.jsonl").open()] for split in done.units
+        split: [json.loads(line) for line in (tmp_path / "out" / "data" / f"{split}.jsonl").open()] for split in done.utterances
     }
     assert sum(map(len, found.values())) == 120
     assert {row["more"] for split in found.values() for row in split} == set(range(120)), "each once, with all of its columns"

@@ -30,10 +30,10 @@ from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.model_config import ModelConfig
-from prunesearch.study.record import RunRecord, read_records, read_utterances
+from prunesearch.study.record import read_records, read_utterances
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.repair import Repair
-from tests.conftest import LAYERS, WORDS, as_toml
+from tests.conftest import LAYERS, WORDS, write_model_study
 
 ROOT = Path(__file__).parents[1]
 SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|da|>", "<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
@@ -104,21 +104,6 @@ def whisper(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def study_file(folder: Path, toy: Path, folder_of_model: Path, **sections: dict[str, Any]) -> Path:
-    table: dict[str, dict[str, Any]] = {
-        "model": {"name": str(folder_of_model), "lora_dropout": 0.0},
-        "data": {split: str(toy / f"{split}.jsonl") for split in ("train", "dev", "test")},
-        "training": {"steps": 6, "batch_size": 4, "precision": "fp32", "learning_rate": 1e-3},
-        "decoding": {"tokens_per_second": 6.0},
-        "search": {"max_removed": 2, "lora_ranks": [0, 2], "baseline_lora_rank": 2, "trials": 8, "startup_trials": 2},
-    }
-    for name, section in sections.items():
-        table.setdefault(name, {}).update(section)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.toml").write_text("".join(f"{k} = {as_toml(v)}\n" for k, v in table.items()))
-    return folder / "study.toml"
-
-
 def recordings(toy: Path, count: int = 5) -> list[np.ndarray]:
     return [read_audio(toy / "dev" / f"{i}.wav") for i in range(count)]
 
@@ -178,7 +163,7 @@ def test_logits_at_batch_one_are_the_models_own(whisper: Path, toy: Path) -> Non
     own = model(input_features=features, decoder_input_ids=torch.tensor([[*prompt, *target.tokens[:-1]]])).logits[:, 3:]
     with system.reader(system.new_projector(0)) as reader:
         assert isinstance(reader.projector, CrossAttention)
-        assert torch.equal(reader.logits(states, torch.tensor([prompt]), torch.tensor([target.tokens])), own)  # type: ignore[attr-defined]
+        assert torch.equal(reader.logits(states, lengths, torch.tensor([target.tokens]), ["en"]), own)
         loss = torch.nn.functional.cross_entropy(own[0], torch.tensor(target.tokens))
         assert reader.loss(states, lengths, [target]).item() == pytest.approx(loss.item(), rel=1e-5)
 
@@ -202,7 +187,8 @@ def test_removing_layers_equals_deleting_them_by_hand(whisper: Path, toy: Path, 
 
 @torch.no_grad()
 def test_a_batch_and_cached_states_change_nothing(whisper: Path, toy: Path, tmp_path: Path) -> None:
-    context = TrainingContext.open(load_study(study_file(tmp_path / "s", toy, whisper, search={"removable_layers": [2, 3]})))
+    file = write_model_study(tmp_path / "s", toy, whisper, search={"removable_layers": [2, 3]})
+    context = TrainingContext.open(load_study(file))
     assert context.shared_depth == 1, "the layer below the first removable one is refitted"
     encoder = context.pruned_encoder(Candidate((3,)))
     store, dev = context.encoded(encoder, "dev", context.used("dev")), context.corpora["dev"]
@@ -295,7 +281,7 @@ def test_an_english_only_model_takes_no_language(toy: Path, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def studied(whisper: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = study_file(tmp_path_factory.mktemp("study") / "s", toy, whisper)
+    file = write_model_study(tmp_path_factory.mktemp("study") / "s", toy, whisper)
     launch(file)
     return file
 
@@ -319,10 +305,6 @@ def test_a_study_of_eight_candidates_needs_no_anchor(studied: Path, whisper: Pat
     counted = plan(studied).named
     assert {name: counted[name] for name in counted} == {name: by_name[name].parameters for name in counted}
     write_report(config)
-
-
-def exported(studied: Path, out: Path, **options: Any) -> RunRecord:
-    return export(studied, out, **options)
 
 
 ALONE = """
@@ -362,7 +344,6 @@ def test_an_export_opens_with_transformers_alone_and_gives_the_trials_transcript
     assert found == {"layers": 2, "texts": [u.hypothesis for u in trial]}
     own, new = (json.loads((folder / "config.json").read_text()) for folder in (whisper, tmp_path / "out"))
     assert {k for k in {*own, *new} if own.get(k) != new.get(k)} <= {"encoder_layers", "dtype", "transformers_version"}
-    assert "path" not in (tmp_path / "out" / "prunesearch.json").read_text()
     assert str(whisper) not in "".join(p.read_text() for p in (tmp_path / "out").iterdir() if p.suffix in (".json", ".md"))
 
     asr = AutoAsr.from_pretrained(tmp_path / "out")
@@ -399,7 +380,7 @@ def test_any_checkpoint_of_the_family_transcribes(whisper: Path, toy: Path) -> N
 
 
 def test_a_study_without_training_scans_and_measures(whisper: Path, toy: Path, tmp_path: Path) -> None:
-    file = study_file(tmp_path / "s", toy, whisper, training={"steps": 0}, search={"trials": 4})
+    file = write_model_study(tmp_path / "s", toy, whisper, training={"steps": 0}, search={"trials": 4})
     found = scan(file)
     assert found.unpruned_loss > 0
     assert any(score.repaired_loss is not None for score in found.sets)
@@ -410,7 +391,7 @@ def test_a_study_without_training_scans_and_measures(whisper: Path, toy: Path, t
 
 
 def test_repair_brings_the_states_back(whisper: Path, toy: Path, tmp_path: Path) -> None:
-    context = TrainingContext.open(load_study(study_file(tmp_path / "s", toy, whisper)))
+    context = TrainingContext.open(load_study(write_model_study(tmp_path / "s", toy, whisper)))
     everyone = context.repair_utterances
     full = context.encoded(context.encoder, "train", everyone).values
     repair = Repair(context, (1,))
@@ -461,7 +442,7 @@ def test_what_a_study_of_a_model_refuses(
     whisper: Path, toy: Path, tmp_path: Path, sections: dict[str, dict[str, Any]], line: str
 ) -> None:
     with pytest.raises(StudyError, match=line) as caught:
-        TrainingContext.open(load_study(study_file(tmp_path, toy, whisper, **sections)))
+        TrainingContext.open(load_study(write_model_study(tmp_path, toy, whisper, **sections)))
     assert len(caught.value.lines) == 1
 
 
@@ -470,7 +451,7 @@ def test_a_model_of_no_known_family_is_refused(toy: Path, tmp_path: Path) -> Non
     settings = json.loads((tmp_path / "llm" / "config.json").read_text())
     (tmp_path / "llm" / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 4}))
     with pytest.raises(StudyError, match=r"model\.name: must be a speech model of a known family \(.*\), got .*'llama'"):
-        TrainingContext.open(load_study(study_file(tmp_path, toy, tmp_path / "llm")))
+        TrainingContext.open(load_study(write_model_study(tmp_path, toy, tmp_path / "llm")))
 
 
 def test_an_unknown_or_a_missing_language_is_told_before_training(whisper: Path, toy: Path, tmp_path: Path) -> None:
@@ -480,6 +461,6 @@ def test_an_unknown_or_a_missing_language_is_told_before_training(whisper: Path,
     ):
         rows = [json.loads(text) | {"audio": str(toy / json.loads(text)["audio"])} for text in (toy / "dev.jsonl").open()]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row | {"language": language}) for row in rows))
-        file = study_file(tmp_path / name, toy, whisper, data={"dev": str(tmp_path / f"{name}.jsonl")})
+        file = write_model_study(tmp_path / name, toy, whisper, data={"dev": str(tmp_path / f"{name}.jsonl")})
         with pytest.raises(StudyError, match=line):
             _ = TrainingContext.open(load_study(file)).corpora

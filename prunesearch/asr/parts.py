@@ -21,7 +21,7 @@ from prunesearch.model.checkpoint_files import CheckpointError
 from prunesearch.model.digest import DIGITS, sampled_digest
 from prunesearch.model.encoder import WhisperLayers
 from prunesearch.model.hub import explain_loading, is_local, name_without_path
-from prunesearch.model.llm import Llm, load_llm, lora_parameters
+from prunesearch.model.llm import Llm, load_llm, lora_parameters, state_without_lora
 from prunesearch.model.loading import load_encoder_and_extractor
 from prunesearch.model.projector import Projector
 from prunesearch.model.system import SpeechProjector
@@ -78,7 +78,7 @@ def part_states(
     if adapter := lora_parameters(model):
         states["adapter"] = adapter
     if not llm.quantized:
-        states["llm"] = llm_state(model)
+        states["llm"] = state_without_lora(model)
     return states
 
 
@@ -280,14 +280,6 @@ def save_adapter(model: PeftModel, folder: Path, llm_name: str) -> None:
 def save_base_llm(model: Any, folder: Path) -> None:
     """Write the LLM without its LoRA, under the names that transformers gives its tensors."""
     if isinstance(model, PeftModel):
-        model.get_base_model().save_pretrained(folder, state_dict=llm_state(model))
+        model.get_base_model().save_pretrained(folder, state_dict=state_without_lora(model))
     else:
         model.save_pretrained(folder)
-
-
-def llm_state(model: Any) -> dict[str, torch.Tensor]:
-    """The LLM's tensors without its LoRA, under the names that transformers gives them."""
-    if not isinstance(model, PeftModel):
-        return dict(model.state_dict())
-    state = model.get_base_model().state_dict()  # peft has put its layers around the LLM's own
-    return {name.replace(".base_layer", ""): tensor for name, tensor in state.items() if ".lora_" not in name}

@@ -77,9 +77,12 @@ def _read(manifest: Path, most: int, systems: list[Recognizer]) -> Recordings:
     window, samples, problems = min(asr.window_seconds for asr in systems), [], []
     for row in rows:
         try:
-            samples.append(read_audio(row.audio)[: int(window * SAMPLE_RATE)])
+            samples.append(read_audio(row.audio))
         except AudioError as error:
             problems.append(f"{row.where}: {error}")
+            continue
+        if (seconds := len(samples[-1]) / SAMPLE_RATE) > window:
+            problems.append(f"{row.where}: lasts {seconds:.1f} s, longer than the window of {window:g} s: leave it out")
     if problems or not samples:
         raise StudyError(problems or [f"--data: {manifest} has no line"])
     return Recordings.of(samples, [row.language for row in rows], systems[-1].settings.decoding.batch_size)

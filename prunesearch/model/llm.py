@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
@@ -231,6 +231,19 @@ def with_lora(
 def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """The LoRA's parameters by name; empty without LoRA."""
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def state_without_lora(model: Any) -> dict[str, Tensor]:
+    """The model's tensors without its LoRA, under the names that transformers gives them."""
+    own = model.get_base_model() if isinstance(model, PeftModel) else model
+    # peft has put its layers around the model's own
+    return {name.replace(".base_layer", ""): tensor for name, tensor in own.state_dict().items() if ".lora_" not in name}
+
+
+def save_without_lora(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model in this precision as transformers would, without its LoRA."""
+    model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in state_without_lora(model).items()})
 
 
 def pad_tokens(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:

@@ -17,14 +17,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from prunesearch.model.digest import model_digest
 from prunesearch.model.hub import loading_error
+from prunesearch.model.llm import pad_tokens
 from prunesearch.model.surgery import remove_layers, with_repaired_maps
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
@@ -114,12 +116,16 @@ class SpeechEncoder(ABC):
         hidden, lengths = self.embed(features, frames)
         return self.run(hidden, lengths, 0, depth), lengths
 
+    def output(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """What is read of the stream behind the last layer: (B, T, D), lengths (B,) -> (B, t, D), t the longest length."""
+        return self.norm(hidden[:, : int(lengths.max())])
+
     def last_layers(self, hidden: Tensor, lengths: Tensor, depth: int) -> Tensor:
-        """The layers above the first `depth`, and what is behind them: (B, T, D), (B,) -> (B, T, D)."""
-        return self.norm(self.run(hidden, lengths, depth))
+        """The layers above the first `depth`, and what is behind them: (B, T, D), (B,) -> (B, t, D), t the longest length."""
+        return self.output(self.run(hidden, lengths, depth), lengths)
 
     def encode(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """The whole encoder: (B, M, F), (B,) -> states (B, T, D), lengths (B,). States beyond a length are undefined."""
+        """The whole encoder: (B, M, F), (B,) -> states (B, t, D), lengths (B,), t the longest; beyond a length: undefined."""
         hidden, lengths = self.embed(features, frames)
         return self.last_layers(hidden, lengths, 0), lengths
 
@@ -225,8 +231,14 @@ class Reader(ABC):
         return int(self.base.get_input_embeddings().num_embeddings)
 
     @abstractmethod
+    def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor, languages: Sequence[str | None]) -> Tensor:
+        """(B, T, D), lengths (B,), text (B, S) and its languages -> (B, S, vocabulary): predictions of the text tokens only."""
+
     def loss_sum(self, states: Tensor, lengths: Tensor, targets: Sequence[Target]) -> Tensor:
         """Cross-entropy of (B, T, D), lengths (B,), summed over the targets' tokens (nats)."""
+        labels = pad_tokens([target.tokens for target in targets], -100, states.device)
+        logits = self.logits(states, lengths, labels.clamp(min=0), [target.language for target in targets])
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
     def loss(self, states: Tensor, lengths: Tensor, targets: Sequence[Target]) -> Tensor:
         """Cross-entropy, mean over the targets' tokens (nats)."""
@@ -320,8 +332,12 @@ class SpeechSystem(ABC):
 
 
 class TrainedSystem(SpeechSystem):
-    """A system that exists as a checkpoint of its family, and is exported as one. `model`: transformers' model."""
+    """A system that exists as a checkpoint of its family, and is exported as one. `model`: transformers' model.
 
+    encoder_prefix: a regular expression for what the names of the encoder's tensors in a checkpoint begin with.
+    """
+
+    encoder_prefix: ClassVar[str]
     model: Any
     is_trained = True
 
@@ -345,6 +361,21 @@ class TrainedSystem(SpeechSystem):
         except (OSError, ValueError) as error:
             raise loading_error(config.model, source, error) from error
 
+    @classmethod
+    def digests(cls, config: StudyConfig) -> dict[str, str]:
+        assert config.model is not None
+        return {"encoder": model_digest(config, config.model, cls.encoder_prefix), "model": model_digest(config, config.model)}
+
     @abstractmethod
     def save_pretrained(self, folder: Path, encoder: SpeechEncoder, reader: Reader) -> None:
         """Write a system of this encoder and this reader as transformers would, processor included. A LoRA is left out."""
+
+
+def no_language() -> StudyError:
+    """Of a text without a language, for a model that needs one."""
+    return StudyError(
+        [
+            "model.language: the data names no language, and this model is trained with one: "
+            'write model.language = "en", or a column "language" in the data'
+        ]
+    )

@@ -24,6 +24,10 @@ NAMES = {"linear1": "up", "linear2": "down", "layer_norm": "norm"}
 PROJECTOR_PREFIX = r"^(module\.|_orig_mod\.)?(encoder_projector|projector)\."
 LORA_NAME = re.compile(r"^(?:llm\.)?(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight$")
 EXPORT = "slam.json"
+_LEFT_OUT = (
+    "an anchor is a projector and a LoRA; a trained encoder or LLM is given as encoder.model or llm.model, and what was "
+    "frozen is left out of the file"
+)
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,26 @@ def read_trained_weights(source: Path) -> TrainedWeights:
     if not isinstance(content, dict):
         raise CheckpointError(f"must hold a table of tensors, got {type(content).__name__}")
     if isinstance(content.get("projector"), dict):
+        _require_read(content, {"projector", "lora"})
         lora = content.get("lora") or {}
-        table = {f"projector.{name}": tensor for name, tensor in content["projector"].items()}
-        return _sorted({**table, **(lora if isinstance(lora, dict) else {})})
-    inner = content.get("model", content.get("state_dict", content))
-    return _sorted({name: t for name, t in inner.items() if isinstance(t, Tensor)} if isinstance(inner, dict) else {})
+        if not isinstance(lora, dict):
+            raise CheckpointError(f"its lora must be a table of tensors, got {type(lora).__name__}")
+        table = {**{f"projector.{name}": tensor for name, tensor in content["projector"].items()}, **lora}
+        if other := [name for name, tensor in table.items() if not isinstance(tensor, Tensor)]:
+            raise CheckpointError(f"its {other[0]} must be a tensor, got {type(table[other[0]]).__name__}")
+        return _sorted(table)
+    inner = next((name for name in ("model", "state_dict") if isinstance(content.get(name), dict)), None)
+    if inner is not None:
+        _require_read(content, {inner})
+        content = content[inner]
+    return _sorted({name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)})
+
+
+def _require_read(content: Mapping[str, Any], read: set[str]) -> None:
+    """Raises CheckpointError where a table beside those that are read has weights, too. An optimizer's are not that."""
+    for name, value in content.items():
+        if name not in read and isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values()):
+            raise CheckpointError(f"holds weights that would not be read, {name!r}: {_LEFT_OUT}")
 
 
 def _of_export(folder: Path) -> TrainedWeights:
@@ -115,6 +134,8 @@ def _sorted(tensors: Mapping[str, Tensor]) -> TrainedWeights:
         elif re.match(PROJECTOR_PREFIX, name) or not prefixed:
             part, _, rest = re.sub(PROJECTOR_PREFIX, "", name).partition(".")
             projector[f"{NAMES.get(part, part)}.{rest}"] = tensor
+    if left := [name for name in tensors if prefixed and not (LORA_NAME.match(name) or re.match(PROJECTOR_PREFIX, name))]:
+        raise CheckpointError(f"holds weights that would not be read, {left[0]!r} the first: {_LEFT_OUT}")
     if not projector:
         raise CheckpointError("has no projector: its names must begin with projector. or encoder_projector.")
     if halves := sorted(name for name, pair in factors.items() if pair.keys() != {"A", "B"}):

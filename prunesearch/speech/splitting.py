@@ -20,10 +20,9 @@ MOST_SHOWN = 20
 
 @dataclass(frozen=True)
 class Splitting:
-    """What was written. `unit`: what no two splits share: a column of speakers, or `text`. `units`, `utterances`: by split."""
+    """What was written. `unit`: what no two splits share: a column of speakers, or `text`. `utterances`: by split."""
 
     unit: str
-    units: dict[str, int]
     utterances: dict[str, int]
 
 
@@ -54,8 +53,7 @@ def split_manifest(manifest: Path, folder: Path) -> Splitting:
     folder.mkdir(parents=True, exist_ok=True)
     for split, chosen in found.items():
         write_atomically(folder / f"{split}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen))
-    units = {split: sum(s == split for s in split_of.values()) for split in found}
-    return Splitting(unit, units, {split: len(chosen) for split, chosen in found.items()})
+    return Splitting(unit, {split: len(chosen) for split, chosen in found.items()})
 
 
 def _tells_apart(rows: Sequence[dict[str, Any]], column: str) -> bool:

@@ -204,7 +204,7 @@ class Scanner:
 
     def projected(self, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states (B, T, D) and the projector's output (B, A, D), zero beyond an utterance's end."""
-        states = self.context.encoder.norm(hidden)
+        states = self.context.encoder.output(hidden, lengths)
         audio, audio_lengths = self.projector(states, lengths)
         inside = torch.arange(audio.shape[1], device=audio.device) < audio_lengths[:, None]
         return states, audio.float() * inside[..., None]

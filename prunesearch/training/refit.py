@@ -113,7 +113,7 @@ def _projector_rows(
     projector: SpeechProjector, before: nn.Linear, encoder: SpeechEncoder, pruned: Tensor, full: Tensor, lengths: Tensor
 ) -> Rows:
     """The first map should compute from the pruned encoder's states what it computed (`before`) from the unpruned one's."""
-    inputs, audio_lengths = projector.inputs(encoder.norm(pruned), lengths)
+    inputs, audio_lengths = projector.inputs(encoder.output(pruned, lengths), lengths)
     with torch.autocast(inputs.device.type, enabled=False):
-        wanted = before(projector.inputs(encoder.norm(full), lengths)[0].float())
+        wanted = before(projector.inputs(encoder.output(full, lengths), lengths)[0].float())
     return inputs, wanted, audio_lengths

@@ -110,7 +110,7 @@ class Screen:
                 hidden, lengths = self._streams.read(batch, [behind[1]])
                 targets = [self._targets[i] for i in batch]
                 with arithmetic(context.device, context.dtype):
-                    loss += float(reader.loss_sum(context.encoder.norm(hidden), lengths, targets))
+                    loss += float(reader.loss_sum(context.encoder.output(hidden, lengths), lengths, targets))
                 tokens += sum(len(target.tokens) for target in targets)
         return Screened(loss=loss / tokens, residual=residual)
 

@@ -43,7 +43,7 @@ class StateStore:
     """State sequences of utterances, by their index in the corpus."""
 
     values: Tensor  # (positions of all utterances, D), memory-mapped
-    spans: dict[int, tuple[int, int]]  # utterance -> (first position, number of positions that are computed)
+    spans: dict[int, tuple[int, int]]  # utterance -> (first position, number of positions that are kept)
     lengths: dict[int, int]  # utterance -> number of positions that are read
 
     def length(self, index: int) -> int:
@@ -238,7 +238,8 @@ class StateCache:
         The file has no name: it disappears with the store. Raises OSError when the disk is full.
         """
         order = sorted(set(wanted))
-        store, dtype = nameless_store(self.scratch, order, prefix), prefix.values.dtype
+        store = nameless_store(self.scratch, {i: prefix.length(i) for i in order}, prefix)
+        dtype = prefix.values.dtype
         batches = by_length([prefix.length(i) for i in order], ENCODING_BATCH)
         for done, batch in enumerate(batches):
             indices = [order[j] for j in batch]
@@ -254,14 +255,15 @@ def _mapped(path: str | Path, positions: int, width: int, dtype: torch.dtype) ->
     return torch.from_file(str(path), shared=True, size=positions * width, dtype=dtype).view(positions, width)
 
 
-def nameless_store(folder: Path, indices: Sequence[int], like: StateStore, width: int | None = None) -> StateStore:
+def nameless_store(folder: Path, positions: dict[int, int], like: StateStore, width: int | None = None) -> StateStore:
     """An empty store for some utterances of another one, of the same dtype and width (or of another width).
+
+    positions: how many are kept of each utterance.
 
     Its file disappears with it. Raises OSError when the disk is full.
     """
-    computed = {i: like.spans[i][1] for i in indices}
-    values = _nameless_file(folder, sum(computed.values()), width or like.values.shape[1], like.values.dtype)
-    return StateStore(values, _spans(computed), {i: like.lengths[i] for i in indices})
+    values = _nameless_file(folder, sum(positions.values()), width or like.values.shape[1], like.values.dtype)
+    return StateStore(values, _spans(positions), {i: like.lengths[i] for i in positions})
 
 
 def _nameless_file(folder: Path, positions: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -89,14 +89,14 @@ class Streams:
         )
 
     def _map(self, function: Callable[..., Tensor], batches: Batches, stores: Sequence[StateStore]) -> StateStore:
-        utterances, out = sorted(i for batch in batches for i in batch), None
+        positions, out = {i: stores[0].spans[i][1] for i in sorted(i for batch in batches for i in batch)}, None
         for batch in batches:
             with arithmetic(self.device, stores[0].values.dtype):
                 states = function(*self.read(batch, stores))
-            out = out or nameless_store(self.scratch, utterances, stores[0], states.shape[-1])
+            out = out or nameless_store(self.scratch, positions, stores[0], states.shape[-1])
             out.write(batch, states)
             self.check()
-        return out or nameless_store(self.scratch, utterances, stores[0])
+        return out or nameless_store(self.scratch, positions, stores[0])
 
     def read(self, batch: Sequence[int], stores: Sequence[StateStore]) -> list[Tensor]:
         """The stores' states of a batch (B, T, D), and their lengths (B,)."""

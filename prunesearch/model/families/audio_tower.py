@@ -20,21 +20,27 @@ from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM, AutoProcessor, StoppingCriteriaList
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
-from prunesearch.model.digest import model_digest
 from prunesearch.model.encoder import SAMPLE_RATE
 from prunesearch.model.families.towers import PackedTower, WindowedTower
 from prunesearch.model.generation import RowLimits
 from prunesearch.model.hub import read_architecture
-from prunesearch.model.llm import lora_targets, pad_tokens, recompute_activations, remove_lora, with_lora
-from prunesearch.model.parameters import size_of
-from prunesearch.model.system import GenerationLimits, Reader, SpeechEncoder, SpeechProjector, Target, TrainedSystem
+from prunesearch.model.llm import lora_targets, pad_tokens, recompute_activations, remove_lora, save_without_lora, with_lora
+from prunesearch.model.parameters import count_parameters
+from prunesearch.model.system import (
+    GenerationLimits,
+    Reader,
+    SpeechEncoder,
+    SpeechProjector,
+    Target,
+    TrainedSystem,
+    no_language,
+)
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.model_config import ModelConfig
 from prunesearch.study.record import Parameters
 
 MODEL = Part("model")
-TOWER_PREFIX = r"^(model\.)?audio_tower\."  # of the tower's tensors in a checkpoint
 PROMPT_TOKENS = 20  # about the length of a chat template: a plan is made without a processor
 
 
@@ -131,8 +137,7 @@ class TowerReader(Reader):
         rows = source.gather(1, index.clamp(min=0)[..., None].expand_as(source))
         return rows * mask[..., None], mask.long()
 
-    def logits(self, states: Tensor, lengths: Tensor, languages: Sequence[str | None], tokens: Tensor) -> Tensor:
-        """(B, T, D), lengths (B,), text (B, S) -> (B, S, V): the predictions of the text tokens only."""
+    def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor, languages: Sequence[str | None]) -> Tensor:
         prefix, mask = self.prefix(states, lengths, languages)
         text = self.base.get_input_embeddings()(tokens[:, :-1]).to(prefix.dtype)
         mask = torch.cat([mask, mask.new_ones(text.shape[:2])], 1)  # padding on the right is never attended to: causal
@@ -145,11 +150,6 @@ class TowerReader(Reader):
         )
         found: Tensor = out.logits
         return found
-
-    def loss_sum(self, states: Tensor, lengths: Tensor, targets: Sequence[Target]) -> Tensor:
-        labels = pad_tokens([target.tokens for target in targets], -100, states.device)
-        logits = self.logits(states, lengths, [target.language for target in targets], labels.clamp(min=0))
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
     def generate(
         self, states: Tensor, lengths: Tensor, languages: Sequence[str | None], limits: GenerationLimits
@@ -180,6 +180,7 @@ class TowerReader(Reader):
 class TowerSystem(TrainedSystem):
     """`model`: transformers' model without its tower and its projector, which are in `encoder` and `projector`."""
 
+    encoder_prefix = r"^(model\.)?audio_tower\."
     config: ModelConfig
     encoder: SpeechEncoder
     projector: nn.Module
@@ -252,12 +253,7 @@ class TowerSystem(TrainedSystem):
 
     def target(self, text: str, language: str | None) -> Target:
         if self.ways.takes_language and (language or self.config.language) is None:
-            raise StudyError(
-                [
-                    "model.language: the data names no language, and the model is trained with one: "
-                    'write model.language = "en", or a column "language" in the data'
-                ]
-            )
+            raise no_language()
         self.prompt(language)
         tokenizer = self.processor.tokenizer
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -278,15 +274,7 @@ class TowerSystem(TrainedSystem):
         recompute_activations(self.model)
 
     def parameters(self, encoder: SpeechEncoder, reader: Reader) -> Parameters:
-        lora = sum(p.numel() for name, p in reader.model.named_parameters() if "lora_" in name)
-        return Parameters(
-            encoder=size_of(encoder.module), projector=size_of(reader.projector), lora=lora, llm=size_of(reader.model) - lora
-        )
-
-    @classmethod
-    def digests(cls, config: StudyConfig) -> dict[str, str]:
-        assert config.model is not None
-        return {"encoder": model_digest(config, config.model, TOWER_PREFIX), "model": model_digest(config, config.model)}
+        return count_parameters(encoder.module, reader.projector, reader.model)
 
     def save_pretrained(self, folder: Path, encoder: SpeechEncoder, reader: Reader) -> None:
         settings, inner = copy.deepcopy(self.model.config), self.model.model
@@ -295,10 +283,8 @@ class TowerSystem(TrainedSystem):
             whole = type(self.model)(settings)
         whole.model.audio_tower, whole.model.language_model = encoder.module, inner.language_model
         whole.model.multi_modal_projector, whole.lm_head = reader.projector.own, self.model.lm_head
-        whole.generation_config, dtype = self.model.generation_config, encoder.module.dtype
-        whole.config.dtype = dtype
-        state = {name.replace(".base_layer", ""): tensor for name, tensor in whole.state_dict().items() if ".lora_" not in name}
-        whole.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+        whole.generation_config = self.model.generation_config
+        save_without_lora(whole, folder, encoder.module.dtype)
         self.processor.save_pretrained(folder)
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -24,7 +24,7 @@ from prunesearch.model.digest import model_digest
 from prunesearch.model.encoder import ENCODER_PREFIX, WhisperLayers
 from prunesearch.model.generation import RowLimits
 from prunesearch.model.hub import architectures
-from prunesearch.model.llm import Llm, embedding_scale, lora_targets, pad_tokens, recompute_activations, remove_lora, with_lora
+from prunesearch.model.llm import Llm, embedding_scale, lora_targets, recompute_activations, remove_lora, with_lora
 from prunesearch.model.loading import load_studys_encoder, load_studys_llm
 from prunesearch.model.parameters import count_parameters
 from prunesearch.model.projector import Projector
@@ -83,8 +83,8 @@ class SpeechLlm(Reader):
         prompt_mask = mask.new_ones(batch, len(self.llm.prompt))
         return torch.cat([shifted * mask[..., None], prompt], 1), torch.cat([mask, prompt_mask], 1).long()
 
-    def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
-        """(B, T, D), lengths (B,), text (B, S) -> (B, S, V): the predictions of the text tokens only."""
+    def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor, languages: Sequence[str | None] = ()) -> Tensor:
+        """As in `Reader`; languages are not used."""
         prefix, mask = self.prefix(states, lengths)
         text = self.llm.model.get_input_embeddings()(tokens[:, :-1]).to(prefix.dtype)
         mask = torch.cat([mask, mask.new_ones(text.shape[:2])], 1)  # padding on the right is never attended to: causal
@@ -97,12 +97,6 @@ class SpeechLlm(Reader):
             use_cache=False,
         )
         return out.logits
-
-    def loss_sum(self, states: Tensor, lengths: Tensor, targets: Sequence[Target]) -> Tensor:
-        """Cross-entropy, summed over the batch's text tokens (nats). Targets' languages are not used."""
-        labels = pad_tokens([target.tokens for target in targets], -100, states.device)
-        logits = self.logits(states, lengths, labels.clamp(min=0))
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
     def generate(
         self, states: Tensor, lengths: Tensor, languages: Sequence[str | None], limits: GenerationLimits

@@ -32,14 +32,21 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
 from prunesearch.model.checkpoint_files import CheckpointError
-from prunesearch.model.digest import model_digest
 from prunesearch.model.encoder import ENCODER_PREFIX, SAMPLE_RATE, WhisperLayers
 from prunesearch.model.generation import RowLimits
 from prunesearch.model.hub import read_architecture
-from prunesearch.model.llm import pad_tokens, recompute_activations, remove_lora, with_lora
+from prunesearch.model.llm import pad_tokens, recompute_activations, remove_lora, save_without_lora, with_lora
 from prunesearch.model.loading import load_extractor
-from prunesearch.model.parameters import size_of
-from prunesearch.model.system import GenerationLimits, Reader, SpeechEncoder, SpeechProjector, Target, TrainedSystem
+from prunesearch.model.parameters import count_parameters
+from prunesearch.model.system import (
+    GenerationLimits,
+    Reader,
+    SpeechEncoder,
+    SpeechProjector,
+    Target,
+    TrainedSystem,
+    no_language,
+)
 from prunesearch.study.config import StudyConfig
 from prunesearch.study.errors import StudyError
 from prunesearch.study.model_config import ModelConfig
@@ -133,20 +140,14 @@ class WhisperDecoder(Reader):
     def ends(self) -> tuple[int, ...]:
         return (int(self.base.generation_config.eos_token_id),)
 
-    def logits(self, states: Tensor, prompts: Tensor, tokens: Tensor) -> Tensor:
-        """(B, T, D), prompts (B, P), text (B, S) -> (B, S, V): the predictions of the text tokens only."""
+    def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor, languages: Sequence[str | None]) -> Tensor:
+        prompts = pad_tokens([self.system.prompt(language) for language in languages], 0, states.device)  # all of one length
         out = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             decoder_input_ids=torch.cat([prompts, tokens[:, :-1]], 1),
             use_cache=False,
         )
         return out.logits[:, prompts.shape[1] - 1 :]
-
-    def loss_sum(self, states: Tensor, lengths: Tensor, targets: Sequence[Target]) -> Tensor:
-        labels = pad_tokens([target.tokens for target in targets], -100, states.device)
-        prompts = pad_tokens([self.system.prompt(target.language) for target in targets], 0, states.device)
-        logits = self.logits(states, prompts, labels.clamp(min=0))
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
     def generate(
         self, states: Tensor, lengths: Tensor, languages: Sequence[str | None], limits: GenerationLimits
@@ -204,6 +205,7 @@ class WhisperSystem(TrainedSystem):
     of each decoder layer, as they were loaded.
     """
 
+    encoder_prefix = ENCODER_PREFIX
     config: ModelConfig
     encoder: WindowedWhisper
     model: Any
@@ -293,12 +295,7 @@ class WhisperSystem(TrainedSystem):
         if not self.is_multilingual:
             return [start, last]
         if code is None:
-            raise StudyError(
-                [
-                    "model.language: the data names no language, and a multilingual model is trained with one: "
-                    'write model.language = "en", or a column "language" in the data'
-                ]
-            )
+            raise no_language()
         return [start, self.languages[code], int(settings.task_to_id["transcribe"]), last]
 
     def target(self, text: str, language: str | None) -> Target:
@@ -347,23 +344,14 @@ class WhisperSystem(TrainedSystem):
 
     def parameters(self, encoder: SpeechEncoder, reader: Reader) -> Parameters:
         """The decoder is the language model, its cross-attention included: it is there in any case."""
-        lora = sum(p.numel() for name, p in reader.model.named_parameters() if "lora_" in name)
-        return Parameters(encoder=size_of(encoder.module), projector=0, lora=lora, llm=size_of(reader.model) - lora)
-
-    @classmethod
-    def digests(cls, config: StudyConfig) -> dict[str, str]:
-        assert config.model is not None
-        return {"encoder": model_digest(config, config.model, ENCODER_PREFIX), "model": model_digest(config, config.model)}
+        return count_parameters(encoder.module, nn.Module(), reader.model)
 
     def save_pretrained(self, folder: Path, encoder: SpeechEncoder, reader: Reader) -> None:
         with torch.device("meta"):  # allocates nothing: every module is replaced
             whole = WhisperForConditionalGeneration(encoder.module.config)
         whole.model.encoder, whole.model.decoder, whole.proj_out = encoder.module, self.model.model.decoder, self.model.proj_out
         whole.generation_config = self.model.generation_config
-        state = {name.replace(".base_layer", ""): tensor for name, tensor in whole.state_dict().items() if ".lora_" not in name}
-        dtype = encoder.module.dtype
-        whole.config.dtype = dtype
-        whole.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+        save_without_lora(whole, folder, encoder.module.dtype)
         WhisperProcessor(self.encoder.extractor, self.tokenizer).save_pretrained(folder)
 
 
