@@ -13,13 +13,23 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForMultimodalLM,
+    AudioFlamingo3Config,
+    AudioFlamingo3ForConditionalGeneration,
+    AudioFlamingo3Processor,
+    AutoModelForSeq2SeqLM,
     AutoProcessor,
     GenerationConfig,
     GlmAsrConfig,
     GlmAsrForConditionalGeneration,
     GlmAsrProcessor,
+    MossTranscribeDiarizeConfig,
+    MossTranscribeDiarizeFeatureExtractor,
+    MossTranscribeDiarizeForConditionalGeneration,
+    MossTranscribeDiarizeProcessor,
     PreTrainedTokenizerFast,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
     Qwen3ASRConfig,
     Qwen3ASRForConditionalGeneration,
     WhisperFeatureExtractor,
@@ -39,7 +49,8 @@ from prunesearch.study.record import read_records, read_utterances
 from prunesearch.training.context import TrainingContext
 from tests.conftest import LAYERS, WORDS, write_model_study
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>", "<|audio_bos|>"]
+SPECIAL += ["<|AUDIO|>", "<|audio_eos|>"]
 NAMES = {"audio_token": "<|audio_pad|>", "audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>"}
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -65,7 +76,7 @@ def toy_tokenizer(**names: str) -> PreTrainedTokenizerFast:
 
 
 TEXT = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.1,
 }  # fmt: skip
 
@@ -110,27 +121,99 @@ def save_glm_asr(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-FAMILIES = {"qwen3_asr": save_qwen3_asr, "glmasr": save_glm_asr}
+WHISPER_TOWER = {
+    "num_hidden_layers": LAYERS, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_mel_bins": 80,
+    "max_source_positions": 200, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+def save_audio_flamingo(folder: Path) -> None:
+    """An Audio Flamingo 3 of toy size with random weights, and a window of four seconds."""
+    torch.manual_seed(0)
+    fast = toy_tokenizer()
+    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio_pad|>"])
+    config = AudioFlamingo3Config(
+        audio_config={"model_type": "audioflamingo3_encoder", **WHISPER_TOWER},
+        text_config={"model_type": "qwen2", "tie_word_embeddings": False, **TEXT}, audio_token_id=audio,
+    )  # fmt: skip
+    model = AudioFlamingo3ForConditionalGeneration(config).eval()
+    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
+    AudioFlamingo3Processor(extractor, fast, chat_template=GENERATING, audio_token="<|audio_pad|>").save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def save_qwen2_audio(folder: Path, chat_template: str | None = None) -> None:
+    """A Qwen2-Audio of toy size with random weights, and a window of four seconds; with a template, the one for chats."""
+    torch.manual_seed(0)
+    fast = toy_tokenizer()
+    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|AUDIO|>"])
+    config = Qwen2AudioConfig(
+        audio_config={"model_type": "qwen2_audio_encoder", **WHISPER_TOWER},
+        text_config={"model_type": "qwen2", "tie_word_embeddings": False, **TEXT}, audio_token_index=audio,
+    )  # fmt: skip
+    model = Qwen2AudioForConditionalGeneration(config).eval()
+    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
+    Qwen2AudioProcessor(extractor, fast, chat_template=chat_template).save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def save_moss(folder: Path) -> None:
+    """A MOSS-Transcribe-Diarize of toy size with random weights, and a window of four seconds."""
+    torch.manual_seed(0)
+    fast = toy_tokenizer()
+    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio_pad|>"])
+    config = MossTranscribeDiarizeConfig(
+        audio_config=WHISPER_TOWER, text_config={"model_type": "qwen3", "tie_word_embeddings": True, **TEXT},
+        audio_token_id=audio, audio_chunk_size=64_000,
+    )  # fmt: skip
+    model = MossTranscribeDiarizeForConditionalGeneration(config).eval()
+    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
+    extractor = MossTranscribeDiarizeFeatureExtractor(chunk_length=4)
+    # the model itself has a mark of the time every two seconds; the toy's recordings are shorter
+    MossTranscribeDiarizeProcessor(extractor, fast, chat_template=GENERATING, time_marker_every_seconds=1).save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+FAMILIES = {
+    "qwen3_asr": save_qwen3_asr,
+    "glmasr": save_glm_asr,
+    "audioflamingo3": save_audio_flamingo,
+    "qwen2_audio": save_qwen2_audio,
+    "moss_transcribe_diarize": save_moss,
+}
 
 
 def ask(processor: Any, samples: Sequence[np.ndarray], language: str | None) -> Any:
     """The inputs for a batch, as the family's documentation shows them."""
+    if isinstance(processor, Qwen2AudioProcessor):
+        text = "<|audio_bos|><|AUDIO|><|audio_eos|>Detect the language and recognize the speech:"
+        if processor.chat_template is not None:
+            said = [{"type": "audio", "audio_url": "x.wav"}, {"type": "text", "text": "Transcribe the speech."}]
+            text = processor.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True, tokenize=False)
+        options: dict[str, Any] = {"sampling_rate": 16000, "return_tensors": "pt", "padding": True, "padding_side": "left"}
+        return processor(text=[text] * len(samples), audio=[*samples], **options)
     options = {"language": language} if isinstance(processor, Qwen3ASRProcessor) else {}
+    if isinstance(processor, MossTranscribeDiarizeProcessor):
+        options = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
     return processor.apply_transcription_request([*samples], **options)
 
 
 def train(folder: Path, toy: Path, steps: int = 200) -> None:
     """Train the model of a folder on the toy's tones, with transformers alone, until it transcribes most of them."""
-    model, processor = AutoModelForMultimodalLM.from_pretrained(folder).train(), AutoProcessor.from_pretrained(folder)
+    model, processor = AutoModelForSeq2SeqLM.from_pretrained(folder).train(), AutoProcessor.from_pretrained(folder)
     rows = [json.loads(line) for line in (toy / "train.jsonl").read_text().splitlines()]
     samples, end = [read_audio(toy / row["audio"]) for row in rows], processor.tokenizer.eos_token_id
     asked = ask(processor, samples, "English")
-    texts = [[*processor.tokenizer(row["text"]).input_ids, end] for row in rows]
+    is_moss = isinstance(processor, MossTranscribeDiarizeProcessor)
+    said = [f"[0.00][S01]{r['text']}[{len(s) / 16000:.2f}]" if is_moss else r["text"] for r, s in zip(rows, samples, strict=True)]
+    texts = [[*processor.tokenizer(text).input_ids, end] for text in said]
     width = max(map(len, texts))
     written = torch.tensor([[*text, *[end] * (width - len(text))] for text in texts])
     inside = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
     ids, mask = torch.cat([asked["input_ids"], written], 1), torch.cat([asked["attention_mask"], inside], 1)
-    audio = {name: asked[name] for name in ("input_features", "input_features_mask")}
+    audio = {name: value for name, value in asked.items() if name not in ("input_ids", "attention_mask")}
     labels = written.masked_fill(inside == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
@@ -187,7 +270,7 @@ def written(
 
 
 def own_generate(folder: Path, sample: np.ndarray, language: str | None) -> list[int]:
-    model, processor = AutoModelForMultimodalLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    model, processor = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     asked = ask(processor, [sample], language)
     row = model.generate(**asked, max_new_tokens=8)[0, asked["input_ids"].shape[1] :].tolist()
     return _cut(row, model.generation_config.eos_token_id)
@@ -208,16 +291,28 @@ def test_removing_nothing_is_the_models_own_generate_token_by_token(tower: Path,
 
 
 @torch.no_grad()
+def test_qwen2_audio_for_chats_is_asked_in_words(toy: Path, tmp_path: Path) -> None:
+    template = GENERATING.replace("<|audio_start|><|audio_pad|><|audio_end|>", "<|audio_bos|><|AUDIO|><|audio_eos|>")
+    save_qwen2_audio(tmp_path, template)
+    system, sample = loaded(tmp_path), recordings(toy)[3]
+    assert written(system, [sample], [None])[0] == own_generate(tmp_path, sample, None)
+    behind = system.processor.tokenizer.decode(system.prompt(None)[1])
+    assert behind == "<|audio_eos|>Transcribe the speech.<|im_end|>\n<|im_start|>assistant"
+
+
+@torch.no_grad()
 def test_states_and_logits_at_batch_one_are_the_models_own(tower: Path, toy: Path) -> None:
     system = loaded(tower)
-    model, processor = AutoModelForMultimodalLM.from_pretrained(tower).eval(), AutoProcessor.from_pretrained(tower)
+    model, processor = AutoModelForSeq2SeqLM.from_pretrained(tower).eval(), AutoProcessor.from_pretrained(tower)
     for sample in recordings(toy):
         asked = ask(processor, [sample], "en")
-        own_states = model.model.get_audio_features(asked["input_features"], asked["input_features_mask"]).last_hidden_state
         states, lengths = system.encoder.encode(*batch(system, [sample]))
-        own_states = own_states.reshape(-1, own_states.shape[-1])
         assert states.shape[1] == int(lengths[0])
-        assert torch.equal(states[0], own_states[: int(lengths[0])]), "what is read of the window"
+        if not system.ways.averages:
+            audio = {name: value for name, value in asked.items() if name not in ("input_ids", "attention_mask")}
+            own_states = model.model.get_audio_features(**audio).last_hidden_state
+            own_states = own_states.reshape(-1, own_states.shape[-1])
+            assert torch.equal(states[0], own_states[: int(lengths[0])]), "what is read of the window"
         target = system.target("low high", "en")
         ids = torch.cat([asked["input_ids"], torch.tensor([target.tokens])], 1)
         own = model(**{**asked, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[
@@ -232,7 +327,7 @@ def test_states_and_logits_at_batch_one_are_the_models_own(tower: Path, toy: Pat
 
 @torch.no_grad()
 def test_removing_layers_equals_deleting_them_by_hand(tower: Path, toy: Path, tmp_path: Path) -> None:
-    whole = AutoModelForMultimodalLM.from_pretrained(tower)
+    whole = AutoModelForSeq2SeqLM.from_pretrained(tower)
     settings = whole.config.to_dict()
     depth = "encoder_layers" if "encoder_layers" in settings["audio_config"] else "num_hidden_layers"
     settings["audio_config"][depth] = 2
@@ -270,9 +365,9 @@ def test_a_batch_and_cached_states_change_nothing(tower: Path, toy: Path, tmp_pa
 
 ALONE = """
 import json, sys, torch, soundfile
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 folder, manifest = sys.argv[1:]
-model, processor = AutoModelForMultimodalLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+model, processor = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 texts = []
 for line in open(manifest):
     row = json.loads(line)
@@ -297,7 +392,7 @@ def test_a_study_of_eight_candidates_and_its_export(tower: Path, toy: Path, tmp_
     unpruned, pruned = records["unpruned"], records["top2+lora"]
     assert unpruned.dev is not None
     assert unpruned.dev.errors.wer < 0.5, "the model transcribes"
-    model = AutoModelForMultimodalLM.from_pretrained(tower)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tower)
     assert unpruned.parameters.total == model.num_parameters()
     assert unpruned.parameters.projector == sum(p.numel() for p in model.model.multi_modal_projector.parameters())
     counted = plan(file).named

@@ -20,7 +20,7 @@ from prunesearch.model.system import Reader, SpeechEncoder
 from prunesearch.speech.audio import SAMPLE_RATE, checked_samples, read_audio
 from prunesearch.study.errors import StudyError
 from prunesearch.training.batches import by_length
-from prunesearch.training.decode import Decoder, Hypothesis, token_limit
+from prunesearch.training.decode import Decoder, Hypothesis
 from prunesearch.training.device import arithmetic
 from prunesearch.training.states import ENCODING_BATCH, batch_of, features_of
 
@@ -141,7 +141,7 @@ class Recognizer(ABC):
         states = self._encoder_states(parts, dtype)
         hypotheses: dict[int, Hypothesis] = {}
         for batch in by_length([len(s) for s in states], batch_size or decoding.batch_size):
-            limits = [token_limit(len(parts[i]) / SAMPLE_RATE, decoding) for i in batch]
+            limits = [decoder.limit(len(parts[i]) / SAMPLE_RATE) for i in batch]
             hidden, lengths = self._pad_batch([states[i] for i in batch])
             hypotheses |= zip(batch, decoder.generate(hidden, lengths, limits, [languages[i] for i in batch]), strict=True)
         return [hypotheses[i] for i in range(len(parts))]

@@ -90,8 +90,12 @@ class WhisperLayers(SpeechEncoder):
             raise ValueError(
                 f"an utterance must have at most {encoder.max_source_positions} encoder positions, got {hidden.shape[1]}"
             )
-        hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
+        hidden = self.with_places(hidden)
         return nn.functional.dropout(hidden, encoder.dropout, encoder.training), positions_of(frames)
+
+    def with_places(self, hidden: Tensor) -> Tensor:
+        """Add the position embeddings, which a checkpoint may keep in fp32: (B, T, D) -> (B, T, D)."""
+        return (hidden + self.module.embed_positions.weight[: hidden.shape[1]]).to(hidden.dtype)
 
     def run(self, hidden: Tensor, lengths: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         mask = padding_mask(lengths, hidden.shape[1])
@@ -118,3 +122,16 @@ class WhisperLayers(SpeechEncoder):
     def activations(self, layer: Any, middle: Tensor) -> Tensor:
         inner: Tensor = layer.activation_fn(layer.fc1(layer.final_layer_norm(middle)))
         return inner
+
+
+class WindowedWhisper(WhisperLayers):
+    """A Whisper encoder that reads every recording as a whole window, and gives all of it on."""
+
+    def positions(self, seconds: float) -> int:
+        return int(self.module.max_source_positions)
+
+    def features(self, samples: NDArray[np.float32], device: torch.device) -> Tensor:
+        """(M, F) of the recording, padded with silence to the window."""
+        out = self.extractor(samples, sampling_rate=SAMPLE_RATE, truncation=False, return_tensors="pt", device=str(device))
+        mel: Tensor = out["input_features"][0]
+        return mel

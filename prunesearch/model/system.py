@@ -226,6 +226,11 @@ class Reader(ABC):
         """Tokens that end a text; the first is the one that is trained."""
 
     @property
+    def format_tokens(self) -> int:
+        """Tokens that the system writes beside a text, such as time stamps: at most so many."""
+        return 0
+
+    @property
     def vocabulary(self) -> int:
         """The number of tokens that the language model chooses from."""
         return int(self.base.get_input_embeddings().num_embeddings)
@@ -287,8 +292,9 @@ class SpeechSystem(ABC):
         """Move the system to the device, in place."""
 
     @abstractmethod
-    def target(self, text: str, language: str | None) -> Target:
-        """What the system shall write for a text. A special token written in the text is text like any other.
+    def target(self, text: str, language: str | None, seconds: float = 0.0) -> Target:
+        """What the system shall write for the text of a recording of so many seconds. A special token written in the text is
+        text like any other.
 
         Raises StudyError for a language that the system does not know, and for none where it needs one.
         """

@@ -113,7 +113,11 @@ class TrainingContext:
     @cached_property
     def targets(self) -> list[Target]:
         """What is to be written for each utterance of train."""
-        return [self.system.target(u.target, u.language) for u in self.corpora["train"]]
+        return [self.target(u) for u in self.corpora["train"]]
+
+    def target(self, utterance: Utterance) -> Target:
+        """What is to be written for an utterance."""
+        return self.system.target(utterance.target, utterance.language, utterance.seconds)
 
     def _budget(self, steps: int, rate: float, lora_rate: float, purpose: str, repeat: int = 0) -> Budget:
         held_out = set(self.held_out)

@@ -30,7 +30,7 @@ class Hypothesis:
 
 
 def token_limit(seconds: float, decoding: DecodingConfig) -> int:
-    """The most tokens that an utterance of so many seconds may have."""
+    """The most tokens that the text of so many seconds may have."""
     limit = int(seconds * decoding.tokens_per_second) + decoding.extra_tokens
     return limit if decoding.max_tokens is None else min(decoding.max_tokens, limit)
 
@@ -44,6 +44,10 @@ class Decoder:
     device: torch.device
     dtype: torch.dtype
     beams: int | None = None
+
+    def limit(self, seconds: float) -> int:
+        """The most tokens that are written for a recording of so many seconds."""
+        return token_limit(seconds, self.decoding) + self.reader.format_tokens
 
     @torch.inference_mode()
     def generate(
@@ -78,7 +82,7 @@ class Decoder:
         waiting = [[indices[row] for row in rows] for rows in batches]
         while waiting:
             batch = waiting.pop(0)
-            limits = [token_limit(utterances[i].seconds, self.decoding) for i in batch]
+            limits = [self.limit(utterances[i].seconds) for i in batch]
             try:
                 hypotheses = self.generate(*states.batch(batch, self.device), limits, [utterances[i].language for i in batch])
             except torch.OutOfMemoryError:

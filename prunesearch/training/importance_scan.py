@@ -170,7 +170,7 @@ class Scanner:
         one = sets * longest * self.prefix.values.shape[1] * self.prefix.values.element_size()
         batch = max(1, min(BATCH, END_STATES // one))
         self.batches = [[chosen[j] for j in b] for b in by_length([self.prefix.length(i) for i in chosen], batch)]
-        self.targets = {i: context.system.target(corpus[i].target, corpus[i].language) for i in chosen}
+        self.targets = {i: context.target(corpus[i]) for i in chosen}
         self.projector = projector.eval()
 
     def layer(self, states: Sequence[Tensor], lengths: Tensor, layer: int) -> list[Tensor]:

@@ -59,7 +59,8 @@ class Refit:
         fit, held_out = (self._sums(linear, rows, batches, stores) for batches in (self.streams.fit, self.streams.held_out))
         solution = solve(fit, held_out, self.ladder)
         linear.weight.data = solution.weight.to(linear.weight.dtype)
-        linear.bias.data = solution.bias.to(linear.bias.dtype)
+        if solution.bias is not None:
+            linear.bias.data = solution.bias.to(linear.bias.dtype)
         return solution
 
     def _sums(

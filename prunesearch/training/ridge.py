@@ -15,13 +15,13 @@ LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 1e9)
 class NormalEquations:
     """Sums over rows of inputs x and residuals r = y - (W x + b), batch by batch: no corpus is in memory.
 
-    A batch's products are computed in fp32 and added up in float64, in the order of the batches."""
+    Of a map without a bias, the fit has none either: nothing is centred. A batch's products are computed in fp32 and added up in float64, in the order of the batches."""
 
     def __init__(self, linear: nn.Linear):
         device, inputs, outputs = linear.weight.device, linear.in_features, linear.out_features
         self.linear = linear
         self._weight = linear.weight.detach().float()
-        self._bias = linear.bias.detach().float()
+        self._bias = linear.bias.detach().float() if linear.bias is not None else torch.zeros(outputs, device=device)
         self.rows = 0
         self.x = torch.zeros(inputs, dtype=torch.float64, device=device)
         self.r = torch.zeros(outputs, dtype=torch.float64, device=device)
@@ -46,7 +46,9 @@ class NormalEquations:
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
-        """Of the inputs (I,) and of the residuals (O,)."""
+        """Of the inputs (I,) and of the residuals (O,); zeros if the map has no bias, which takes the means up."""
+        if self.linear.bias is None:
+            return torch.zeros_like(self.x), torch.zeros_like(self.r)
         return self.x_origin + self.x / self.rows, self.r_origin + self.r / self.rows
 
     def centred(self, x_mean: Tensor, r_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,12 +62,12 @@ class NormalEquations:
 
 @dataclass(frozen=True)
 class Solution:
-    """A refitted linear map: weight (O, I), bias (O,). `ridge`: the relative strength that was chosen. `unexplained`: the
+    """A refitted linear map: weight (O, I), bias (O,), None if the map has none. `ridge`: the relative strength that was chosen. `unexplained`: the
     squared error on the held-out rows, as a fraction of the error before; `error`: the same, per row.
     """
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     ridge: float
     unexplained: float
     error: float
@@ -108,7 +110,7 @@ def solve(fit: NormalEquations, held_out: NormalEquations, ladder: Sequence[floa
     error, change = tried(best)
     delta = change.T
     weight = fit.linear.weight.detach().double() + delta
-    bias = fit.linear.bias.detach().double() + r_mean - delta @ x_mean
+    bias = None if fit.linear.bias is None else fit.linear.bias.detach().double() + r_mean - delta @ x_mean
     zero = torch.zeros_like
     before = float(held_out.centred(zero(x_mean), zero(r_mean))[2])  # without any change of weights or bias
     return Solution(weight, bias, ladder[best], error / before if before else 1.0, error / held_out.rows)

@@ -56,7 +56,7 @@ class Screen:
         dev = context.corpora["dev"]
         chosen = sorted(random.Random(context.config.seed).sample(range(len(dev)), min(utterances, len(dev))))
         self._dev = batches_of([u.seconds for u in dev], chosen)
-        self._targets = {i: context.system.target(dev[i].target, dev[i].language) for i in chosen}
+        self._targets = {i: context.target(dev[i]) for i in chosen}
         others = (Group(context.prefix("dev"), self._dev),)
         self._streams = context.streams_over(context.repair_utterances[:fitted], others)
         self._refit = Refit(self._streams, context.dtype)

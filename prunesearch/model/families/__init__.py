@@ -48,8 +48,12 @@ class Family:
 SLAM_ASR = Family("slam_asr", is_trained=False, depth="encoder_layers")
 FAMILIES = {  # by the model_type of a configuration
     "whisper": Family("whisper", is_trained=True, depth="encoder_layers"),
+    "audioflamingo3": Family("audio_tower", is_trained=True, depth="audio_config.num_hidden_layers"),
     "glmasr": Family("audio_tower", is_trained=True, depth="audio_config.num_hidden_layers"),
+    "moss_transcribe_diarize": Family("audio_tower", is_trained=True, depth="audio_config.num_hidden_layers"),
+    "qwen2_audio": Family("audio_tower", is_trained=True, depth="audio_config.encoder_layers"),
     "qwen3_asr": Family("audio_tower", is_trained=True, depth="audio_config.encoder_layers"),
+    "voxtral": Family("audio_tower", is_trained=True, depth="audio_config.num_hidden_layers"),
 }
 
 

@@ -1,7 +1,7 @@
 """Speech-LLMs with an audio tower: transformers' `audio_tower`, `multi_modal_projector` and `language_model`.
 
 A chat template puts the projected audio between fixed tokens: those before it and those after it depend on the language only.
-Each model's own processor says what they are. Windows, packing and padding are each tower's own.
+Each model's own processor says what they are. Windows, packing and padding are each tower's own (`towers`).
 
 Shapes: B batch, M mel bins, F mel frames, T tower positions, D tower width, A audio embeddings, P prefix, S text tokens,
 V vocabulary.
@@ -10,6 +10,7 @@ V vocabulary.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForMultimodalLM, AutoProcessor, StoppingCriteriaList
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor, StoppingCriteriaList  # knows all of these models
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
-from prunesearch.model.encoder import SAMPLE_RATE
-from prunesearch.model.families.towers import PackedTower, WindowedTower
+from prunesearch.model.encoder import SAMPLE_RATE, WindowedWhisper
+from prunesearch.model.families.towers import MaskedTower, PackedTower, RotaryTower, WhisperTower
 from prunesearch.model.generation import RowLimits
 from prunesearch.model.hub import read_architecture
 from prunesearch.model.llm import lora_targets, pad_tokens, recompute_activations, remove_lora, save_without_lora, with_lora
@@ -49,52 +50,100 @@ PROMPT_TOKENS = 20  # about the length of a chat template: a plan is made withou
 
 @dataclass(frozen=True)
 class Ways:
-    """What differs from model to model. `ask`: the processor's inputs for recordings in a language; `read`: its text of token
-    rows. `takes_language`: whether it is told the language. `stack`: positions in an audio embedding; a last one that is not
-    whole is left out.
+    """What differs from model to model. `ask`: the processor's inputs for a recording in a language; `read`: its text of token
+    rows. `takes_language`: whether it is told the language. `averages`: whether pairs of states are averaged, and then go
+    through the tower's norm. `written`: what the model writes for a text of a recording of so many seconds. `marked`: the
+    tokens of so many audio embeddings, if others stand among them.
     """
 
     tower: Callable[[Any, Any], SpeechEncoder]
-    ask: Callable[[Any, list[NDArray[np.float32]], str | None], Any]
+    ask: Callable[[Any, NDArray[np.float32], str | None], Any]
     read: Callable[[Any, list[list[int]]], list[str]]
-    takes_language: bool = True
-    stack: int = 1
+    takes_language: bool = False
+    averages: bool = False
+    written: Callable[[str, float], str] = lambda text, seconds: text
+    marked: Callable[[Any, int], list[int]] | None = None
+
+
+def _request(processor: Any, samples: NDArray[np.float32], language: str | None) -> Any:
+    return processor.apply_transcription_request([samples], return_tensors="pt")
+
+
+def _without_prefix(processor: Any, rows: list[list[int]]) -> list[str]:
+    texts: list[str] = processor.decode(rows, strip_prefix=True, skip_special_tokens=True)
+    return texts
+
+
+def _transcription_only(processor: Any, rows: list[list[int]]) -> list[str]:
+    texts: list[str] = processor.decode(rows, return_format="transcription_only")
+    return texts
+
+
+def _ask_qwen2_audio(processor: Any, samples: NDArray[np.float32], language: str | None) -> Any:
+    """The model without a chat template was pretrained on this prompt; the other one takes a request in words."""
+    text = "<|audio_bos|><|AUDIO|><|audio_eos|>Detect the language and recognize the speech:"
+    if processor.chat_template is not None:
+        parts = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": "Transcribe the speech."}]
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
+    return processor(text=text, audio=[samples], sampling_rate=SAMPLE_RATE, return_tensors="pt")
+
+
+def _time_marks(processor: Any, count: int) -> list[int]:
+    """MOSS writes the seconds that have passed among the audio."""
+    text = processor.replace_audio_token({"num_audio_tokens": [count]}, audio_idx=0)
+    ids: list[int] = processor.tokenizer(text, add_special_tokens=False).input_ids
+    return ids
 
 
 WAYS = {
     "qwen3_asr": Ways(
         PackedTower,
-        ask=lambda processor, samples, language: processor.apply_transcription_request(samples, language=language),
-        read=lambda processor, rows: processor.decode(rows, return_format="transcription_only"),
+        ask=lambda processor, samples, language: processor.apply_transcription_request([samples], language=language),
+        read=_transcription_only,
+        takes_language=True,
     ),
-    "glmasr": Ways(
-        WindowedTower,
-        ask=lambda processor, samples, language: processor.apply_transcription_request(samples),
-        read=lambda processor, rows: processor.decode(rows, strip_prefix=True, skip_special_tokens=True),
-        takes_language=False,
-        stack=4,
+    "glmasr": Ways(RotaryTower, _request, _without_prefix),
+    "audioflamingo3": Ways(MaskedTower, _request, _without_prefix, averages=True),
+    "qwen2_audio": Ways(
+        MaskedTower,
+        _ask_qwen2_audio,
+        read=lambda processor, rows: processor.batch_decode(rows, skip_special_tokens=True),
+        averages=True,
+    ),
+    "moss_transcribe_diarize": Ways(
+        WhisperTower,
+        _request,
+        _transcription_only,
+        written=lambda text, seconds: f"[0.00][S01]{text}[{seconds:.2f}]",  # one speaker, from start to end
+        marked=_time_marks,
     ),
 }
 
 
 class TowerProjector(SpeechProjector):
-    """A copy of the model's projector in fp32, whose first linear map reads the tower's states."""
+    """A copy of the model's projector in fp32, whose first linear map reads the tower's states.
 
-    entry_name = "linear_1"
+    `stack`: states in an audio embedding; a last one that is not whole is left out. `norm`: if given, pairs of states are averaged
+    and normed instead. It is the tower's, and not trained.
+    """
 
-    def __init__(self, own: nn.Module, stack: int):
+    def __init__(self, own: nn.Module, width: int, norm: nn.Module | None = None):
         super().__init__()
-        self.stack = stack
         self.own = copy.deepcopy(own).float().requires_grad_(True)
+        self.entry_name = next(name for name in ("linear_1", "linear") if hasattr(own, name))
+        self.stack = 2 if norm is not None else self.entry.in_features // width
+        self._norm = [norm]  # in a list: it is no part of the module
 
     @property
     def entry(self) -> nn.Linear:
-        return self.own.linear_1  # type: ignore[return-value]
+        return getattr(self.own, self.entry_name)  # type: ignore[no-any-return]
 
     def inputs(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         batch, positions, width = states.shape
         whole = positions // self.stack
-        return states[:, : whole * self.stack].reshape(batch, whole, self.stack * width), lengths // self.stack
+        groups = states[:, : whole * self.stack].reshape(batch, whole, self.stack, width)
+        norm = self._norm[0]
+        return groups.flatten(2) if norm is None else norm(groups.mean(2)), lengths // self.stack
 
     def embeddings_of(self, positions: int) -> int:
         return positions // self.stack
@@ -121,9 +170,14 @@ class TowerReader(Reader):
     def ends(self) -> tuple[int, ...]:
         return self.system.ends
 
+    @property
+    def format_tokens(self) -> int:
+        return self.system.format_tokens
+
     def prefix(self, states: Tensor, lengths: Tensor, languages: Sequence[str | None]) -> tuple[Tensor, Tensor]:
         """Everything before the text: (B, T, D), lengths (B,) -> embeddings (B, P, width), mask (B, P), padded on the left."""
         audio, heard = self.projector(states, lengths)
+        audio, heard = self._marked(audio, heard)
         embed, device = self.base.get_input_embeddings(), audio.device
         before, behind = zip(*(self.system.prompt(language) for language in languages), strict=True)
         parts = [embed(pad_tokens(ids, self.system.pad, device)).to(audio.dtype) for ids in (before, behind)]
@@ -137,18 +191,28 @@ class TowerReader(Reader):
         rows = source.gather(1, index.clamp(min=0)[..., None].expand_as(source))
         return rows * mask[..., None], mask.long()
 
+    def _marked(self, audio: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, A, width), lengths (B,), with the tokens that the processor puts among the audio embeddings, if there are some."""
+        if (ids := self.system.marked(audio.shape[1])) is None:
+            return audio, heard
+        tokens = torch.tensor(ids, device=audio.device)
+        is_audio = tokens == self.system.audio_token
+        source = audio[:, (is_audio.cumsum(0) - 1).clamp(min=0)]
+        marks = self.base.get_input_embeddings()(tokens).to(audio.dtype)
+        bounds = torch.tensor([*(i for i, token in enumerate(ids) if token == self.system.audio_token), len(ids)])
+        return torch.where(is_audio[:, None], source, marks), bounds.to(audio.device)[heard]  # marks go with what is before them
+
     def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor, languages: Sequence[str | None]) -> Tensor:
         prefix, mask = self.prefix(states, lengths, languages)
         text = self.base.get_input_embeddings()(tokens[:, :-1]).to(prefix.dtype)
         mask = torch.cat([mask, mask.new_ones(text.shape[:2])], 1)  # padding on the right is never attended to: causal
-        out = self.model(
+        out = self.base.model.language_model(
             inputs_embeds=torch.cat([prefix, text], 1),
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            logits_to_keep=tokens.shape[1],
             use_cache=False,
         )
-        found: Tensor = out.logits
+        found: Tensor = self.base.lm_head(out.last_hidden_state[:, -tokens.shape[1] :])
         return found
 
     def generate(
@@ -195,7 +259,7 @@ class TowerSystem(TrainedSystem):
         if config.window_seconds is not None:
             raise StudyError([f"model.window_seconds: is for Whisper, got {config.window_seconds}: leave it out"])
         options = {"dtype": dtype, "attn_implementation": "sdpa"}
-        model = load_checkpoint(AutoModelForMultimodalLM, source, config.revision, shape, MODEL, **options)
+        model = load_checkpoint(AutoModelForSeq2SeqLM, source, config.revision, shape, MODEL, **options)
         with library_errors("its processor cannot be loaded", local=Path(source).is_dir()):
             processor = AutoProcessor.from_pretrained(source, revision=config.revision or "main", trust_remote_code=False)
         system = cls._taken_apart(config, model.requires_grad_(False).eval(), processor)
@@ -206,7 +270,7 @@ class TowerSystem(TrainedSystem):
     def skeleton(cls, config: StudyConfig, dtype: torch.dtype) -> Self:
         assert config.model is not None
         with torch.device("meta"):
-            model = AutoModelForMultimodalLM.from_config(read_architecture(config, config.model), dtype=dtype)
+            model = AutoModelForSeq2SeqLM.from_config(read_architecture(config, config.model), dtype=dtype)
         return cls._taken_apart(config.model, model.requires_grad_(False), None)
 
     @classmethod
@@ -214,7 +278,7 @@ class TowerSystem(TrainedSystem):
         ways, inner = WAYS[model.config.model_type], model.model
         extractor = processor.feature_extractor if processor is not None else _Hop()
         tower, projector = inner.audio_tower, inner.multi_modal_projector
-        inner.audio_tower, inner.multi_modal_projector = nn.Module(), nn.Module()
+        inner.audio_tower, inner.multi_modal_projector = _Elsewhere(), _Elsewhere()
         return cls(config, ways.tower(tower, extractor), projector, model, processor, ways)
 
     def to(self, device: torch.device) -> Self:
@@ -225,9 +289,14 @@ class TowerSystem(TrainedSystem):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        settings = self.model.generation_config
-        ends = settings.eos_token_id if settings.eos_token_id is not None else self.model.config.eos_token_id
+        settings, text = self.model.generation_config, self.model.config.get_text_config()
+        ends = settings.eos_token_id if settings.eos_token_id is not None else text.eos_token_id
         return (ends,) if isinstance(ends, int) else tuple(ends)
+
+    @property
+    def audio_token(self) -> int:
+        """Stands for an audio embedding among tokens."""
+        return int(self.model.config.audio_token_id)
 
     @property
     def pad(self) -> int:
@@ -241,26 +310,39 @@ class TowerSystem(TrainedSystem):
             return [0] * PROMPT_TOKENS, [0]
         if language not in self._prompts:
             try:
-                asked = self.ways.ask(self.processor, [np.zeros(SAMPLE_RATE, np.float32)], language)
+                asked = self.ways.ask(self.processor, np.zeros(SAMPLE_RATE // 2, np.float32), language)
             except ValueError as error:
                 reason = str(error).splitlines()[0]
                 raise StudyError([f"language {language!r} is not one that {self.config.name} knows: {reason}"]) from None
-            ids, audio = asked["input_ids"][0].tolist(), self.model.config.audio_token_id
+            ids, audio = asked["input_ids"][0].tolist(), self.audio_token
             first, count = ids.index(audio), ids.count(audio)
-            assert ids[first : first + count] == [audio] * count, "the audio's place is one run of tokens"
+            assert ids[first : first + count] == [audio] * count, "half a second of audio is one run of tokens"
             self._prompts[language] = ids[:first], ids[first + count :]
         return self._prompts[language]
 
-    def target(self, text: str, language: str | None) -> Target:
+    def marked(self, count: int) -> list[int] | None:
+        """The tokens of so many audio embeddings; None if they are nothing but audio."""
+        marked = self.ways.marked
+        return None if marked is None or self.processor is None else marked(self.processor, count)
+
+    @cached_property
+    def format_tokens(self) -> int:
+        """The tokens that the model writes beside a text, at most."""
+        text = self.ways.written("", self.encoder.window_seconds)
+        return len(self.processor.tokenizer(text, add_special_tokens=False).input_ids) if text else 0
+
+    def target(self, text: str, language: str | None, seconds: float = 0.0) -> Target:
         if self.ways.takes_language and (language or self.config.language) is None:
             raise no_language()
         self.prompt(language)
         tokenizer = self.processor.tokenizer
+        text = self.ways.written(text, seconds)
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         return Target([*ids, int(tokenizer.eos_token_id)], language)
 
     def new_projector(self, seed: int) -> TowerProjector:
-        return TowerProjector(self.projector, self.ways.stack)
+        norm = self.encoder.module.layer_norm if self.ways.averages else None
+        return TowerProjector(self.projector, self.encoder.width, norm)
 
     def attach(self, projector: SpeechProjector, rank: int = 0, seed: int = 0) -> TowerReader:
         names = "|".join(lora_targets(self.model, self.config))
@@ -286,6 +368,12 @@ class TowerSystem(TrainedSystem):
         whole.generation_config = self.model.generation_config
         save_without_lora(whole, folder, encoder.module.dtype)
         self.processor.save_pretrained(folder)
+
+
+class _Elsewhere(nn.Module):
+    """Stands in for the tower and the projector inside the model. Some models ask for the tower's device."""
+
+    device = torch.device("cpu")
 
 
 @dataclass(frozen=True)

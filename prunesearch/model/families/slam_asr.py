@@ -172,7 +172,7 @@ class SlamSystem(SpeechSystem):
         self.llm.to(device)
         return self
 
-    def target(self, text: str, language: str | None) -> Target:
+    def target(self, text: str, language: str | None, seconds: float = 0.0) -> Target:
         return Target(self.llm.tokens(text))
 
     def new_projector(self, seed: int) -> Projector:

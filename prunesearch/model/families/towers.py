@@ -3,6 +3,7 @@
 Shapes: B batch, M mel bins, F mel frames, T tower positions, D tower width, N valid positions of a batch.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunesearch.model.encoder import SAMPLE_RATE
+from prunesearch.model.encoder import SAMPLE_RATE, WhisperLayers
 from prunesearch.model.surgery import read_by
 from prunesearch.model.system import SpeechEncoder
+
+CONVOLVED = 4  # mel frames behind a recording that the convolutions of its last position read
 
 
 class PackedTower(SpeechEncoder):
@@ -105,18 +108,14 @@ class PackedTower(SpeechEncoder):
         return inner
 
 
-class WindowedTower(SpeechEncoder):
-    """GLM-ASR's tower: it attends to a whole window, silence included; the language model reads the recording's part only.
+class MarkedFeatures(SpeechEncoder):
+    """A tower that is fed a whole window of mel frames, silence included, and told which of them belong to the recording.
 
     Features have one row more than mel bins: 1 where a frame belongs to the recording.
     """
 
-    @property
-    def width(self) -> int:
-        return int(self.module.config.hidden_size)
-
     def positions(self, seconds: float) -> int:
-        return int(_halved(round(seconds * SAMPLE_RATE / self.extractor.hop_length)))
+        return self._read(round(seconds * SAMPLE_RATE / self.extractor.hop_length))
 
     def computed(self, length: int) -> int:
         return int(_halved(self.extractor.nb_max_frames))
@@ -126,13 +125,25 @@ class WindowedTower(SpeechEncoder):
             samples, sampling_rate=SAMPLE_RATE, truncation=False, return_attention_mask=True, return_tensors="pt",
             device=str(device),
         )  # fmt: skip
-        mel, inside = out["input_features"][0], out["attention_mask"][0]
-        return torch.cat([mel, inside[None].to(mel.dtype)])
+        inside = out["attention_mask" if "attention_mask" in out else "input_features_mask"]
+        return torch.cat([out["input_features"][0], inside[:1].to(out["input_features"].dtype)])
 
     def embed(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         hidden = nn.functional.gelu(self.module.conv1(features[:, :-1]))
         hidden = nn.functional.gelu(self.module.conv2(hidden)).transpose(1, 2)
-        return hidden, _halved(features[:, -1].sum(1).long())
+        return hidden, self._read(features[:, -1].sum(1).long())
+
+    def _read(self, frames: Any) -> Any:
+        """Mel frames of recordings -> positions that are read of them."""
+        return _halved(frames)
+
+
+class RotaryTower(MarkedFeatures):
+    """GLM-ASR's tower: it attends to a whole window, silence included; the language model reads the recording's part only."""
+
+    @property
+    def width(self) -> int:
+        return int(self.module.config.hidden_size)
 
     def run(self, hidden: Tensor, lengths: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         places = self._places(hidden)
@@ -162,6 +173,55 @@ class WindowedTower(SpeechEncoder):
     def activations(self, layer: Any, middle: Tensor) -> Tensor:
         inner: Tensor = layer.mlp.act_fn(layer.mlp.fc1(layer.post_attention_layernorm(middle)))
         return inner
+
+
+@dataclass(frozen=True)
+class WhisperTower(MarkedFeatures, WhisperLayers):
+    """MOSS's tower: Whisper's encoder on a whole window, silence included. The language model reads the recording's part in
+    groups of positions; the last one is filled from the silence behind it.
+    """
+
+    group: int = 4
+
+    def embed(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, lengths = super().embed(features, frames)
+        return self.with_places(hidden), lengths
+
+    def run(self, hidden: Tensor, lengths: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        return super().run(hidden, self._whole(hidden), first, last)
+
+    def attention_heads(self, layer: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
+        return super().attention_heads(layer, hidden, self._whole(hidden))
+
+    @staticmethod
+    def _whole(hidden: Tensor) -> Tensor:
+        """The lengths (B,) of windows that are read whole."""
+        return torch.full((len(hidden),), hidden.shape[1], device=hidden.device)
+
+    def _read(self, frames: Any) -> Any:
+        return -(-_halved(frames) // self.group) * self.group
+
+
+class MaskedTower(MarkedFeatures, WhisperLayers):
+    """Audio Flamingo's and Qwen2-Audio's towers: Whisper's encoder, in which no position attends to the silence behind the
+    recording. Positions there are not computed.
+
+    Pairs of positions are averaged before the norm behind the last layer: `TowerProjector` does both.
+    """
+
+    def computed(self, length: int) -> int:
+        return length
+
+    def features(self, samples: NDArray[np.float32], device: torch.device) -> Tensor:
+        marked = super().features(samples, device)
+        return marked[:, : int(marked[-1].sum()) + CONVOLVED]
+
+    def embed(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, lengths = super().embed(features, frames)
+        return self.with_places(hidden[:, : int(lengths.max())]), lengths
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        return hidden
 
 
 def _halved(frames: Any) -> Any:

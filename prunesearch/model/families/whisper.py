@@ -16,9 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -32,7 +30,7 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
 from prunesearch.model.checkpoint_files import CheckpointError
-from prunesearch.model.encoder import ENCODER_PREFIX, SAMPLE_RATE, WhisperLayers
+from prunesearch.model.encoder import ENCODER_PREFIX, SAMPLE_RATE, WindowedWhisper
 from prunesearch.model.generation import RowLimits
 from prunesearch.model.hub import read_architecture
 from prunesearch.model.llm import pad_tokens, recompute_activations, remove_lora, save_without_lora, with_lora
@@ -57,19 +55,6 @@ HOP_LENGTH = 160  # samples from one mel frame to the next, in every Whisper
 PROMPT_TOKENS = 4  # start, language, task, no timestamps
 # LoRA's targets: the projections of the decoder's attention, without those that are trained whole
 SELF_ATTENTION, CROSS_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj"), ("q_proj", "out_proj")
-
-
-class WindowedWhisper(WhisperLayers):
-    """A Whisper encoder that reads every recording as a whole window."""
-
-    def positions(self, seconds: float) -> int:
-        return int(self.module.max_source_positions)
-
-    def features(self, samples: NDArray[np.float32], device: torch.device) -> Tensor:
-        """(M, F) of the recording, padded with silence to the window."""
-        out = self.extractor(samples, sampling_rate=SAMPLE_RATE, truncation=False, return_tensors="pt", device=str(device))
-        mel: Tensor = out["input_features"][0]
-        return mel
 
 
 class CrossAttention(SpeechProjector):
@@ -298,7 +283,7 @@ class WhisperSystem(TrainedSystem):
             raise no_language()
         return [start, self.languages[code], int(settings.task_to_id["transcribe"]), last]
 
-    def target(self, text: str, language: str | None) -> Target:
+    def target(self, text: str, language: str | None, seconds: float = 0.0) -> Target:
         """Whisper writes a space before the first word."""
         ids = self.tokenizer(f" {text.strip()}", add_special_tokens=False, split_special_tokens=True).input_ids
         self.prompt(language)
