@@ -172,7 +172,8 @@ def save_moss(folder: Path) -> None:
     model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
     extractor = MossTranscribeDiarizeFeatureExtractor(chunk_length=4)
     # the model itself has a mark of the time every two seconds; the toy's recordings are shorter
-    MossTranscribeDiarizeProcessor(extractor, fast, chat_template=GENERATING, time_marker_every_seconds=1).save_pretrained(folder)
+    processor = MossTranscribeDiarizeProcessor(extractor, fast, chat_template=GENERATING, time_marker_every_seconds=1)
+    processor.save_pretrained(folder)
     model.save_pretrained(folder)
 
 
@@ -191,7 +192,8 @@ def ask(processor: Any, samples: Sequence[np.ndarray], language: str | None) -> 
         text = "<|audio_bos|><|AUDIO|><|audio_eos|>Detect the language and recognize the speech:"
         if processor.chat_template is not None:
             said = [{"type": "audio", "audio_url": "x.wav"}, {"type": "text", "text": "Transcribe the speech."}]
-            text = processor.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True, tokenize=False)
+            turns = [{"role": "user", "content": said}]
+            text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         options: dict[str, Any] = {"sampling_rate": 16000, "return_tensors": "pt", "padding": True, "padding_side": "left"}
         return processor(text=[text] * len(samples), audio=[*samples], **options)
     options = {"language": language} if isinstance(processor, Qwen3ASRProcessor) else {}
@@ -207,7 +209,9 @@ def train(folder: Path, toy: Path, steps: int = 200) -> None:
     samples, end = [read_audio(toy / row["audio"]) for row in rows], processor.tokenizer.eos_token_id
     asked = ask(processor, samples, "English")
     is_moss = isinstance(processor, MossTranscribeDiarizeProcessor)
-    said = [f"[0.00][S01]{r['text']}[{len(s) / 16000:.2f}]" if is_moss else r["text"] for r, s in zip(rows, samples, strict=True)]
+    said = [row["text"] for row in rows]
+    if is_moss:
+        said = [f"[0.00][S01]{text}[{len(s) / 16000:.2f}]" for text, s in zip(said, samples, strict=True)]
     texts = [[*processor.tokenizer(text).input_ids, end] for text in said]
     width = max(map(len, texts))
     written = torch.tensor([[*text, *[end] * (width - len(text))] for text in texts])

@@ -197,7 +197,7 @@ def test_a_system_with_empty_hypotheses_is_in_the_failures_table(records: Path) 
     write_record(records, record.model_copy(update={"test": SplitResult.of(results)}))
     (records / "full" / "test.jsonl").unlink()
     rows = {row[0]: row[1:] for row in failures_table(compare(records, "speech_params", "s")).rows}
-    assert rows["unpruned"] == ("test", "0.0", "100.0", "–", "0.000")
+    assert rows["unpruned"] == ("test", "0.0", "100.0", "–", "–", "0.000", "–")
 
 
 def test_a_narrow_terminal_cuts_off_no_number() -> None:

@@ -28,16 +28,19 @@ def score_manifest(
     languages, results = [u.language for u in utterances], []
     for utterance, segments in zip(utterances, asr.segments(samples, batch_size, beams, languages), strict=True):
         normalize = normalizer_for(asr.settings.text.normalizer_of(utterance.language), utterance.language)
-        result = score(utterance, normalize(" ".join(s.text for s in segments if s.text)))
+        result = score(utterance, normalize(" ".join(s.text for s in segments if s.text)), asr.settings.text)
         results.append(result.model_copy(update={"reached_limit": any(s.reached_limit for s in segments)}))
     split = SplitResult.of(results)
     return {
+        "metric": split.metric,
         "wer": split.errors.wer,
         **split.errors.model_dump(),
+        "cer": split.characters and split.characters.cer,
         "utterances": split.utterances,
         "loop_rate": split.loop_rate,
         "empty_rate": split.empty_rate,
         "token_limit_rate": split.token_limit_rate,
+        "switched_rate": split.switched_rate,
         "by_language": {name: e.wer if e.reference_words else None for name, e in split.by_language.items()},
     }
 

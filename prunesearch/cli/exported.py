@@ -68,6 +68,7 @@ def evaluate(
         print_json(found)
         return
     kinds = "/".join(str(found[kind]) for kind in ("substitutions", "deletions", "insertions"))
-    typer.echo(f"WER {100 * found['wer']:.2f} % ({kinds} S/D/I in {found['reference_words']} words)")
+    rate, unit = found["metric"].upper(), "characters" if found["metric"] == "cer" else "words"
+    typer.echo(f"{rate} {100 * found['wer']:.2f} % ({kinds} S/D/I in {found['reference_words']} {unit})")
     for language, wer in found["by_language"].items():
         typer.echo(f"{language}: no reference words" if wer is None else f"{language}: {100 * wer:.2f} %")

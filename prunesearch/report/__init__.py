@@ -84,7 +84,7 @@ def write_overlay(configs: Sequence[StudyConfig], folder: Path) -> list[Comparis
 
     comparisons = [comparison_of(config) for config in configs]
     check_comparable(comparisons)
-    table = [overlay_table(comparisons)]
+    table = [overlay_table(comparisons).about(comparisons[0].rate)]
     with staged_files(folder) as staged:
         write_figures(draw_fronts(comparisons), staged, "overlay")
         _write(staged / "overlay.html", render_overlay_page(comparisons))

@@ -100,6 +100,12 @@ class Comparison:
         return _by_params((*self.front, *self.others), self.objective)
 
     @property
+    def rate(self) -> str:
+        """What the study's error rate is called: WER, or CER or MER (mixed) if characters count as words in some languages."""
+        decoded = next((r.dev for r in (*self.complete, *self.pruned) if r.dev is not None), None)
+        return "WER" if decoded is None else decoded.metric.upper()
+
+    @property
     def front_and_baselines(self) -> tuple[RunRecord, ...]:
         """Each record once."""
         wanted = {r.candidate for r in (*self.front, *self.baselines.values())}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jiwer
 
 from prunesearch.report.decodings import SPLITS, DecodedPair, Split
+from prunesearch.study.languages import characters
 from prunesearch.study.record import RunRecord, SplitResult, UtteranceResult, WordErrors
 
 MOST = 10  # confusions, and changed utterances in each direction, that a report shows
@@ -126,14 +127,17 @@ def analyse_errors(system: RunRecord, reference: RunRecord, pair: DecodedPair) -
 def confused_words(results: Sequence[UtteranceResult]) -> Iterator[tuple[str | None, str | None]]:
     """(said, heard) of every word error, from the same alignment (jiwer) that counts the errors."""
     for result in results:
-        said, heard = result.reference.split(), result.hypothesis.split()
+        reference, hypothesis = result.reference, result.hypothesis
+        if result.unit == "characters":
+            reference, hypothesis = characters(reference), characters(hypothesis)
+        said, heard = reference.split(), hypothesis.split()
         if not result.errors.errors:
             continue
         if not said or not heard:
             yield from ((word, None) for word in said)
             yield from ((None, word) for word in heard)
             continue
-        for part in jiwer.process_words(result.reference, result.hypothesis).alignments[0]:
+        for part in jiwer.process_words(reference, hypothesis).alignments[0]:
             before = said[part.ref_start_idx : part.ref_end_idx]
             after = heard[part.hyp_start_idx : part.hyp_end_idx]
             if part.type == "substitute":

@@ -71,18 +71,25 @@ def _changed(change: ErrorChange, kind: str) -> str:
 
 
 def failures_table(comparison: Comparison) -> Table:
-    """Rates of hypotheses that loop, are empty or end at their token limit, and the length of hypotheses."""
+    """Rates of hypotheses that loop, are empty, end at their token limit or are in another language; their length; and CER."""
+
+    def row(record: RunRecord, split: str, result: SplitResult) -> tuple[str, ...]:
+        rates = (result.loop_rate, result.empty_rate, result.token_limit_rate, result.switched_rate)
+        cer = UNKNOWN if result.characters is None else f"{100 * result.characters.cer:.2f}"
+        return (title(record), split, *map(_percent, rates), f"{length_ratio(result):.3f}", cer)
+
     return Table(
         "failures",
-        "Loops, empty hypotheses, token limits and length",
-        ("system", "split", "loops, %", "empty, %", "at token limit, %", "recognised words per reference word"),
-        tuple(
-            (title(r), split, *map(_percent, (s.loop_rate, s.empty_rate, s.token_limit_rate)), f"{length_ratio(s):.3f}")
-            for r, split, s in _reported(comparison)
+        "Loops, empty hypotheses, token limits, languages and length",
+        (
+            *("system", "split", "loops, %", "empty, %", "at token limit, %", "other language, %"),
+            *("recognised words per reference word", "CER, %"),
         ),
+        tuple(row(*reported) for reported in _reported(comparison)),
         "A loop is a phrase that the hypothesis repeats four times in a row or more, and more often than the reference. A "
         "hypothesis that ends at its token limit is cut off: if it is no loop, `decoding.tokens_per_second` or "
-        "`decoding.max_tokens` is too small.",
+        "`decoding.max_tokens` is too small. Another language: surely not that of the recording (py3langid). CER: errors in "
+        "characters, without spaces.",
     )
 
 

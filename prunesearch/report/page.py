@@ -17,6 +17,7 @@ from prunesearch.report.values import (
     OBJECTIVE_NOUNS,
     PARAMETER_GROUPS,
     kinds_text,
+    named,
     parameters_and_changes,
     wer_percent,
 )
@@ -31,7 +32,7 @@ def render_page(comparison: Comparison) -> str:
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict(comparison))
     parts = [f"<ul>{sentences}</ul>", _plot(comparison), *map(to_html, tables(comparison))]
     if comparison.complete:
-        parts.append(pin_script(_plotted(comparison)))
+        parts.append(pin_script(_plotted(comparison), comparison.rate))
     return document(comparison.study, comparison.study, parts)
 
 
@@ -52,7 +53,7 @@ def render_overlay_page(comparisons: Sequence[Comparison]) -> str:
     names = " · ".join(c.study for c in comparisons)
     note = "Bottom left is better. Filled marks: fronts; open marks: baselines. Point at a candidate to see its layers."
     plot = _embedded(figure, f"Fronts of {names}", note) if kept else "<p>No candidate is complete yet.</p>"
-    return document(names, names, [plot, to_html(overlay_table(comparisons))])
+    return document(names, names, [plot, to_html(overlay_table(comparisons).about(comparisons[0].rate))])
 
 
 def _plot(comparison: Comparison) -> str:
@@ -63,7 +64,7 @@ def _plot(comparison: Comparison) -> str:
         "Click it to compare it with another one. Drag to zoom, double-click to see everything."
     )
     noun = OBJECTIVE_NOUNS[comparison.objective]
-    label = f"Dev WER against {noun} of every candidate; the tables below contain front and baselines."
+    label = f"Dev {comparison.rate} against {noun} of every candidate; the tables below contain front and baselines."
     return f"{_embedded(_figure(comparison), label, note)}\n{PANEL}"
 
 
@@ -131,7 +132,7 @@ def _lay_out(figure: go.Figure, comparison: Comparison, focus: Sequence[float]) 
     span = max(focus) - min(focus) or 0.1 * max(focus) or 1.0
     figure.update_layout(
         xaxis={**axis, "title": f"{OBJECTIVE_NOUNS[comparison.objective].capitalize()}, millions"},
-        yaxis={**axis, "title": "Dev WER, %", "range": [min(focus) - 0.15 * span, max(focus) + 0.6 * span]},
+        yaxis={**axis, "title": f"Dev {comparison.rate}, %", "range": [min(focus) - 0.15 * span, max(focus) + 0.6 * span]},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
@@ -168,7 +169,7 @@ def _hover(comparison: Comparison, record: RunRecord) -> str:
         *_measured(record),
         *(f"{group} {size} M ({change})" for group, (size, change) in groups),
     ]
-    return "<br>".join(lines)
+    return named("<br>".join(lines), comparison.rate)
 
 
 def _measured(record: RunRecord) -> list[str]:

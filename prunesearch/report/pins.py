@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable
 from importlib.resources import files
 
-from prunesearch.report.values import kinds_per_100_words, title
+from prunesearch.report.values import kinds_per_100_words, named, title
 from prunesearch.study.front import latest_dev_errors
 from prunesearch.study.record import RunRecord, SplitResult, WordErrors
 
@@ -36,7 +36,7 @@ ROWS: Rows = {
 }
 
 
-def pin_script(records: Iterable[RunRecord]) -> str:
+def pin_script(records: Iterable[RunRecord], rate: str = "WER") -> str:
     """The records' numbers, and the script that shows them; both come after plot, panel and tables on the page.
 
     Rows for which no record has a value are left out.
@@ -44,7 +44,7 @@ def pin_script(records: Iterable[RunRecord]) -> str:
     records = list(records)
     rows = {label: row for label, row in ROWS.items() if any(row[1](r) is not None for r in records)}
     data = {
-        "rows": [(label, decimals) for label, (decimals, _) in rows.items()],
+        "rows": [(named(label, rate), decimals) for label, (decimals, _) in rows.items()],
         "candidates": {r.candidate.key: _candidate(r, rows) for r in records},
     }
     # without any "<", so that neither </script> nor <!-- in a name can end or change the element

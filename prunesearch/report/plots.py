@@ -37,12 +37,12 @@ def write_figures(figure: Figure, folder: Path, name: str = "front") -> None:
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
 
 
-def _empty_plot(objective: str) -> tuple[Figure, Axes]:
+def _empty_plot(objective: str, rate: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_xlabel(OBJECTIVE_LABELS[objective])
-    axes.set_ylabel("Dev WER, %")
+    axes.set_ylabel(f"Dev {rate}, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -51,7 +51,7 @@ def _empty_plot(objective: str) -> tuple[Figure, Axes]:
 
 def draw_fronts(comparisons: Sequence[Comparison]) -> Figure:
     """The fronts of several studies with their baselines, one colour per study."""
-    figure, axes = _empty_plot(comparisons[0].objective)
+    figure, axes = _empty_plot(comparisons[0].objective, comparisons[0].rate)
     objective = comparisons[0].objective
     focus = [place(r, objective) for c in comparisons for r in (*c.front, *c.baselines.values())]
     if focus:
@@ -79,7 +79,7 @@ def draw_front(comparison: Comparison) -> Figure:
 
     Candidates far above the front are drawn at the upper edge, so that the front stays readable.
     """
-    figure, axes = _empty_plot(comparison.objective)
+    figure, axes = _empty_plot(comparison.objective, comparison.rate)
     if not comparison.complete:
         axes.text(0.5, 0.5, "no candidate is complete yet", transform=axes.transAxes, ha="center", color=FAINT)
         axes.set(xticks=[], yticks=[])

@@ -1,6 +1,8 @@
 """A table as plain data. `report.formats` shows it in a terminal, on a page, in a README or in a paper."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from prunesearch.report.values import named
 
 
 @dataclass(frozen=True)
@@ -23,3 +25,10 @@ class Table:
     text_columns: tuple[str, ...] = ()  # that hold text, not numbers: left-aligned, may break into lines
     pins: tuple[tuple[str, str], ...] = ()  # each row's candidate key and title, if a reader of the page can pin it
     shades: tuple[tuple[Shade | None, ...], ...] = ()  # each row's cells after the first one; empty: no colours
+
+    def about(self, rate: str) -> "Table":
+        """The same table in a study whose error rate is called so."""
+        columns, text_columns = (tuple(named(c, rate) for c in names) for names in (self.columns, self.text_columns))
+        return replace(
+            self, title=named(self.title, rate), note=named(self.note, rate), columns=columns, text_columns=text_columns
+        )

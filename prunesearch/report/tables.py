@@ -38,7 +38,7 @@ ALL = "all"
 
 def tables(comparison: Comparison) -> list[Table]:
     """The tables that have rows, in the order of TABLES."""
-    return [table for make in TABLES.values() if (table := make(comparison)).rows]
+    return [table.about(comparison.rate) for make in TABLES.values() if (table := make(comparison)).rows]
 
 
 def checked_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -57,17 +57,17 @@ def checked_names(names: Iterable[str]) -> tuple[str, ...]:
 
 def render(comparison: Comparison) -> RenderableType:
     """One screen for a rich console: the verdict, and the front with its baselines."""
-    summary = system_tables.summary_table(comparison)
+    summary = system_tables.summary_table(comparison).about(comparison.rate)
     parts: list[RenderableType] = [Text(comparison.study, style="bold"), Text("\n".join(verdict(comparison)) + "\n")]
     return Group(*parts, *([to_rich(summary)] if summary.rows else []))
 
 
 def render_overlay(comparisons: Sequence[Comparison]) -> RenderableType:
     """Several studies for a rich console: a table with one row per study."""
-    return to_rich(overlay_table(comparisons))
+    return to_rich(overlay_table(comparisons).about(comparisons[0].rate))
 
 
 def render_tables(comparison: Comparison, names: Iterable[str]) -> RenderableType:
     """Tables for a rich console. `names` are keys of TABLES. For a table without rows, a line says so."""
-    made = [TABLES[name](comparison) for name in names]
+    made = [TABLES[name](comparison).about(comparison.rate) for name in names]
     return Group(*(to_rich(t) if t.rows else Text(f"{t.title}: nothing to show ({comparison.study})\n") for t in made))

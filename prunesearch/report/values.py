@@ -1,6 +1,7 @@
 """Format single values for a report: names, layers, error rates, parameters and differences as text."""
 
 import math
+import re
 
 from prunesearch.report.comparison import Comparison
 from prunesearch.study.record import RunRecord, SplitResult, WordErrors
@@ -80,6 +81,11 @@ def parameters_and_changes(comparison: Comparison, record: RunRecord) -> list[tu
 def parameters_and_change(comparison: Comparison, record: RunRecord, group: str) -> tuple[str, str]:
     saved = comparison.reductions(record)
     return millions(getattr(record.parameters, group)), f"{signed(-100 * getattr(saved, group))} %" if saved else UNKNOWN
+
+
+def named(text: str, rate: str) -> str:
+    """A text about WER as one about the study's own error rate (`Comparison.rate`)."""
+    return re.sub(r"\bWERs?\b", rate, text) if rate != "WER" else text
 
 
 def points(wer: float) -> str:

@@ -4,14 +4,15 @@ from collections.abc import Iterator
 
 from prunesearch.report.comparison import Comparison, Contrast
 from prunesearch.report.paper_claims import FAIR_CONTROL
-from prunesearch.report.values import OBJECTIVE_NOUNS, millions, points, title, wer_percent
+from prunesearch.report.values import OBJECTIVE_NOUNS, millions, named, points, title, wer_percent
 from prunesearch.study.front import within_group_limit
 
 
 def verdict(comparison: Comparison) -> tuple[str, ...]:
     """The number of candidates, whether any of them beats the baseline top2+lora, and how the baselines differ."""
     contrasts = (_difference(c) for c in comparison.differences if c.difference is not None)
-    return (_counts(comparison), *_winner(comparison), *contrasts)
+    sentences = (_counts(comparison), *_winner(comparison), *contrasts)
+    return tuple(named(sentence, comparison.rate) for sentence in sentences)
 
 
 def _counts(comparison: Comparison) -> str:

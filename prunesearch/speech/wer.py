@@ -1,9 +1,12 @@
-"""Word errors per utterance, as counts: a corpus WER is the ratio of summed counts, not a mean of rates."""
+"""Word and character errors per utterance, as counts: a corpus rate is the ratio of summed counts, not a mean of rates."""
 
 import jiwer
 
 from prunesearch.speech.corpus import Utterance
-from prunesearch.study.record import UtteranceResult, WordErrors
+from prunesearch.speech.language import is_switched
+from prunesearch.study.config import TextConfig
+from prunesearch.study.languages import characters
+from prunesearch.study.record import CharacterErrors, UtteranceResult, WordErrors
 
 
 def count_errors(reference: str, hypothesis: str) -> WordErrors:
@@ -37,14 +40,24 @@ def is_loop(reference: str, hypothesis: str) -> bool:
     return longest_repetition(hypothesis.split()) > max(3, longest_repetition(reference.split()))
 
 
-def score(utterance: Utterance, hypothesis: str) -> UtteranceResult:
-    """Count a normalised hypothesis' errors against the utterance's reference."""
+def score(utterance: Utterance, hypothesis: str, text: TextConfig) -> UtteranceResult:
+    """Count a normalised hypothesis' errors against the utterance's reference.
+
+    In characters, if `text` says so for the language: then, each character counts as a word, and spaces do not count.
+    """
+    reference, unit = utterance.reference, text.unit_of(utterance.language)
+    in_characters = characters(reference), characters(hypothesis)
+    counted = count_errors(*in_characters)
+    compared = in_characters if unit == "characters" else (reference, hypothesis)
     return UtteranceResult(
         id=utterance.id,
-        reference=utterance.reference,
+        reference=reference,
         hypothesis=hypothesis,
-        errors=count_errors(utterance.reference, hypothesis),
+        errors=counted if unit == "characters" else count_errors(reference, hypothesis),
+        unit=unit,
+        characters=CharacterErrors(errors=counted.errors, reference_characters=counted.reference_words),
         language=utterance.language,
         group=utterance.group,
-        looped=is_loop(utterance.reference, hypothesis),
+        looped=is_loop(*compared),
+        switched=is_switched(reference, hypothesis, utterance.language),
     )

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from prunesearch.study.candidate import Candidate, baselines
 from prunesearch.study.errors import StudyError, describe_validation_error
+from prunesearch.study.languages import has_spaces
 from prunesearch.study.model_config import EncoderConfig, LlmConfig, ModelConfig, ModelSection, ProjectorConfig, SlamParts
 from prunesearch.study.presets import overridden_keys, with_preset
 from prunesearch.study.search_config import SearchConfig, most_removed
@@ -76,10 +77,20 @@ class TextConfig(Section):
     normalizer: NormalizerName | dict[str, NormalizerName] = Field(
         "paper", description="one name, or a table of one name per language"
     )
+    metric: Literal["auto", "wer", "cer"] = Field(
+        "auto",
+        description="errors are counted in words (wer) or in characters (cer); auto: in characters in languages that are "
+        "written without spaces, such as Chinese, Japanese and Thai, else in words",
+    )
 
     def normalizer_of(self, language: str | None) -> str:
         """The normaliser of a language; `paper` if a table does not name the language."""
         return self.normalizer if isinstance(self.normalizer, str) else self.normalizer.get(language or "", "paper")
+
+    def unit_of(self, language: str | None) -> Literal["words", "characters"]:
+        """What errors are counted in, for a language."""
+        in_words = self.metric == "wer" or (self.metric == "auto" and has_spaces(language))
+        return "words" if in_words else "characters"
 
 
 class AnchorConfig(Section):

@@ -60,49 +60,83 @@ class WordErrors(_Frozen):
         return WordErrors(**{name: getattr(self, name) + getattr(other, name) for name in WordErrors.model_fields})
 
 
+class CharacterErrors(_Frozen):
+    """Characters that were replaced, left out or added, and characters of the reference. Spaces do not count."""
+
+    errors: int = 0
+    reference_characters: int = 0
+
+    @property
+    def cer(self) -> float:
+        """A fraction; NaN if there is no reference."""
+        return self.errors / self.reference_characters if self.reference_characters else math.nan
+
+    def __add__(self, other: "CharacterErrors") -> "CharacterErrors":
+        return CharacterErrors(
+            errors=self.errors + other.errors, reference_characters=self.reference_characters + other.reference_characters
+        )
+
+
 class UtteranceResult(_Frozen):
     """One decoded utterance; both texts are normalised. `looped`: see `speech.wer.is_loop`.
 
-    reached_limit: the hypothesis ended at its token limit; None in results of versions that did not tell.
+    unit: what `errors` counts; in a language written without spaces, each character counts as a word.
+    reached_limit: the hypothesis ended at its token limit. switched: see `speech.language.is_switched`. These and `characters`
+    are None in results of versions that did not tell.
     """
 
     id: str
     reference: str
     hypothesis: str
     errors: WordErrors
+    unit: Literal["words", "characters"] = "words"
+    characters: CharacterErrors | None = None
     language: str | None = None
     group: str | None = None
     looped: bool = False
     reached_limit: bool | None = None
+    switched: bool | None = None
 
 
 class SplitResult(_Frozen):
     """Error counts of a decoded split: in total, by language, and by group (the column that `data.group` names).
 
+    metric: what `errors.wer` is: a word error rate; a character error rate, if each character counts as a word; or a mixed one,
+    if that depends on the language. characters: errors in characters in any case; None if they were not counted.
     loop_rate, empty_rate: fractions of utterances in which the LLM looped, or wrote nothing.
     token_limit_rate: fraction of utterances whose hypothesis ended at its token limit; None if that was not counted.
+    switched_rate: fraction of utterances whose hypothesis is in another language, of those whose language is known; None if
+    none is.
     """
 
     errors: WordErrors
+    metric: Literal["wer", "cer", "mer"] = "wer"
+    characters: CharacterErrors | None = None
     utterances: int
     by_language: dict[str, WordErrors] = {}
     by_group: dict[str, WordErrors] = {}
     loop_rate: float = 0.0
     empty_rate: float = 0.0
     token_limit_rate: float | None = None
+    switched_rate: float | None = None
 
     @classmethod
     def of(cls, results: Sequence[UtteranceResult]) -> "SplitResult":
         """The counts of a split's utterances."""
         count = max(1, len(results))
+        units = {r.unit for r in results}
+        known = [r.switched for r in results if r.switched is not None]
         return cls(
             errors=sum((r.errors for r in results), WordErrors()),
+            metric="mer" if len(units) > 1 else "cer" if units == {"characters"} else "wer",
+            characters=_summed_characters([r.characters for r in results]),
             utterances=len(results),
             by_language=_summed((r.language, r.errors) for r in results),
             by_group=_summed((r.group, r.errors) for r in results),
             loop_rate=sum(r.looped for r in results) / count,
             empty_rate=sum(not r.hypothesis for r in results) / count,
             token_limit_rate=_mean([r.reached_limit for r in results]),
+            switched_rate=_mean(known),
         )
 
     @classmethod
@@ -110,12 +144,15 @@ class SplitResult(_Frozen):
         """Several decodings of one split combined: counts are summed, rates averaged."""
         return cls(
             errors=sum((r.errors for r in results), WordErrors()),
+            metric=results[0].metric,
+            characters=_summed_characters([r.characters for r in results]),
             utterances=sum(r.utterances for r in results),
             by_language=_summed(pair for r in results for pair in r.by_language.items()),
             by_group=_summed(pair for r in results for pair in r.by_group.items()),
             loop_rate=sum(r.loop_rate for r in results) / len(results),
             empty_rate=sum(r.empty_rate for r in results) / len(results),
             token_limit_rate=_mean([r.token_limit_rate for r in results]),
+            switched_rate=_mean([r.switched_rate for r in results]),
         )
 
     @property
@@ -138,6 +175,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
     """None if a value is unknown, or if there is none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _summed_characters(counts: Sequence[CharacterErrors | None]) -> CharacterErrors | None:
+    """None if a count is unknown."""
+    known = [c for c in counts if c is not None]
+    return sum(known, CharacterErrors()) if len(known) == len(counts) else None
 
 
 def _summed(parts: Iterable[tuple[str | None, WordErrors]]) -> dict[str, WordErrors]:

@@ -114,6 +114,6 @@ def scored(
     for i in indices:
         language = utterances[i].language
         normalize = normalizer_for(text.normalizer_of(language), language)
-        result = score(utterances[i], normalize(hypotheses[i].text))
+        result = score(utterances[i], normalize(hypotheses[i].text), text)
         results.append(result.model_copy(update={"reached_limit": hypotheses[i].reached_limit}))
     return results

@@ -15,7 +15,9 @@ LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 1e9)
 class NormalEquations:
     """Sums over rows of inputs x and residuals r = y - (W x + b), batch by batch: no corpus is in memory.
 
-    Of a map without a bias, the fit has none either: nothing is centred. A batch's products are computed in fp32 and added up in float64, in the order of the batches."""
+    Of a map without a bias, the fit has none either: nothing is centred. A batch's products are computed in fp32 and added up
+    in float64, in the order of the batches.
+    """
 
     def __init__(self, linear: nn.Linear):
         device, inputs, outputs = linear.weight.device, linear.in_features, linear.out_features
@@ -62,8 +64,8 @@ class NormalEquations:
 
 @dataclass(frozen=True)
 class Solution:
-    """A refitted linear map: weight (O, I), bias (O,), None if the map has none. `ridge`: the relative strength that was chosen. `unexplained`: the
-    squared error on the held-out rows, as a fraction of the error before; `error`: the same, per row.
+    """A refitted linear map: weight (O, I), bias (O,) or None. `ridge`: the relative strength that was chosen.
+    `unexplained`: the squared error on the held-out rows, as a fraction of the error before; `error`: the same, per row.
     """
 
     weight: Tensor

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor, StoppingCriteriaList  # knows all of these models
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
-from prunesearch.model.encoder import SAMPLE_RATE, WindowedWhisper
+from prunesearch.model.encoder import SAMPLE_RATE
 from prunesearch.model.families.towers import MaskedTower, PackedTower, RotaryTower, WhisperTower
 from prunesearch.model.generation import RowLimits
 from prunesearch.model.hub import read_architecture
@@ -123,8 +123,8 @@ WAYS = {
 class TowerProjector(SpeechProjector):
     """A copy of the model's projector in fp32, whose first linear map reads the tower's states.
 
-    `stack`: states in an audio embedding; a last one that is not whole is left out. `norm`: if given, pairs of states are averaged
-    and normed instead. It is the tower's, and not trained.
+    `stack`: states in an audio embedding; a last one that is not whole is left out. `norm`: if given, pairs of states are
+    averaged and normed instead. It is the tower's, and not trained.
     """
 
     def __init__(self, own: nn.Module, width: int, norm: nn.Module | None = None):
@@ -136,7 +136,7 @@ class TowerProjector(SpeechProjector):
 
     @property
     def entry(self) -> nn.Linear:
-        return getattr(self.own, self.entry_name)  # type: ignore[no-any-return]
+        return getattr(self.own, self.entry_name)
 
     def inputs(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         batch, positions, width = states.shape
@@ -192,7 +192,10 @@ class TowerReader(Reader):
         return rows * mask[..., None], mask.long()
 
     def _marked(self, audio: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, A, width), lengths (B,), with the tokens that the processor puts among the audio embeddings, if there are some."""
+        """(B, A, width), lengths (B,), with the tokens that the processor puts among the audio embeddings, if it does.
+
+        A mark goes with the audio before it.
+        """
         if (ids := self.system.marked(audio.shape[1])) is None:
             return audio, heard
         tokens = torch.tensor(ids, device=audio.device)
@@ -200,7 +203,7 @@ class TowerReader(Reader):
         source = audio[:, (is_audio.cumsum(0) - 1).clamp(min=0)]
         marks = self.base.get_input_embeddings()(tokens).to(audio.dtype)
         bounds = torch.tensor([*(i for i, token in enumerate(ids) if token == self.system.audio_token), len(ids)])
-        return torch.where(is_audio[:, None], source, marks), bounds.to(audio.device)[heard]  # marks go with what is before them
+        return torch.where(is_audio[:, None], source, marks), bounds.to(audio.device)[heard]
 
     def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor, languages: Sequence[str | None]) -> Tensor:
         prefix, mask = self.prefix(states, lengths, languages)
