@@ -30,13 +30,26 @@ _QWEN3_ASR = {  # tower: layers, width, heads; language model: width, feed-forwa
     "Qwen/Qwen3-ASR-0.6B-hf": (18, 896, 14, 1024, 3072),
     "Qwen/Qwen3-ASR-1.7B-hf": (24, 1024, 16, 2048, 6144),
 }
-_GLM_ASR = "zai-org/GLM-ASR-Nano-2512"  # transformers' default configuration
+_VOXTRAL = {  # language model: width, feed-forward width, layers
+    "mistralai/Voxtral-Mini-3B-2507": (3072, 8192, 30),
+    "mistralai/Voxtral-Small-24B-2507": (5120, 32_768, 40),
+}
+_QWEN2_AUDIO = ("Qwen/Qwen2-Audio-7B", "Qwen/Qwen2-Audio-7B-Instruct")
+_GLM_ASR, _MOSS = "zai-org/GLM-ASR-Nano-2512", "hf-audio/MOSS-Transcribe-Diarize-HF"  # transformers' default configurations
 CAUSAL_WITHOUT_SAYING = {"gpt_neox", "gpt_neox_japanese"}  # their `is_decoder` is False, and means nothing
 
 
 def known_architecture(name: str) -> Any | None:
     """The configuration of a model in the tables above, without tokenizer details; None for any other name."""
-    from transformers import GlmAsrConfig, Qwen2Config, Qwen3ASRConfig, WhisperConfig
+    from transformers import (
+        GlmAsrConfig,
+        MossTranscribeDiarizeConfig,
+        Qwen2AudioConfig,
+        Qwen2Config,
+        Qwen3ASRConfig,
+        VoxtralConfig,
+        WhisperConfig,
+    )
 
     if name in _WHISPER:
         layers, width, heads, mels, decoder_layers = _WHISPER[name]
@@ -53,6 +66,14 @@ def known_architecture(name: str) -> Any | None:
         )  # fmt: skip
     if name == _GLM_ASR:
         return GlmAsrConfig()
+    if name == _MOSS:
+        return MossTranscribeDiarizeConfig()
+    if name in _QWEN2_AUDIO:
+        return Qwen2AudioConfig(text_config={"model_type": "qwen2", "vocab_size": 156_032, "intermediate_size": 11_008})
+    if name in _VOXTRAL:
+        width, inner, layers = _VOXTRAL[name]
+        text = {"model_type": "llama", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+        return VoxtralConfig(text_config={**text, "num_attention_heads": 32}, audio_token_id=24)
     if name in _QWEN3_ASR:
         layers, width, heads, llm_width, llm_inner = _QWEN3_ASR[name]
         audio = {

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor, StoppingCriteriaList  # knows all of these models
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
-from prunesearch.model.encoder import SAMPLE_RATE
+from prunesearch.model.encoder import SAMPLE_RATE, WindowedWhisper
 from prunesearch.model.families.towers import MaskedTower, PackedTower, RotaryTower, WhisperTower
 from prunesearch.model.generation import RowLimits
 from prunesearch.model.hub import read_architecture
+from prunesearch.model.languages import language_code
 from prunesearch.model.llm import lora_targets, pad_tokens, recompute_activations, remove_lora, save_without_lora, with_lora
 from prunesearch.model.parameters import count_parameters
 from prunesearch.model.system import (
@@ -51,18 +52,23 @@ PROMPT_TOKENS = 20  # about the length of a chat template: a plan is made withou
 @dataclass(frozen=True)
 class Ways:
     """What differs from model to model. `ask`: the processor's inputs for a recording in a language; `read`: its text of token
-    rows. `takes_language`: whether it is told the language. `averages`: whether pairs of states are averaged, and then go
-    through the tower's norm. `written`: what the model writes for a text of a recording of so many seconds. `marked`: the
-    tokens of so many audio embeddings, if others stand among them.
+    rows. `takes_language`: whether it can be told the language; `needs_language`: whether it must be, so that it writes nothing
+    but the text. `averages`: whether pairs of states are averaged, and then go through the tower's norm. `written`: what the
+    model writes for a text of a recording of so many seconds. `marked`: the tokens of so many audio embeddings, if others stand
+    among them. `tokens`: of a text, in which a special token is text like any other.
     """
 
     tower: Callable[[Any, Any], SpeechEncoder]
     ask: Callable[[Any, NDArray[np.float32], str | None], Any]
     read: Callable[[Any, list[list[int]]], list[str]]
     takes_language: bool = False
+    needs_language: bool = False
     averages: bool = False
     written: Callable[[str, float], str] = lambda text, seconds: text
     marked: Callable[[Any, int], list[int]] | None = None
+    tokens: Callable[[Any, str], list[int]] = lambda tokenizer, text: (
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    )
 
 
 def _request(processor: Any, samples: NDArray[np.float32], language: str | None) -> Any:
@@ -80,12 +86,15 @@ def _transcription_only(processor: Any, rows: list[list[int]]) -> list[str]:
 
 
 def _ask_qwen2_audio(processor: Any, samples: NDArray[np.float32], language: str | None) -> Any:
-    """The model without a chat template was pretrained on this prompt; the other one takes a request in words."""
-    text = "<|audio_bos|><|AUDIO|><|audio_eos|>Detect the language and recognize the speech:"
-    if processor.chat_template is not None:
-        parts = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": "Transcribe the speech."}]
-        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
+    parts = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": "Transcribe the speech."}]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
     return processor(text=text, audio=[samples], sampling_rate=SAMPLE_RATE, return_tensors="pt")
+
+
+def _ask_voxtral(processor: Any, samples: NDArray[np.float32], language: str | None) -> Any:
+    return processor.apply_transcription_request(
+        [samples], model_id="voxtral", language=language and language_code(language), format="WAV", sampling_rate=SAMPLE_RATE
+    )
 
 
 def _time_marks(processor: Any, count: int) -> list[int]:
@@ -101,6 +110,7 @@ WAYS = {
         ask=lambda processor, samples, language: processor.apply_transcription_request([samples], language=language),
         read=_transcription_only,
         takes_language=True,
+        needs_language=True,
     ),
     "glmasr": Ways(RotaryTower, _request, _without_prefix),
     "audioflamingo3": Ways(MaskedTower, _request, _without_prefix, averages=True),
@@ -116,6 +126,13 @@ WAYS = {
         _transcription_only,
         written=lambda text, seconds: f"[0.00][S01]{text}[{seconds:.2f}]",  # one speaker, from start to end
         marked=_time_marks,
+    ),
+    "voxtral": Ways(
+        WindowedWhisper,
+        _ask_voxtral,
+        read=lambda processor, rows: processor.tokenizer.batch_decode(rows, skip_special_tokens=True),
+        takes_language=True,
+        tokens=lambda tokenizer, text: tokenizer(text, add_special_tokens=False).input_ids,  # knows no special ones in a text
     ),
 }
 
@@ -315,7 +332,7 @@ class TowerSystem(TrainedSystem):
             try:
                 asked = self.ways.ask(self.processor, np.zeros(SAMPLE_RATE // 2, np.float32), language)
             except ValueError as error:
-                reason = str(error).splitlines()[0]
+                reason = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error).splitlines()[0]
                 raise StudyError([f"language {language!r} is not one that {self.config.name} knows: {reason}"]) from None
             ids, audio = asked["input_ids"][0].tolist(), self.audio_token
             first, count = ids.index(audio), ids.count(audio)
@@ -332,15 +349,14 @@ class TowerSystem(TrainedSystem):
     def format_tokens(self) -> int:
         """The tokens that the model writes beside a text, at most."""
         text = self.ways.written("", self.encoder.window_seconds)
-        return len(self.processor.tokenizer(text, add_special_tokens=False).input_ids) if text else 0
+        return len(self.ways.tokens(self.processor.tokenizer, text)) if text else 0
 
     def target(self, text: str, language: str | None, seconds: float = 0.0) -> Target:
-        if self.ways.takes_language and (language or self.config.language) is None:
+        if self.ways.needs_language and (language or self.config.language) is None:
             raise no_language()
         self.prompt(language)
         tokenizer = self.processor.tokenizer
-        text = self.ways.written(text, seconds)
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = self.ways.tokens(tokenizer, self.ways.written(text, seconds))
         return Target([*ids, int(tokenizer.eos_token_id)], language)
 
     def new_projector(self, seed: int) -> TowerProjector:

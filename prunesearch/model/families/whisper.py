@@ -8,7 +8,6 @@ Shapes: B batch, M mel bins, F mel frames, T encoder positions, D width, P promp
 """
 
 import copy
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,13 +25,13 @@ from transformers import (
     WhisperProcessor,
 )
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
 from prunesearch.model.checkpoint_files import CheckpointError
 from prunesearch.model.encoder import ENCODER_PREFIX, SAMPLE_RATE, WindowedWhisper
 from prunesearch.model.generation import RowLimits
 from prunesearch.model.hub import read_architecture
+from prunesearch.model.languages import language_code
 from prunesearch.model.llm import pad_tokens, recompute_activations, remove_lora, save_without_lora, with_lora
 from prunesearch.model.loading import load_extractor
 from prunesearch.model.parameters import count_parameters
@@ -259,8 +258,7 @@ class WhisperSystem(TrainedSystem):
         language = language or self.config.language
         if language is None:
             return None
-        name = language.lower()
-        code = TO_LANGUAGE_CODE.get(name, re.split("[-_]", name)[0])
+        code = language_code(language)
         if not self.is_multilingual:
             if code == "en":
                 return None
