@@ -1,6 +1,5 @@
 """Speech-LLMs with an audio tower as the system under search, against transformers' own models."""
 
-import base64
 import json
 import shutil
 import subprocess
@@ -12,33 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AudioFlamingo3Config,
-    AudioFlamingo3ForConditionalGeneration,
-    AudioFlamingo3Processor,
     AutoModelForSeq2SeqLM,
     AutoProcessor,
-    GenerationConfig,
-    GlmAsrConfig,
-    GlmAsrForConditionalGeneration,
-    GlmAsrProcessor,
-    MossTranscribeDiarizeConfig,
-    MossTranscribeDiarizeFeatureExtractor,
-    MossTranscribeDiarizeForConditionalGeneration,
     MossTranscribeDiarizeProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
-    Qwen3ASRConfig,
-    Qwen3ASRForConditionalGeneration,
-    VoxtralConfig,
-    VoxtralForConditionalGeneration,
     VoxtralProcessor,
-    WhisperFeatureExtractor,
 )
-from transformers.models.qwen3_asr.feature_extraction_qwen3_asr import Qwen3ASRFeatureExtractor
 from transformers.models.qwen3_asr.processing_qwen3_asr import Qwen3ASRProcessor
 
 from prunesearch import AutoAsr, export, launch, plan
@@ -51,177 +30,8 @@ from prunesearch.study.errors import StudyError
 from prunesearch.study.model_config import ModelConfig
 from prunesearch.study.record import read_records, read_utterances
 from prunesearch.training.context import TrainingContext
-from tests.conftest import LAYERS, WORDS, write_model_study
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>", "<|audio_bos|>"]
-SPECIAL += ["<|AUDIO|>", "<|audio_eos|>"]
-NAMES = {"audio_token": "<|audio_pad|>", "audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>"}
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% for part in message.content %}{% if part.type == 'audio' %}<|audio_start|><|audio_pad|><|audio_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}"
-    "{% if not (loop.last and continue_final_message) %}<|im_end|>\n{% endif %}{% endfor %}"
-)
-
-GENERATING = TEMPLATE.replace("loop.last and continue_final_message", "false") + "<|im_start|>assistant\n"
-
-
-def toy_tokenizer(**names: str) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(WORDS, trainer)
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.add_tokens(["<asr_text>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=names
-    )
-
-
-TEXT = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.1,
-}  # fmt: skip
-
-
-def save_qwen3_asr(folder: Path) -> None:
-    """A Qwen3-ASR of toy size with random weights, its processor and tokenizer."""
-    torch.manual_seed(0)
-    fast = toy_tokenizer(**NAMES)
-    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio_pad|>"])
-    config = Qwen3ASRConfig(
-        audio_config={
-            "encoder_layers": LAYERS, "d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": 128,
-            "output_dim": 32, "downsample_hidden_size": 8, "n_window_infer": 100, "initializer_range": 0.1,
-        },
-        text_config={"model_type": "qwen3", "tie_word_embeddings": True, **TEXT},
-        audio_token_id=audio, pad_token_id=pad, eos_token_id=[pad, end],
-    )  # fmt: skip
-    model = Qwen3ASRForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
-    Qwen3ASRProcessor(Qwen3ASRFeatureExtractor(), fast, chat_template=TEMPLATE).save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
-def save_glm_asr(folder: Path) -> None:
-    """A GLM-ASR of toy size with random weights, its processor and tokenizer, and a window of four seconds."""
-    torch.manual_seed(0)
-    fast = toy_tokenizer()
-    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio_pad|>"])
-    config = GlmAsrConfig(
-        audio_config={
-            "num_hidden_layers": LAYERS, "hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2,
-            "num_mel_bins": 128, "max_position_embeddings": 200, "initializer_range": 0.1,
-        },
-        text_config={"model_type": "llama", "eos_token_id": [pad, end], "tie_word_embeddings": False, **TEXT},
-        audio_token_id=audio,
-    )  # fmt: skip
-    model = GlmAsrForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
-    extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=4)
-    processor = GlmAsrProcessor(extractor, fast, chat_template=GENERATING, audio_token="<|audio_pad|>")
-    processor.save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
-WHISPER_TOWER = {
-    "num_hidden_layers": LAYERS, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_mel_bins": 80,
-    "max_source_positions": 200, "initializer_range": 0.1,
-}  # fmt: skip
-
-
-def save_audio_flamingo(folder: Path) -> None:
-    """An Audio Flamingo 3 of toy size with random weights, and a window of four seconds."""
-    torch.manual_seed(0)
-    fast = toy_tokenizer()
-    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio_pad|>"])
-    config = AudioFlamingo3Config(
-        audio_config={"model_type": "audioflamingo3_encoder", **WHISPER_TOWER},
-        text_config={"model_type": "qwen2", "tie_word_embeddings": False, **TEXT}, audio_token_id=audio,
-    )  # fmt: skip
-    model = AudioFlamingo3ForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
-    AudioFlamingo3Processor(extractor, fast, chat_template=GENERATING, audio_token="<|audio_pad|>").save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
-def save_qwen2_audio(folder: Path) -> None:
-    """A Qwen2-Audio of toy size with random weights, and a window of four seconds. Its processor has a chat template itself."""
-    torch.manual_seed(0)
-    fast = toy_tokenizer()
-    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|AUDIO|>"])
-    config = Qwen2AudioConfig(
-        audio_config={"model_type": "qwen2_audio_encoder", **WHISPER_TOWER},
-        text_config={"model_type": "qwen2", "tie_word_embeddings": False, **TEXT}, audio_token_index=audio,
-    )  # fmt: skip
-    model = Qwen2AudioForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
-    Qwen2AudioProcessor(extractor, fast).save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
-def save_moss(folder: Path) -> None:
-    """A MOSS-Transcribe-Diarize of toy size with random weights, and a window of four seconds."""
-    torch.manual_seed(0)
-    fast = toy_tokenizer()
-    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio_pad|>"])
-    config = MossTranscribeDiarizeConfig(
-        audio_config=WHISPER_TOWER, text_config={"model_type": "qwen3", "tie_word_embeddings": True, **TEXT},
-        audio_token_id=audio, audio_chunk_size=64_000,
-    )  # fmt: skip
-    model = MossTranscribeDiarizeForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
-    extractor = MossTranscribeDiarizeFeatureExtractor(chunk_length=4)
-    # the model itself has a mark of the time every two seconds; the toy's recordings are shorter
-    processor = MossTranscribeDiarizeProcessor(extractor, fast, chat_template=GENERATING, time_marker_every_seconds=1)
-    processor.save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
-def save_voxtral(folder: Path) -> None:
-    """A Voxtral of toy size with random weights. Its processor knows windows of 30 s only."""
-    tokenizers = pytest.importorskip("mistral_common.tokens.tokenizers.base")
-    from transformers.tokenization_mistral_common import MistralCommonBackend
-
-    names = [token.value for token in tokenizers.SpecialTokens][:33]
-    names.remove("[AUDIO]")
-    names.insert(24, "[AUDIO]")  # its number in every Voxtral
-    pieces = [*(bytes([i]) for i in range(256)), *(f"{space}{word}".encode() for space in ("", " ") for word in WORDS)]
-    vocabulary = {
-        "vocab": [{"rank": i, "token_bytes": base64.b64encode(p).decode(), "token_str": None} for i, p in enumerate(pieces)],
-        "special_tokens": [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)],
-        "config": {
-            "pattern": r"\s?[^\s]+", "num_vocab_tokens": len(pieces), "default_vocab_size": len(pieces) + len(names),
-            "default_num_special_tokens": len(names), "version": "v11",
-        },
-        "audio": {
-            "sampling_rate": 16000, "frame_rate": 12.5, "chunk_length_s": 30.0,
-            "audio_encoding_config": {"num_mel_bins": 80, "hop_length": 160, "window_size": 400},
-        },
-        "version": 1, "type": "Tekken",
-    }  # fmt: skip
-    (folder / "tekken.json").write_text(json.dumps(vocabulary))
-    torch.manual_seed(0)
-    config = VoxtralConfig(
-        audio_config={**WHISPER_TOWER, "intermediate_size": 128, "max_source_positions": 1500},
-        text_config={"model_type": "llama", "tie_word_embeddings": False, **TEXT}, audio_token_id=24,
-    )  # fmt: skip
-    VoxtralForConditionalGeneration(config).save_pretrained(folder)
-    processor = VoxtralProcessor(WhisperFeatureExtractor(feature_size=80), MistralCommonBackend.from_pretrained(folder))
-    processor.save_pretrained(folder)
-
-
-FAMILIES = {
-    "qwen3_asr": save_qwen3_asr,
-    "glmasr": save_glm_asr,
-    "audioflamingo3": save_audio_flamingo,
-    "qwen2_audio": save_qwen2_audio,
-    "moss_transcribe_diarize": save_moss,
-    "voxtral": save_voxtral,
-}
+from tests.conftest import write_model_study
+from tests.speech_models import TOWERS, save_qwen3_asr
 
 
 def ask(processor: Any, samples: Sequence[np.ndarray], language: str | None) -> Any:
@@ -273,12 +83,12 @@ def train(folder: Path, toy: Path, steps: int = 200) -> None:
 
 
 def trained(family: str, toy: Path, folder: Path) -> Path:
-    FAMILIES[family](folder)
+    TOWERS[family](folder)
     train(folder, toy)
     return folder
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=TOWERS)
 def tower(request: pytest.FixtureRequest, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained model of each family."""
     return trained(request.param, toy, tmp_path_factory.mktemp(request.param))

@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -33,43 +30,10 @@ from prunesearch.study.model_config import ModelConfig
 from prunesearch.study.record import read_records, read_utterances
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.repair import Repair
-from tests.conftest import LAYERS, WORDS, write_model_study
+from tests.conftest import write_model_study
+from tests.speech_models import SPECIAL, save_whisper
 
 ROOT = Path(__file__).parents[1]
-SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|da|>", "<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
-
-
-def save_whisper(folder: Path, is_multilingual: bool = True) -> WhisperForConditionalGeneration:
-    """A Whisper of toy size with random weights, its tokenizer, and a window of two seconds."""
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([f" {word}" for word in WORDS], trainer)
-    tokenizer.add_special_tokens(SPECIAL)  # behind the text's tokens: what follows them are timestamps
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
-    end = ids["<|endoftext|>"]
-    config = WhisperConfig(
-        d_model=32, encoder_layers=LAYERS, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=2,
-        decoder_attention_heads=2, decoder_ffn_dim=64, max_source_positions=100, max_target_positions=40, vocab_size=300,
-        pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=ids["<|startoftranscript|>"],
-        suppress_tokens=None, begin_suppress_tokens=None, init_std=0.1,
-    )  # fmt: skip
-    model = WhisperForConditionalGeneration(config).eval()
-    settings: dict[str, Any] = {
-        "pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "max_length": 40,
-        "decoder_start_token_id": ids["<|startoftranscript|>"], "no_timestamps_token_id": ids["<|notimestamps|>"],
-        "is_multilingual": is_multilingual,
-    }  # fmt: skip
-    if is_multilingual:
-        settings["lang_to_id"] = {token: ids[token] for token in ("<|en|>", "<|da|>")}
-        settings["task_to_id"] = {name: ids[f"<|{name}|>"] for name in ("translate", "transcribe")}
-    model.generation_config = GenerationConfig(**settings)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:])
-    WhisperProcessor(WhisperFeatureExtractor(feature_size=80, chunk_length=2), fast).save_pretrained(folder)
-    model.save_pretrained(folder)
-    return model
 
 
 def train(folder: Path, toy: Path, steps: int = 250) -> None:

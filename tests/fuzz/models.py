@@ -24,14 +24,19 @@ from safetensors.torch import load_file, save_file
 
 from prunesearch.asr.parts import Settings
 from prunesearch.asr.slam_asr import SlamAsr
+from prunesearch.model.families import family_of
+from prunesearch.model.families.audio_tower import TowerSystem
 from prunesearch.model.families.slam_asr import SlamSystem, SpeechLlm
+from prunesearch.model.families.whisper import WhisperSystem
 from prunesearch.model.llm import with_lora
 from prunesearch.model.projector import Projector
+from prunesearch.model.system import GenerationLimits, TrainedSystem
 from prunesearch.study.config import DecodingConfig, StudyConfig, load_study
 from prunesearch.study.errors import StudyError
 from prunesearch.study.model_config import LlmConfig, ProjectorConfig
-from tests.conftest import save_models, write_split, write_study
+from tests.conftest import save_models, write_model_study, write_split, write_study
 from tests.fuzz import FuzzResult
+from tests.speech_models import save_qwen3_asr, save_whisper
 
 WEIGHTS = "model.safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 151060136\n"
@@ -60,8 +65,12 @@ def save_export(models: Path, out: Path, seed: int = 0, rank: int = 2) -> None:
 
 
 def make_intact(folder: Path) -> None:
-    """In `folder`: the toy's `encoder` and `llm`, a study on them, and `export` and `other`, exports of different weights."""
+    """In `folder`: the toy's `encoder` and `llm`, a study on them, `export` and `other`, exports of different weights, and
+    models that exist already: a `whisper` and a `tower`.
+    """
     save_models(folder)
+    save_whisper(folder / "whisper")
+    save_qwen3_asr(folder / "tower")
     for split in ("train", "dev", "test"):
         write_split(folder, split, 1)
     write_study(folder / "study", folder)
@@ -156,6 +165,16 @@ def without(prefix: str) -> Damage:
 
 def renamed(prefix: str) -> Damage:
     return of_tensors(lambda tensors: {prefix + n: t for n, t in tensors.items()})
+
+
+def in_config(section: str, **values: object) -> Damage:
+    """Damage to keys of a section of config.json."""
+
+    def damage(folder: Path) -> None:
+        stored = json.loads((folder / "config.json").read_text())
+        of_json("config.json", **{section: {**stored[section], **values}})(folder)
+
+    return damage
 
 
 def with_values(name: str, value: float, file: str = WEIGHTS) -> Damage:
@@ -255,7 +274,53 @@ EXPORT: dict[str, Damage] = {
     "encoder with a NaN": with_values("conv2.bias", float("nan"), f"encoder/{WEIGHTS}"),
     "llm of another export": of_tensors(lambda t: {n: w + 0.1 for n, w in t.items()}, f"llm/{WEIGHTS}"),
 }
-DAMAGES = {"encoder": ENCODER, "llm": LLM, "export": EXPORT}
+ANY_MODEL: dict[str, Damage] = {
+    "names begin with module.": renamed("module."),
+    "config.json: type bert": of_json("config.json", model_type="bert"),
+    "config.json: no type": of_json("config.json", model_type=...),
+    "config.json cut": of_bytes("config.json", lambda content: content[:40]),
+    "config.json missing": removed("config.json"),
+    "weights cut in half": HALF,
+    "weights missing": removed(WEIGHTS),
+    "weights are a git-lfs pointer": of_bytes(WEIGHTS, lambda content: POINTER),
+    "weights pickled": pickled,
+    "shard missing": in_shards(lost="model-00001-of-00002.safetensors"),
+    "a tensor more": of_tensors(lambda t: {**t, "model.more.weight": torch.zeros(2)}),
+    "an adapter beside the weights": with_adapter,
+    "tokenizer.json missing": removed("tokenizer.json"),
+    "tokenizer.json cut": of_bytes("tokenizer.json", lambda content: content[:500]),
+    "processor_config.json cut": of_bytes("processor_config.json", lambda content: content[:20]),
+    "processor_config.json missing": removed("processor_config.json"),
+}
+WHISPER: dict[str, Damage] = {
+    **ANY_MODEL,
+    "config.json: 6 encoder layers, weights of 4": of_json("config.json", encoder_layers=6),
+    "config.json: 1 decoder layer, weights of 2": of_json("config.json", decoder_layers=1),
+    "config.json: num_mel_bins 128": of_json("config.json", num_mel_bins=128),
+    "no decoder": without("model.decoder."),
+    "a NaN in the decoder": with_values("model.decoder.layers.0.fc1.bias", float("nan")),
+    "a NaN in the encoder": with_values("model.encoder.layers.0.fc1.bias", float("nan")),
+    "generation_config.json: no languages": of_json("generation_config.json", lang_to_id=...),
+    "generation_config.json cut": of_bytes("generation_config.json", lambda content: content[:20]),
+    "generation_config.json missing": removed("generation_config.json"),
+}
+TOWER: dict[str, Damage] = {
+    **ANY_MODEL,
+    "config.json: no audio_config": of_json("config.json", audio_config=...),
+    "config.json: 6 tower layers, weights of 4": in_config("audio_config", encoder_layers=6),
+    "config.json: 3 tower layers, weights of 4": in_config("audio_config", encoder_layers=3),
+    "config.json: another audio token": of_json("config.json", audio_token_id=5),
+    "config.json: output_dim 16": in_config("audio_config", output_dim=16),
+    "no projector": without("model.multi_modal_projector."),
+    "no tower": without("model.audio_tower."),
+    "a NaN in the tower": with_values("model.audio_tower.layers.0.fc1.bias", float("nan")),
+    "a NaN in the projector": with_values("model.multi_modal_projector.linear_1.bias", float("nan")),
+    "chat_template.jinja missing": removed("chat_template.jinja"),
+    "chat_template.jinja cut": of_bytes("chat_template.jinja", lambda content: content[:100]),
+    "chat_template.jinja without the audio": of_bytes("chat_template.jinja", lambda c: c.replace(b"<|audio_pad|>", b"")),
+}
+DAMAGES = {"encoder": ENCODER, "llm": LLM, "export": EXPORT, "whisper": WHISPER, "tower": TOWER}
+TRAINED: dict[str, type[TrainedSystem]] = {"whisper": WhisperSystem, "tower": TowerSystem}
 
 
 # What must be true
@@ -279,10 +344,28 @@ class Case:
             asr = SlamAsr.from_pretrained(self.folder / "export")
             asr.decode([np.zeros(16_000, np.float32)])
             return {**asr.encoder.module.state_dict(), **asr.reader.projector.state_dict(), **asr.reader.model.state_dict()}
+        if part in TRAINED:
+            return self._load_trained(part)
         models = SlamSystem.load(self.config, torch.float32)
         models.digests(self.config)
         module = models.encoder.module if part == "encoder" else models.llm.model
         return dict(module.state_dict())
+
+    def _load_trained(self, part: str) -> dict[str, torch.Tensor]:
+        """The tensors of a model that exists already, after its first use."""
+        folder = self.folder
+        file = write_model_study(folder / f"study-{part}", folder, folder / part, decoding={"max_tokens": 4})
+        config = load_study(file)
+        family_of(config)
+        system = TRAINED[part].load(config, torch.float32)
+        system.digests(config)
+        features = system.encoder.features(np.zeros(16_000, np.float32), torch.device("cpu"))
+        states, lengths = system.encoder.encode(features[None], torch.tensor([features.shape[-1]]))
+        with system.reader(system.new_projector(0)) as reader, torch.no_grad():
+            reader.loss(states, lengths, [system.target("low", "en")])
+            reader.texts(reader.generate(states, lengths, ["en"], GenerationLimits([4])))
+            projector = {f"projector.{name}": t for name, t in reader.projector.state_dict().items()}
+            return {**system.encoder.module.state_dict(), **projector, **system.model.state_dict()}
 
 
 def verdict(case: Case, part: str, truth: Tensors) -> str | StudyError:
@@ -291,7 +374,8 @@ def verdict(case: Case, part: str, truth: Tensors) -> str | StudyError:
         found = case.load(part)
     except StudyError as error:
         whole = "\n".join(error.lines)
-        names_it = part in whole  # as the study's key, in the folder's path, or "the exported system"
+        # as the study's key, in the folder's path, or "the exported system"
+        names_it = part in whole or (part in TRAINED and "model.name" in whole)
         return error if len(error.lines) == 1 and "\n" not in whole and names_it else f"not one line: {whole!r}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -320,6 +404,7 @@ def table() -> list[tuple[str, str, str]]:
 
 INTEGERS = {
     "encoder": ("d_model", "encoder_layers", "encoder_ffn_dim", "max_source_positions", "num_mel_bins"),
+    "whisper": ("d_model", "encoder_layers", "decoder_layers", "decoder_ffn_dim", "max_target_positions", "vocab_size"),
     "llm": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "pad_token_id"),
 }
 

@@ -55,6 +55,19 @@ FAMILIES = {  # by the model_type of a configuration
     "qwen3_asr": Family("audio_tower", is_trained=True, depth="audio_config.encoder_layers"),
     "voxtral": Family("audio_tower", is_trained=True, depth="audio_config.num_hidden_layers"),
 }
+_CTC = "what its middle layer recognised is fed back behind it, and would be so elsewhere if a layer below were gone"
+_INSIDE = "its projector is a part of its audio tower"
+_NO_LAYERS = "its encoder consists of convolutions"
+REFUSED = {  # known, but not made for removing layers
+    "granite_speech": _CTC,
+    "granite_speech_plus": _CTC,
+    "kyutai_speech_to_text": _NO_LAYERS,
+    "qwen2_5_omni": _INSIDE,
+    "qwen2_5_omni_thinker": _INSIDE,
+    "qwen3_omni_moe": _INSIDE,
+    "qwen3_omni_moe_thinker": _INSIDE,
+    "vibevoice_asr": _NO_LAYERS,
+}
 
 
 def family_of(config: StudyConfig) -> Family:
@@ -65,6 +78,8 @@ def family_of(config: StudyConfig) -> Family:
     if config.model is None:
         return SLAM_ASR
     shape = read_architecture(config, config.model)
+    if (reason := REFUSED.get(shape.model_type)) is not None:
+        raise StudyError([f"model.name: no layers can be removed from a model of type {shape.model_type!r}: {reason}"])
     if (family := FAMILIES.get(shape.model_type)) is None:
         known = ", ".join(sorted(FAMILIES))
         raise StudyError(

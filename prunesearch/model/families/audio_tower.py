@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor, StoppingCriteriaList  # knows all of these models
 
 from prunesearch.model.checkpoint import Part, library_errors, load_checkpoint, read_config
+from prunesearch.model.checkpoint_files import CheckpointError
 from prunesearch.model.encoder import SAMPLE_RATE, WindowedWhisper
 from prunesearch.model.families.towers import MaskedTower, PackedTower, RotaryTower, WhisperTower
 from prunesearch.model.generation import RowLimits
@@ -283,6 +284,8 @@ class TowerSystem(TrainedSystem):
         with library_errors("its processor cannot be loaded", local=Path(source).is_dir()):
             processor = AutoProcessor.from_pretrained(source, revision=config.revision or "main", trust_remote_code=False)
         system = cls._taken_apart(config, model.requires_grad_(False).eval(), processor)
+        with library_errors("its processor cannot be asked for a transcription"):
+            system._prompts[None] = system._ask(None)
         lora_targets(model, config)
         return system
 
@@ -330,15 +333,26 @@ class TowerSystem(TrainedSystem):
             return [0] * PROMPT_TOKENS, [0]
         if language not in self._prompts:
             try:
-                asked = self.ways.ask(self.processor, np.zeros(SAMPLE_RATE // 2, np.float32), language)
+                self._prompts[language] = self._ask(language)
             except ValueError as error:
                 reason = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error).splitlines()[0]
                 raise StudyError([f"language {language!r} is not one that {self.config.name} knows: {reason}"]) from None
-            ids, audio = asked["input_ids"][0].tolist(), self.audio_token
-            first, count = ids.index(audio), ids.count(audio)
-            assert ids[first : first + count] == [audio] * count, "half a second of audio is one run of tokens"
-            self._prompts[language] = ids[:first], ids[first + count :]
         return self._prompts[language]
+
+    def _ask(self, language: str | None) -> tuple[list[int], list[int]]:
+        """The tokens before and behind half a second of audio, whose own are one run. Raises whatever the processor raises, and
+        CheckpointError where that run is not found.
+        """
+        asked = self.ways.ask(self.processor, np.zeros(SAMPLE_RATE // 2, np.float32), language)
+        ids, audio = asked["input_ids"][0].tolist(), self.audio_token
+        count = ids.count(audio)
+        first = ids.index(audio) if count else 0
+        if not count or ids[first : first + count] != [audio] * count:
+            raise CheckpointError(
+                f"its processor must put the audio at one run of the token {audio} (audio_token_id in config.json), got "
+                f"{count} such tokens: config.json and the processor's files must be of the same model"
+            )
+        return ids[:first], ids[first + count :]
 
     def marked(self, count: int) -> list[int] | None:
         """The tokens of so many audio embeddings; None if they are nothing but audio."""

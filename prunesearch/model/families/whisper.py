@@ -210,6 +210,7 @@ class WhisperSystem(TrainedSystem):
         if config.window_seconds is not None:
             extractor = _shorten_window(model.model.encoder, extractor, config.window_seconds)
         system = cls._taken_apart(config, model, extractor, tokenizer)
+        _require_settings(model.generation_config)
         system.lora_targets()
         system.language_code(config.language)
         return system
@@ -336,6 +337,17 @@ class WhisperSystem(TrainedSystem):
         whole.generation_config = self.model.generation_config
         save_without_lora(whole, folder, encoder.module.dtype)
         WhisperProcessor(self.encoder.extractor, self.tokenizer).save_pretrained(folder)
+
+
+def _require_settings(settings: Any) -> None:
+    """Raises CheckpointError where generation_config.json lacks what Whisper's prompt is made of."""
+    needed = ["decoder_start_token_id", "no_timestamps_token_id", "eos_token_id"]
+    if getattr(settings, "is_multilingual", False):
+        needed += ["lang_to_id", "task_to_id"]
+    if missing := [name for name in needed if getattr(settings, name, None) is None]:
+        raise CheckpointError(
+            f"generation_config.json must have {missing[0]}: take this file from the Whisper that the model was trained from"
+        )
 
 
 def _shorten_window(encoder: Any, extractor: Any, seconds: int) -> WhisperFeatureExtractor:
