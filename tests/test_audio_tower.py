@@ -1,6 +1,7 @@
 """Speech-LLMs with an audio tower as the system under search, against transformers' own models."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.models.qwen3_asr.processing_qwen3_asr import Qwen3ASRProcessor
 
 from prunesearch import AutoAsr, export, launch, plan
+from prunesearch.model.families import family_of
 from prunesearch.model.families.audio_tower import TowerSystem
 from prunesearch.model.system import GenerationLimits
 from prunesearch.speech.audio import read_audio
@@ -277,6 +279,37 @@ def test_a_study_of_eight_candidates_and_its_export(tower: Path, toy: Path, tmp_
     assert {k for k in {*own, *new} if own.get(k) != new.get(k)} <= {"dtype", "transformers_version"}
     samples = [read_audio(toy / "dev" / f"{i}.wav") for i in range(8)]
     assert AutoAsr.from_pretrained(tmp_path / "out").transcribe(samples, language="en") == found["texts"]
+
+
+MISSING = """
+import sys
+sys.modules["mistral_common"] = None
+import torch
+from prunesearch.model.families.audio_tower import TowerSystem
+from prunesearch.study.config import load_study
+from prunesearch.study.errors import StudyError
+try:
+    TowerSystem.load(load_study(sys.argv[1]), torch.float32)
+except StudyError as error:
+    print(len(error.lines), error.lines[0])
+"""
+
+
+def test_a_package_that_a_processor_lacks_is_named(toy: Path, tmp_path: Path) -> None:
+    TOWERS["voxtral"](tmp_path)
+    file = write_model_study(tmp_path / "s", toy, tmp_path)
+    done = subprocess.run([sys.executable, "-c", MISSING, str(file)], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"1 model\.name: .*: its processor cannot be asked .*pip install mistral-common.*\n", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("granite_speech", "what its middle layer recognised"), ("qwen2_5_omni", "a part of its audio tower")]
+)
+def test_a_model_that_cannot_lose_layers_is_refused_with_the_reason(toy: Path, tmp_path: Path, kind: str, reason: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    config = load_study(write_model_study(tmp_path / "s", toy, tmp_path))
+    with pytest.raises(StudyError, match=rf"model\.name: no layers can be removed from a model of type '{kind}': .*{reason}"):
+        family_of(config)
 
 
 @pytest.mark.parametrize(

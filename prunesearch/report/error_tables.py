@@ -88,7 +88,7 @@ def failures_table(comparison: Comparison) -> Table:
         tuple(row(*reported) for reported in _reported(comparison)),
         "A loop is a phrase that the hypothesis repeats four times in a row or more, and more often than the reference. A "
         "hypothesis that ends at its token limit is cut off: if it is no loop, `decoding.tokens_per_second` or "
-        "`decoding.max_tokens` is too small. Another language: surely not that of the recording (py3langid). CER: errors in "
+        "`decoding.max_tokens` is too small. Another language: surely not that of the recording, by py3langid. CER: errors in "
         "characters, without spaces.",
     )
 

