@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     # commands: each is what the command line calls
     "abort": "prunesearch.commands.status",
+    "clean": "prunesearch.commands.clean",
     "confirm": "prunesearch.commands.confirm",
     "export": "prunesearch.commands.export",
     "join": "prunesearch.commands.worker",
@@ -49,6 +50,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:  # for editors and type checkers
     from prunesearch.asr.auto import AutoAsr as AutoAsr
     from prunesearch.asr.slam_asr import SlamAsr as SlamAsr
+    from prunesearch.commands.clean import clean as clean
     from prunesearch.commands.confirm import confirm as confirm
     from prunesearch.commands.export import export as export
     from prunesearch.commands.launch import launch as launch

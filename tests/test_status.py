@@ -9,10 +9,12 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from prunesearch.commands import status as control
+from prunesearch.commands.clean import clean
 from prunesearch.commands.confirm import confirm
 from prunesearch.commands.launch import launch
 from prunesearch.report.confirmation import confirmation_file
 from prunesearch.study.config import StudyConfig, load_study
+from prunesearch.study.errors import StudyError
 from prunesearch.study.interrupt import Interrupt, Interrupted
 from prunesearch.study.record import RunRecord, read_records
 from prunesearch.workers import lease as leases
@@ -47,6 +49,32 @@ def test_an_interrupt_hands_the_candidate_back_and_abort_stops_all_workers(
     with pytest.raises(Interrupted):  # until it is launched again, nobody goes on
         run_loop(study, rules(config, 9), evaluate)
     assert finished(study) == 1
+
+
+def test_clean_removes_what_is_made_again_but_not_under_a_workers_feet(config: StudyConfig) -> None:
+    study, refused = opened(config, None), []
+    run = config.run_folder
+    for folder in (run / "features", run / "scratch" / "deep", run / "records" / "full", run / "anchor"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"12345")
+
+    def evaluate(trial: WorkerTrial) -> RunRecord:
+        with pytest.raises(
+            StudyError, match=r"must have no workers at work, got 1: .* \(process \d+\); wait, or stop them"
+        ) as caught:
+            clean(config.source)
+        refused.append(caught.value)
+        return landscape(trial.candidate)
+
+    run_loop(study, rules(config, 2), evaluate)
+    assert len(refused) == 2
+    sizes = {run / "features": 5, run / "scratch": 5}
+    assert clean(config.source, dry_run=True) == sizes
+    assert (run / "features" / "file").exists()
+    assert clean(config.source) == sizes
+    assert sorted(p.name for p in run.glob("*/")) == ["anchor", "records"]
+    assert clean(config.source) == {}
+    assert control.status(config.source)["settled"] == 2
 
 
 def test_failed_candidates_can_be_evaluated_again(config: StudyConfig) -> None:

@@ -279,6 +279,26 @@ def abort(study: Study, storage: StorageUrl = None) -> None:
     typer.echo(f"asked {counted(count, 'worker')} to stop; this can take some seconds")
 
 
+@app.command()
+def clean(
+    study: Study,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
+    storage: StorageUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Remove what the next launch makes again: cached encoder states and scratch files. All results stay."""
+    from prunesearch.commands.clean import clean as clean_study
+
+    sizes = clean_study(study, storage, dry_run)
+    if as_json:
+        print_json({"removed": not dry_run, "bytes": {str(folder): size for folder, size in sizes.items()}})
+        return
+    for folder, size in sizes.items():
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {folder}: {size / 1e6:,.1f} MB")
+    if not sizes:
+        typer.echo("there is nothing to remove")
+
+
 app.add_typer(storage_commands, name="storage")
 
 
