@@ -20,6 +20,13 @@ def plain_loss(slam: SpeechLlm, states: Tensor, lengths: Tensor, targets: Sequen
 
     The value is that of `SpeechLlm.loss`; the LLM computes logits for the prefix and for padding, too.
     """
+    return plain_loss_and_logits(slam, states, lengths, targets)[0]
+
+
+def plain_loss_and_logits(
+    slam: SpeechLlm, states: Tensor, lengths: Tensor, targets: Sequence[Target]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the logits of every position (B, W + S, V), and the labels (B, W + S)."""
     texts = [target.tokens for target in targets]
     tokens = pad_tokens(texts, 0, states.device)  # (B, S)
     prefix, mask = slam.prefix(states, lengths)  # (B, W, D), (B, W)
@@ -29,4 +36,6 @@ def plain_loss(slam: SpeechLlm, states: Tensor, lengths: Tensor, targets: Sequen
         inputs_embeds=torch.cat([prefix, embedded], 1), attention_mask=torch.cat([mask, inside], 1), use_cache=False
     )
     labels = torch.cat([mask.new_full(mask.shape, IGNORED), pad_tokens(texts, IGNORED, states.device)], 1)  # (B, W + S)
-    return nn.functional.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    logits = out.logits[:, :-1].float().flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
+    return loss, out.logits, labels

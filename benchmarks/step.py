@@ -1,10 +1,14 @@
 """Time of our fine-tune, compared with a plain training loop, and the two loss curves.
 
-    python benchmarks/step.py studies/quickstart [--steps 12] [--rank 8] [--turns 3]
+    python benchmarks/step.py studies/quickstart [--steps 12] [--rank 8] [--turns 3] [--window]
 
-The plain loop does what SLAM-ASR training scripts do. In each step it computes the features of each utterance, padded to
-Whisper's full window, and runs the encoder over the window. The LLM reads the whole window; what lies beyond the end of an
-utterance is masked, so that both loops train the same system. Logits are computed at every position.
+The plain loop has the habits of the published SLAM-ASR trainer (arXiv 2603.27981). In each step it computes the features of
+each utterance, padded to whole seconds, and runs the encoder. Logits are computed at every position and moved to the host,
+where the word errors of the training batch are counted. The LLM recomputes its activations in the backward pass (gradient
+checkpointing).
+
+With `--window`, utterances are padded to Whisper's full window of 30 s instead, as many other scripts do. In both cases, what
+lies beyond the end of an utterance is masked for the LLM, so that both loops train the same system.
 
 Both loops start from the same weights: a fresh projector or, with `--warm`, the study's anchor. They see the same utterances in
 the same steps, with the same precision and optimiser. They run in one process, a few steps in turn. Our loop computes its
@@ -16,49 +20,77 @@ A third run is ours again with another seed for dropout. It shows how much two l
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from plain_loop import plain_loss
+from numpy.typing import NDArray
+from plain_loop import IGNORED, plain_loss_and_logits
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers.utils import logging
 
 from prunesearch.model.families.slam_asr import SpeechLlm
+from prunesearch.model.llm import recompute_activations, recomputes_activations
 from prunesearch.speech.audio import SAMPLE_RATE, read_audio
+from prunesearch.speech.text import paper
+from prunesearch.speech.wer import count_errors
 from prunesearch.study.candidate import Candidate
 from prunesearch.study.config import load_study
+from prunesearch.study.record import WordErrors
 from prunesearch.training.anchor import starting_projector
 from prunesearch.training.context import TrainingContext
 from prunesearch.training.device import arithmetic, attention_for_training, seed_everything
 from prunesearch.training.finetune import restore, trainable
-from prunesearch.training.states import StateStore
+from prunesearch.training.states import StateStore, batch_of, features_of
 
 Batch = Sequence[int]  # indices of utterances in train
-LossOf = Callable[[SpeechLlm, Batch], torch.Tensor]
+WHOLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class PlainLoop:
-    """The plain loop's loss: everything is computed from the audio files, at full length."""
+    """The plain loop's loss: everything is computed from the audio files. `window`: at full length."""
 
     context: TrainingContext
+    window: bool = False
+    recomputes_activations = True
 
     def __call__(self, slam: SpeechLlm, batch: Batch) -> torch.Tensor:
         context = self.context
         recordings = [read_audio(context.corpora["train"][i].audio) for i in batch]
         with torch.autocast(context.device.type, enabled=False):  # the extractor computes in torch, and returns NumPy arrays
-            extracted = context.encoder.extractor(recordings, sampling_rate=SAMPLE_RATE, return_tensors="pt")
-        features = extracted["input_features"]  # (B, M, full window)
-        with torch.no_grad():
-            states = context.encoder.module(features.to(context.device, context.dtype)).last_hidden_state
+            states = self._states(recordings)
         hop = 2 * context.encoder.extractor.hop_length  # samples per encoder position
         lengths = torch.tensor([-(-len(recording) // hop) for recording in recordings], device=context.device)
-        return plain_loss(slam, states, lengths, [context.targets[i] for i in batch])
+        targets = [context.targets[i] for i in batch]
+        loss, logits, labels = plain_loss_and_logits(slam, states, lengths, targets)
+        self._count_errors(slam, logits.detach().float().cpu(), labels.cpu())
+        return loss
+
+    @torch.no_grad()
+    def _states(self, recordings: Sequence[NDArray[np.float32]]) -> torch.Tensor:
+        context = self.context
+        if self.window:
+            extracted = context.encoder.extractor(recordings, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+            features = extracted["input_features"].to(context.device, context.dtype)  # (B, M, full window)
+            states: torch.Tensor = context.encoder.module(features).last_hidden_state
+            return states
+        cpu = torch.device("cpu")
+        features, frames = batch_of([features_of(context.encoder, r, WHOLE_SECONDS, cpu) for r in recordings], context.device)
+        return context.encoder.encode(features.to(context.dtype), frames)[0]
+
+    @staticmethod
+    def _count_errors(slam: SpeechLlm, logits: torch.Tensor, labels: torch.Tensor) -> WordErrors:
+        """Word errors of what the LLM would write, given the text before each token."""
+        inside = labels[:, 1:] != IGNORED
+        rows = list(zip(logits[:, :-1].argmax(-1), labels[:, 1:], inside, strict=True))
+        said, heard = (slam.texts([row[i][row[2]].tolist() for row in rows]) for i in (1, 0))
+        return sum((count_errors(paper(a), paper(b)) for a, b in zip(said, heard, strict=True)), WordErrors())
 
 
 @dataclass(frozen=True)
@@ -67,6 +99,7 @@ class OurLoop:
 
     context: TrainingContext
     states: StateStore
+    recomputes_activations = False
 
     def __call__(self, slam: SpeechLlm, batch: Batch) -> torch.Tensor:
         hidden, lengths = self.states.batch(batch, self.context.device)
@@ -78,7 +111,7 @@ class OurLoop:
 class Competitor:
     """A training loop: its loss and the seed of its dropout, its results, and its state between two turns."""
 
-    loss_of: LossOf
+    loss_of: "PlainLoop | OurLoop"
     seed: int
     seconds: list[float] = field(default_factory=list)  # of each step
     losses: list[float] = field(default_factory=list)
@@ -97,8 +130,13 @@ class Competitor:
                 optimizer.load_state_dict(self.optimizer)
             slam.projector.train()
             slam.model.train()
+            recomputes = self.loss_of.recomputes_activations and not recomputes_activations(slam.base)
+            if recomputes:
+                recompute_activations(slam.base)
             for step, batch in batches.items():
                 self._step(context, slam, optimizer, step, batch)
+            if recomputes:
+                slam.base.gradient_checkpointing_disable()
             self.weights = {name: p.detach().clone() for name, p in weights.items()}
             self.optimizer = optimizer.state_dict()
 
@@ -157,7 +195,7 @@ def table_of(competitors: dict[str, Competitor], budget: int, encode_seconds: fl
     return table
 
 
-def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
+def main(study: Path, steps: int, rank: int, turns: int, warm: bool, window: bool) -> None:
     logging.set_verbosity_error()
     config = load_study(study)
     context = TrainingContext.open(config)
@@ -166,7 +204,7 @@ def main(study: Path, steps: int, rank: int, turns: int, warm: bool) -> None:
     steps = len(batches)
     states, times = encode(context, batches)
     competitors = {
-        "plain": Competitor(PlainLoop(context), seed=0),
+        "plain": Competitor(PlainLoop(context, window), seed=0),
         "ours": Competitor(OurLoop(context, states), seed=0),
         "again": Competitor(OurLoop(context, states), seed=1_000_000),
     }
@@ -192,5 +230,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=12, help="steps of each loop")
     parser.add_argument("--rank", type=int, default=8, help="rank of the LoRA")
     parser.add_argument("--turns", type=int, default=3, help="the loops alternate in so many turns")
+    parser.add_argument("--window", action="store_true", help="the plain loop pads utterances to Whisper's full window")
     parser.add_argument("--warm", action="store_true", help="start from the study's anchor")
     main(**vars(parser.parse_args()))

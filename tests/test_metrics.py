@@ -28,7 +28,8 @@ def heard(reference: str, hypothesis: str, language: str | None, metric: str = "
     [
         ("zh", "auto", "characters", 1, 4),
         ("zh-TW", "auto", "characters", 1, 4),
-        ("Chinese", "auto", "characters", 1, 4),
+        ("Chinese (Taiwan)", "auto", "characters", 1, 4),
+        ("zho", "auto", "characters", 1, 4),
         ("ja", "auto", "characters", 1, 4),
         ("zh", "cer", "characters", 1, 4),
         ("zh", "wer", "words", 2, 1),
@@ -73,8 +74,10 @@ def test_results_of_versions_without_characters_stay_readable() -> None:
 
 
 def test_loops_and_confusions_of_a_language_without_spaces_are_in_characters() -> None:
-    assert heard("你好世界", "你你你你你", "zh").looped
-    assert not heard("你你你你你", "你你你你你", "zh").looped
+    assert heard("你好世界", 9 * "你", "zh").looped
+    assert heard("你好世界", 9 * "字幕由志愿者提供", "zh").looped
+    assert not heard("你好世界", "哈哈哈哈", "zh").looped
+    assert not heard(9 * "你", 9 * "你", "zh").looped
     assert list(confused_words([heard("你好世界", "你好世间", "zh")])) == [("界", "间")]
 
 
@@ -87,6 +90,8 @@ def test_loops_and_confusions_of_a_language_without_spaces_are_in_characters() -
         ("tak for i aften", "thank you for tonight and see you again tomorrow", "da", True),
         ("two", "too", "en", False),  # nothing is sure about a single word
         ("one two three", "", "en", False),
+        ("forty two people", "42", "en", False),
+        ("forty two people", "…", "en", False),
         ("hello there my friend", "hola mi amigo cómo estás", None, None),
         ("hello there my friend", "hola mi amigo cómo estás", "klingon", None),
     ],

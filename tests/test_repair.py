@@ -50,6 +50,23 @@ def sums(linear: nn.Linear, x: torch.Tensor, y: torch.Tensor, batch: int = 7) ->
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.1, 3.0])
+def test_a_map_without_a_bias_gets_none_and_minimises_the_objective_without_one(ridge: float) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 3, bias=False)
+    (x, y), (held_x, held_y) = rows(50, 1), rows(30, 2)
+    x, held_x = x + 2, held_x + 2  # means that a bias would take up
+    found = solve(sums(linear, x, y), sums(linear, held_x, held_y), ladder=(ridge,))
+    assert found.bias is None
+    strength = ridge * (x.double() ** 2).sum(0).mean()
+    weight = found.weight.requires_grad_()
+    change = (weight - linear.weight.detach().double()).square().sum()
+    loss = (x.double() @ weight.T - y.double()).square().sum() + strength * change
+    assert float(torch.autograd.grad(loss, weight)[0].abs().max()) < 1e-3
+    error = (held_x.double() @ found.weight.detach().T - held_y.double()).square().sum()
+    assert found.error * len(held_x) == pytest.approx(float(error), rel=1e-5)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 3.0])
 def test_a_solution_minimises_the_ridge_objective(ridge: float) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(6, 3)
@@ -240,18 +257,19 @@ def test_a_projector_from_scratch_is_not_repaired(toy: Path, tmp_path: Path) -> 
 
 
 def test_a_study_of_an_earlier_version_goes_on_without_repair(toy: Path, tmp_path: Path) -> None:
-    file = write_study(tmp_path / "s", toy, training={"repair": "none", "interpolate": False}, search={"trials": 1})
+    settings = {"text": {"metric": "wer"}, "search": {"trials": 1}}
+    file = write_study(tmp_path / "s", toy, training={"repair": "none", "interpolate": False}, **settings)
     launch(file)
     definition = file.parent / "run" / "definition.json"
     old = json.loads(definition.read_text())
     for key in ("repair", "repair_utterances", "interpolate"):
         del old["training"][key]
-    del old["data"]["repair"]
+    del old["data"]["repair"], old["text"]["metric"]
     assert completed_definition(old) == load_study(file).definition()
     definition.write_text(json.dumps(old))
     (file.parent / "run" / "journal.log").unlink()
     launch(file)
-    write_study(tmp_path / "s", toy, training={"interpolate": False}, search={"trials": 1})
+    write_study(tmp_path / "s", toy, training={"interpolate": False}, **settings)
     with pytest.raises(
         StudyError, match=r"training\.repair: this study was started with 'none', the study file now says 'layers'"
     ):

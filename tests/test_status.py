@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from optuna.trial import TrialState, create_trial
 
 from prunesearch.commands import status as control
@@ -57,6 +58,7 @@ def test_clean_removes_what_is_made_again_but_not_under_a_workers_feet(config: S
     for folder in (run / "features", run / "scratch" / "deep", run / "records" / "full", run / "anchor"):
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(b"12345")
+    (run / "features" / "dev.lock").touch()
 
     def evaluate(trial: WorkerTrial) -> RunRecord:
         with pytest.raises(
@@ -71,8 +73,12 @@ def test_clean_removes_what_is_made_again_but_not_under_a_workers_feet(config: S
     sizes = {run / "features": 5, run / "scratch": 5}
     assert clean(config.source, dry_run=True) == sizes
     assert (run / "features" / "file").exists()
+    with FileLock(run / "features" / "dev.lock"), pytest.raises(StudyError, match=r"another command is at work .*dev\.lock"):
+        clean(config.source)
     assert clean(config.source) == sizes
-    assert sorted(p.name for p in run.glob("*/")) == ["anchor", "records"]
+    assert sorted(p.name for p in run.rglob("*") if p.is_file() and "journal" not in p.name and p.suffix != ".json") == [
+        *("dev.lock", "file", "file", "test.lock")
+    ], "of records and anchor"
     assert clean(config.source) == {}
     assert control.status(config.source)["settled"] == 2
 

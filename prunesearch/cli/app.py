@@ -291,7 +291,7 @@ def clean(
 
     sizes = clean_study(study, storage, dry_run)
     if as_json:
-        print_json({"removed": not dry_run, "bytes": {str(folder): size for folder, size in sizes.items()}})
+        print_json({"dry_run": dry_run, "bytes": {str(folder): size for folder, size in sizes.items()}})
         return
     for folder, size in sizes.items():
         typer.echo(f"{'would remove' if dry_run else 'removed'} {folder}: {size / 1e6:,.1f} MB")

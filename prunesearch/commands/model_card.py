@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from prunesearch.model.families import family_of
 from prunesearch.model.hub import name_without_path
 from prunesearch.study.config import SPLITS, StudyConfig
 from prunesearch.study.model_config import KEYS, ModelConfig
@@ -52,7 +53,8 @@ def _native_card(config: StudyConfig, record: RunRecord, merged: bool, model: Mo
     """The card of a model of a family that transformers knows."""
     p, name = record.parameters, name_without_path(config.locate(model.name))
     removed = ", ".join(map(str, record.removed_layers)) or "none"
-    beside = record.lora_rank and not merged
+    beside, auto = record.lora_rank and not merged, family_of(config).trained_system().auto_class
+    projector = f"projector {p.projector:,}, " if p.projector else ""
     window = f", window shortened to {model.window_seconds} s" if model.window_seconds else ""
     adapter = '\n    model.load_adapter("…/adapter")  # the LoRA is not merged' if beside else ""
     return f"""---
@@ -66,25 +68,27 @@ tags: [prunesearch]
 
 {name} with layers of its encoder removed, found in the study `{config.name}`.
 
-    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
-    model, processor = AutoModelForSpeechSeq2Seq.from_pretrained("…"), AutoProcessor.from_pretrained("…"){adapter}
+    from transformers import {auto}, AutoProcessor
+    model, processor = {auto}.from_pretrained("…"), AutoProcessor.from_pretrained("…"){adapter}
 
 | | |
 |---|---|
 | model | `{name}`{window} |
 | encoder | {record.encoder_layers} layers, of which removed: {removed} |
-| decoder | LoRA of rank {record.lora_rank}{", merged into it" if merged else ""} |
-| parameters | encoder {p.encoder:,}, decoder {p.llm:,}, LoRA {p.lora:,} |
+| language model | LoRA of rank {record.lora_rank}{", merged into it" if merged else ""} |
+| parameters | encoder {p.encoder:,}, {projector}language model {p.llm:,}, LoRA {p.lora:,} |
 {_how_and_how_well(config, record)}"""
 
 
 def _how_and_how_well(config: StudyConfig, record: RunRecord) -> str:
     """The last rows of the first table, and the table of errors."""
+    rate = "WER" if record.dev is None else record.dev.metric.upper()
+    unit = "characters" if rate == "CER" else "words"
     return f"""| repair | {_repair(record)} |
 | training | {record.steps} steps of {config.training.batch_size}, {_training(record, config)} |
 | data | train {", ".join(data_name(config, source) for source in config.data.train)} |
 
-| split | language | WER, % | substitutions | deletions | insertions | reference words |
+| split | language | {rate}, % | substitutions | deletions | insertions | reference {unit} |
 |---|---|---|---|---|---|---|
 {_error_rows(record)}
 

@@ -34,7 +34,7 @@ _VOXTRAL = {  # language model: width, feed-forward width, layers
     "mistralai/Voxtral-Mini-3B-2507": (3072, 8192, 30),
     "mistralai/Voxtral-Small-24B-2507": (5120, 32_768, 40),
 }
-_QWEN2_AUDIO = ("Qwen/Qwen2-Audio-7B", "Qwen/Qwen2-Audio-7B-Instruct")
+_QWEN2_AUDIO = "Qwen/Qwen2-Audio-7B-Instruct"
 _GLM_ASR, _MOSS = "zai-org/GLM-ASR-Nano-2512", "hf-audio/MOSS-Transcribe-Diarize-HF"  # transformers' default configurations
 CAUSAL_WITHOUT_SAYING = {"gpt_neox", "gpt_neox_japanese"}  # their `is_decoder` is False, and means nothing
 
@@ -68,7 +68,7 @@ def known_architecture(name: str) -> Any | None:
         return GlmAsrConfig()
     if name == _MOSS:
         return MossTranscribeDiarizeConfig()
-    if name in _QWEN2_AUDIO:
+    if name == _QWEN2_AUDIO:
         return Qwen2AudioConfig(text_config={"model_type": "qwen2", "vocab_size": 156_032, "intermediate_size": 11_008})
     if name in _VOXTRAL:
         width, inner, layers = _VOXTRAL[name]

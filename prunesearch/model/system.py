@@ -227,7 +227,7 @@ class Reader(ABC):
 
     @property
     def format_tokens(self) -> int:
-        """Tokens that the system writes beside a text, such as time stamps: at most so many."""
+        """Tokens that the system writes beside a text that it writes in one piece, such as time stamps."""
         return 0
 
     @property
@@ -341,9 +341,11 @@ class TrainedSystem(SpeechSystem):
     """A system that exists as a checkpoint of its family, and is exported as one. `model`: transformers' model.
 
     encoder_prefix: a regular expression for what the names of the encoder's tensors in a checkpoint begin with.
+    auto_class: the name of transformers' class that opens a checkpoint.
     """
 
     encoder_prefix: ClassVar[str]
+    auto_class: ClassVar[str]
     model: Any
     is_trained = True
 

@@ -19,6 +19,9 @@ def check_comparable(comparisons: Sequence[Comparison]) -> None:
     if len(set(objectives.values())) > 1:
         got = ", ".join(f"{objective} in {study}" for study, objective in objectives.items())
         raise StudyError([f"search.params_objective: studies in one report must have the same one, got {got}"])
+    if len({c.rate for c in comparisons}) > 1:
+        got = ", ".join(f"{c.rate} in {c.study}" for c in comparisons)
+        raise StudyError([f"text.metric: studies in one report must count errors in the same unit, got {got}"])
 
 
 def overlay_table(comparisons: Sequence[Comparison]) -> Table:

@@ -9,6 +9,7 @@ from prunesearch.report.values import (
     UNKNOWN,
     kinds_text,
     layers,
+    named,
     parameters_and_change,
     parameters_and_changes,
     points,
@@ -152,7 +153,16 @@ def paper_claims_table(comparison: Comparison) -> Table:
     for c in comparison.paper_claims:
         published = "{:g} to {:g}".format(*sorted(c.published, key=abs)).replace("-", "−") if c.published else ""
         interval = "exact" if c.exact else "too few errors" if c.low == c.high else f"{signed(c.low)} to {signed(c.high)}"
-        rows.append((c.claim, c.language or "all", published, f"{signed(c.measured)} {c.unit}", interval, c.verdict))
+        rows.append(
+            (
+                named(c.claim, comparison.rate),
+                c.language or "all",
+                published,
+                f"{signed(c.measured)} {c.unit}",
+                interval,
+                c.verdict,
+            )
+        )
     return Table(
         "paper-claims",
         "The paper's claims",

@@ -28,6 +28,6 @@ class Table:
 
     def about(self, rate: str) -> "Table":
         """The same table in a study whose error rate is called so."""
-        columns, text_columns, *rows = (tuple(named(c, rate) for c in r) for r in (self.columns, self.text_columns, *self.rows))
+        columns, text_columns = (tuple(named(c, rate) for c in names) for names in (self.columns, self.text_columns))
         title, note = named(self.title, rate), named(self.note, rate)
-        return replace(self, title=title, note=note, columns=columns, rows=tuple(rows), text_columns=text_columns)
+        return replace(self, title=title, note=note, columns=columns, text_columns=text_columns)

@@ -269,8 +269,9 @@ def _utterance(row: Row, config: StudyConfig) -> Utterance | Dropped:
             seconds = seconds_of(row.audio)
     except AudioError as error:
         return Dropped(row.id, f"{row.where}: {error}")
-    name = config.text.normalizer_of(row.language)
-    reference = normalizer_for(name, row.language)(row.text)
+    language = row.language or (config.model.language if config.model else None)
+    name = config.text.normalizer_of(language)
+    reference = normalizer_for(name, language)(row.text)
     target = reference if name == "paper" else none(row.text)
     name_of_row = row.id.encode("utf-8", "backslashreplace").decode()  # bytes of a file name may not be UTF-8
-    return Utterance(name_of_row, row.audio, reference, target, seconds, row.language, row.group)
+    return Utterance(name_of_row, row.audio, reference, target, seconds, language, row.group)

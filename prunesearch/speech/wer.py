@@ -40,6 +40,14 @@ def is_loop(reference: str, hypothesis: str) -> bool:
     return longest_repetition(hypothesis.split()) > max(3, longest_repetition(reference.split()))
 
 
+def is_loop_of_characters(reference: str, hypothesis: str) -> bool:
+    """The same where characters count as words: a phrase has up to 16 of them, and occurs eight times in a row, since a laugh
+    or a number may repeat a character four times.
+    """
+    repeated, before = (longest_repetition(text.split(), longest_phrase=16) for text in (hypothesis, reference))
+    return repeated > max(7, before)
+
+
 def score(utterance: Utterance, hypothesis: str, text: TextConfig) -> UtteranceResult:
     """Count a normalised hypothesis' errors against the utterance's reference.
 
@@ -48,7 +56,6 @@ def score(utterance: Utterance, hypothesis: str, text: TextConfig) -> UtteranceR
     reference, unit = utterance.reference, text.unit_of(utterance.language)
     in_characters = characters(reference), characters(hypothesis)
     counted = count_errors(*in_characters)
-    compared = in_characters if unit == "characters" else (reference, hypothesis)
     return UtteranceResult(
         id=utterance.id,
         reference=reference,
@@ -58,6 +65,6 @@ def score(utterance: Utterance, hypothesis: str, text: TextConfig) -> UtteranceR
         characters=CharacterErrors(errors=counted.errors, reference_characters=counted.reference_words),
         language=utterance.language,
         group=utterance.group,
-        looped=is_loop(*compared),
+        looped=is_loop_of_characters(*in_characters) if unit == "characters" else is_loop(reference, hypothesis),
         switched=is_switched(reference, hypothesis, utterance.language),
     )

@@ -356,6 +356,7 @@ class StudyConfig(Section):
 # What earlier versions did where their definitions lack a key.
 _BEFORE: dict[str, dict[str, Any]] = {
     "data": {"repair": []},
+    "text": {"metric": "wer"},
     "training": {"repair": "none", "repair_utterances": 1000, "interpolate": False},
 }
 

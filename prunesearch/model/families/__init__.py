@@ -55,9 +55,9 @@ FAMILIES = {  # by the model_type of a configuration
     "qwen3_asr": Family("audio_tower", is_trained=True, depth="audio_config.encoder_layers"),
     "voxtral": Family("audio_tower", is_trained=True, depth="audio_config.num_hidden_layers"),
 }
-_CTC = "what its middle layer recognised is fed back behind it, and would be so elsewhere if a layer below were gone"
+_CTC = "its encoder feeds CTC predictions back behind its middle layer, and removing a layer would move that place"
 _INSIDE = "its projector is a part of its audio tower"
-_NO_LAYERS = "its encoder consists of convolutions"
+_NO_LAYERS = "its audio goes through a codec, and not through an encoder"
 REFUSED = {  # known, but not made for removing layers
     "granite_speech": _CTC,
     "granite_speech_plus": _CTC,
@@ -79,7 +79,8 @@ def family_of(config: StudyConfig) -> Family:
         return SLAM_ASR
     shape = read_architecture(config, config.model)
     if (reason := REFUSED.get(shape.model_type)) is not None:
-        raise StudyError([f"model.name: no layers can be removed from a model of type {shape.model_type!r}: {reason}"])
+        fix = f"take one of {', '.join(sorted(FAMILIES))}"
+        raise StudyError([f"model.name: no layers can be removed from a model of type {shape.model_type!r}: {reason}; {fix}"])
     if (family := FAMILIES.get(shape.model_type)) is None:
         known = ", ".join(sorted(FAMILIES))
         raise StudyError(

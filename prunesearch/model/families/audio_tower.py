@@ -8,8 +8,9 @@ V vocabulary.
 """
 
 import copy
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -44,6 +45,7 @@ from prunesearch.study.model_config import ModelConfig
 from prunesearch.study.record import Parameters
 
 MODEL = Part("model")
+MARK = re.compile(r"\[[\d.:]+\]|\[S\d+\]|\[[S\d.:]*$")  # of a time or a speaker; the last one may be cut off
 PROMPT_TOKENS = 20  # about the length of a chat template: a plan is made without a processor
 
 
@@ -81,9 +83,11 @@ def _without_prefix(processor: Any, rows: list[list[int]]) -> list[str]:
     return texts
 
 
-def _transcription_only(processor: Any, rows: list[list[int]]) -> list[str]:
-    texts: list[str] = processor.decode(rows, return_format="transcription_only")
-    return texts
+def _without_marks(processor: Any, rows: list[list[int]]) -> list[str]:
+    """MOSS writes `[start][S01]text[end]`, once or several times. Its processor's own parser raises where a pruned model writes
+    something else in brackets, and drops a segment without an end; here, only the marks go.
+    """
+    return [" ".join(MARK.sub(" ", text).split()) for text in processor.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def _ask_qwen2_audio(processor: Any, samples: NDArray[np.float32], language: str | None) -> Any:
@@ -109,7 +113,7 @@ WAYS = {
     "qwen3_asr": Ways(
         PackedTower,
         ask=lambda processor, samples, language: processor.apply_transcription_request([samples], language=language),
-        read=_transcription_only,
+        read=lambda processor, rows: processor.decode(rows, return_format="transcription_only"),
         takes_language=True,
         needs_language=True,
     ),
@@ -124,7 +128,7 @@ WAYS = {
     "moss_transcribe_diarize": Ways(
         WhisperTower,
         _request,
-        _transcription_only,
+        _without_marks,
         written=lambda text, seconds: f"[0.00][S01]{text}[{seconds:.2f}]",  # one speaker, from start to end
         marked=_time_marks,
     ),
@@ -210,18 +214,15 @@ class TowerReader(Reader):
         return rows * mask[..., None], mask.long()
 
     def _marked(self, audio: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, A, width), lengths (B,), with the tokens that the processor puts among the audio embeddings, if it does.
-
-        A mark goes with the audio before it.
-        """
+        """(B, A, width), lengths (B,), with the tokens that the processor puts among the audio embeddings, if it does."""
         if (ids := self.system.marked(audio.shape[1])) is None:
             return audio, heard
         tokens = torch.tensor(ids, device=audio.device)
         is_audio = tokens == self.system.audio_token
         source = audio[:, (is_audio.cumsum(0) - 1).clamp(min=0)]
         marks = self.base.get_input_embeddings()(tokens).to(audio.dtype)
-        bounds = torch.tensor([*(i for i, token in enumerate(ids) if token == self.system.audio_token), len(ids)])
-        return torch.where(is_audio[:, None], source, marks), bounds.to(audio.device)[heard]
+        bounds = torch.tensor(self.system.marked_lengths(audio.shape[1]), device=audio.device)
+        return torch.where(is_audio[:, None], source, marks), bounds[heard]
 
     def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor, languages: Sequence[str | None]) -> Tensor:
         prefix, mask = self.prefix(states, lengths, languages)
@@ -266,6 +267,7 @@ class TowerSystem(TrainedSystem):
     """`model`: transformers' model without its tower and its projector, which are in `encoder` and `projector`."""
 
     encoder_prefix = r"^(model\.)?audio_tower\."
+    auto_class = "AutoModelForSeq2SeqLM"
     config: ModelConfig
     encoder: SpeechEncoder
     projector: nn.Module
@@ -273,6 +275,7 @@ class TowerSystem(TrainedSystem):
     processor: Any
     ways: Ways
     _prompts: dict[str | None, tuple[list[int], list[int]]] = field(default_factory=dict)
+    _marked_lengths: list[int] = field(default_factory=list)
 
     @classmethod
     def from_source(cls, source: str, config: ModelConfig, dtype: torch.dtype) -> Self:
@@ -302,7 +305,10 @@ class TowerSystem(TrainedSystem):
         extractor = processor.feature_extractor if processor is not None else _Hop()
         tower, projector = inner.audio_tower, inner.multi_modal_projector
         inner.audio_tower, inner.multi_modal_projector = _Elsewhere(), _Elsewhere()
-        return cls(config, ways.tower(tower, extractor), projector, model, processor, ways)
+        encoder = ways.tower(tower, extractor)
+        if isinstance(encoder, WhisperTower):
+            encoder = replace(encoder, group=model.config.audio_merge_size)
+        return cls(config, encoder, projector, model, processor, ways)
 
     def to(self, device: torch.device) -> Self:
         self.encoder.to(device)
@@ -359,9 +365,15 @@ class TowerSystem(TrainedSystem):
         marked = self.ways.marked
         return None if marked is None or self.processor is None else marked(self.processor, count)
 
+    def marked_lengths(self, most: int) -> list[int]:
+        """The number of these tokens for 0, 1, … `most` audio embeddings. Each is the beginning of the next one."""
+        lengths = self._marked_lengths
+        lengths += [len(self.marked(count) or ()) for count in range(len(lengths), most + 1)]
+        return lengths
+
     @cached_property
     def format_tokens(self) -> int:
-        """The tokens that the model writes beside a text, at most."""
+        """The tokens that the model writes beside a text that it writes in one piece."""
         text = self.ways.written("", self.encoder.window_seconds)
         return len(self.ways.tokens(self.processor.tokenizer, text)) if text else 0
 

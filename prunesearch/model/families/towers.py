@@ -181,7 +181,7 @@ class WhisperTower(MarkedFeatures, WhisperLayers):
     groups of positions; the last one is filled from the silence behind it.
     """
 
-    group: int = 4
+    group: int = 1
 
     def embed(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         hidden, lengths = super().embed(features, frames)

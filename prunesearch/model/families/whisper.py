@@ -190,6 +190,7 @@ class WhisperSystem(TrainedSystem):
     """
 
     encoder_prefix = ENCODER_PREFIX
+    auto_class = "AutoModelForSpeechSeq2Seq"
     config: ModelConfig
     encoder: WindowedWhisper
     model: Any
