@@ -129,6 +129,7 @@ JSON_COMMANDS = {
     "status": [],
     "report": [],
     "measure": ["--candidate", "full", "--runs", "1", "--utterances", "1"],
+    "clean": ["--dry-run"],
 }
 
 
