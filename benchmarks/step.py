@@ -136,7 +136,8 @@ class Competitor:
             for step, batch in batches.items():
                 self._step(context, slam, optimizer, step, batch)
             if recomputes:
-                slam.base.gradient_checkpointing_disable()
+                # transformers deprecates the second name, and its older versions lack the first
+                (getattr(slam.base, "activation_checkpointing_disable", None) or slam.base.gradient_checkpointing_disable)()
             self.weights = {name: p.detach().clone() for name, p in weights.items()}
             self.optimizer = optimizer.state_dict()
 
