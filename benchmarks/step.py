@@ -233,4 +233,7 @@ if __name__ == "__main__":
     parser.add_argument("--turns", type=int, default=3, help="the loops alternate in so many turns")
     parser.add_argument("--window", action="store_true", help="the plain loop pads utterances to Whisper's full window")
     parser.add_argument("--warm", action="store_true", help="start from the study's anchor")
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    if arguments.steps < 3:
+        parser.error(f"--steps must be at least 3, since losses are shown by thirds, got {arguments.steps}")
+    main(**vars(arguments))
