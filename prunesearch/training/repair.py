@@ -147,7 +147,8 @@ def keep_repaired_maps(context: TrainingContext, candidate: Candidate, encoder: 
 def keep_maps_of(config: StudyConfig, records: Iterable[RunRecord]) -> None:
     """See to it that the repaired maps of these records are kept beside them; missing and damaged ones are made again.
 
-    Only the baselines and the front keep theirs, from the final test on. Raises StudyError where the study's recordings cannot be read.
+    Only the baselines and the front keep theirs, from the final test on. Raises StudyError where the study's recordings cannot
+    be read.
     """
     missing = [
         r.candidate
