@@ -115,6 +115,14 @@ TEXT = {
 }  # fmt: skip
 
 
+def _save(folder: Path, model: Any, processor: Any) -> None:
+    """Write model and processor. A text ends with the tokenizer's end of sequence, or with padding."""
+    pad, end = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
+    model.eval().generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
 def save_qwen3_asr(folder: Path) -> None:
     """A Qwen3-ASR of toy size with random weights, its processor and tokenizer."""
     torch.manual_seed(0)
@@ -128,10 +136,8 @@ def save_qwen3_asr(folder: Path) -> None:
         text_config={"model_type": "qwen3", "tie_word_embeddings": True, **TEXT},
         audio_token_id=audio, pad_token_id=pad, eos_token_id=[pad, end],
     )  # fmt: skip
-    model = Qwen3ASRForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
-    Qwen3ASRProcessor(Qwen3ASRFeatureExtractor(), fast, chat_template=TEMPLATE).save_pretrained(folder)
-    model.save_pretrained(folder)
+    model = Qwen3ASRForConditionalGeneration(config)
+    _save(folder, model, Qwen3ASRProcessor(Qwen3ASRFeatureExtractor(), fast, chat_template=TEMPLATE))
 
 
 def save_glm_asr(folder: Path) -> None:
@@ -147,12 +153,10 @@ def save_glm_asr(folder: Path) -> None:
         text_config={"model_type": "llama", "eos_token_id": [pad, end], "tie_word_embeddings": False, **TEXT},
         audio_token_id=audio,
     )  # fmt: skip
-    model = GlmAsrForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
+    model = GlmAsrForConditionalGeneration(config)
     extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=4)
     processor = GlmAsrProcessor(extractor, fast, chat_template=GENERATING, audio_token="<|audio_pad|>")
-    processor.save_pretrained(folder)
-    model.save_pretrained(folder)
+    _save(folder, model, processor)
 
 
 WHISPER_TOWER = {
@@ -165,50 +169,45 @@ def save_audio_flamingo(folder: Path) -> None:
     """An Audio Flamingo 3 of toy size with random weights, and a window of four seconds."""
     torch.manual_seed(0)
     fast = toy_tokenizer()
-    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio_pad|>"])
+    audio = fast.convert_tokens_to_ids("<|audio_pad|>")
     config = AudioFlamingo3Config(
         audio_config={"model_type": "audioflamingo3_encoder", **WHISPER_TOWER},
         text_config={"model_type": "qwen2", "tie_word_embeddings": False, **TEXT}, audio_token_id=audio,
     )  # fmt: skip
-    model = AudioFlamingo3ForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
+    model = AudioFlamingo3ForConditionalGeneration(config)
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
-    AudioFlamingo3Processor(extractor, fast, chat_template=GENERATING, audio_token="<|audio_pad|>").save_pretrained(folder)
-    model.save_pretrained(folder)
+    processor = AudioFlamingo3Processor(extractor, fast, chat_template=GENERATING, audio_token="<|audio_pad|>")
+    _save(folder, model, processor)
 
 
 def save_qwen2_audio(folder: Path) -> None:
     """A Qwen2-Audio of toy size with random weights, and a window of four seconds. Its processor has a chat template itself."""
     torch.manual_seed(0)
     fast = toy_tokenizer()
-    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|AUDIO|>"])
+    audio = fast.convert_tokens_to_ids("<|AUDIO|>")
     config = Qwen2AudioConfig(
         audio_config={"model_type": "qwen2_audio_encoder", **WHISPER_TOWER},
         text_config={"model_type": "qwen2", "tie_word_embeddings": False, **TEXT}, audio_token_index=audio,
     )  # fmt: skip
-    model = Qwen2AudioForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
+    model = Qwen2AudioForConditionalGeneration(config)
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
-    Qwen2AudioProcessor(extractor, fast).save_pretrained(folder)
-    model.save_pretrained(folder)
+    _save(folder, model, Qwen2AudioProcessor(extractor, fast))
 
 
 def save_moss(folder: Path) -> None:
     """A MOSS-Transcribe-Diarize of toy size with random weights, and a window of four seconds."""
     torch.manual_seed(0)
     fast = toy_tokenizer()
-    pad, end, audio = fast.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio_pad|>"])
+    audio = fast.convert_tokens_to_ids("<|audio_pad|>")
     config = MossTranscribeDiarizeConfig(
         audio_config=WHISPER_TOWER, text_config={"model_type": "qwen3", "tie_word_embeddings": True, **TEXT},
         audio_token_id=audio, audio_chunk_size=64_000,
     )  # fmt: skip
-    model = MossTranscribeDiarizeForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[pad, end], pad_token_id=pad)
+    model = MossTranscribeDiarizeForConditionalGeneration(config)
     extractor = MossTranscribeDiarizeFeatureExtractor(chunk_length=4)
     # the model itself has a mark of the time every two seconds; the toy's recordings are shorter
     processor = MossTranscribeDiarizeProcessor(extractor, fast, chat_template=GENERATING, time_marker_every_seconds=1)
-    processor.save_pretrained(folder)
-    model.save_pretrained(folder)
+    _save(folder, model, processor)
 
 
 def save_voxtral(folder: Path) -> None:

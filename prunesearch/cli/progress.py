@@ -48,11 +48,10 @@ class ProgressDisplay:
     def finished(self, record: "RunRecord", finished: int, total: int, /) -> None:
         self._bars.update(self._candidates, completed=finished, total=total)
         wer = f"{100 * record.dev.errors.wer:6.2f} %" if record.dev else "   —    "
-        rate = record.dev.metric.upper() if record.dev else "WER"
         params, label = record.parameters.speech / 1e6, record.name or record.candidate.key
         ending = "" if record.state == "complete" else f"  {record.state}: {record.reason}"
         self._finished = finished
-        self._print(f"{finished:4d}/{total} dev {rate} {wer} {params:8.2f} M  {label}{ending}")
+        self._print(f"{finished:4d}/{total} dev {record.rate} {wer} {params:8.2f} M  {label}{ending}")
 
     def note(self, text: str) -> None:
         self._print(text)

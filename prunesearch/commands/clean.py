@@ -1,7 +1,7 @@
 """Remove from a study's run folder what the next launch makes again: cached encoder states and scratch files."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,17 +19,17 @@ def clean(source: str | Path, storage: str | None = None, dry_run: bool = False)
 
     Returns the bytes of each folder that has some. Records, repaired maps, anchor, scan, reports and the storage stay.
 
-    Raises StudyError for a study that was not launched, or where a worker or another command is at work.
+    Raises StudyError, but not with `dry_run`, for a study that was not launched, or where a worker or another command is at
+    work.
     """
     config = load_study(source, data_must_exist=False)
-    _require_no_worker(config, storage)
     confirmation = confirmation_file(config)
     configs = [config, *([load_study(confirmation, data_must_exist=False)] if confirmation.exists() else [])]
-    for confirmed in configs[1:]:
-        if (confirmed.run_folder / "definition.json").exists():  # it was launched
-            _require_no_worker(confirmed, storage)
+    for each in [] if dry_run else configs:
+        if each is config or (each.run_folder / "definition.json").exists():  # a confirmation may not be launched yet
+            _require_no_worker(each, storage)
     found: dict[Path, int] = {}
-    with _nobody_at_work(configs):
+    with nullcontext() if dry_run else _nobody_at_work(configs):
         for folder in (c.run_folder / name for c in configs for name in MADE_AGAIN):
             files = [f for f in folder.rglob("*") if f.is_file() and f.suffix != ".lock"]  # a lock must stay the same file
             if files:

@@ -82,13 +82,12 @@ tags: [prunesearch]
 
 def _how_and_how_well(config: StudyConfig, record: RunRecord) -> str:
     """The last rows of the first table, and the table of errors."""
-    rate = "WER" if record.dev is None else record.dev.metric.upper()
-    unit = "characters" if rate == "CER" else "words"
+    unit = "characters" if record.rate == "CER" else "words"
     return f"""| repair | {_repair(record)} |
 | training | {record.steps} steps of {config.training.batch_size}, {_training(record, config)} |
 | data | train {", ".join(data_name(config, source) for source in config.data.train)} |
 
-| split | language | {rate}, % | substitutions | deletions | insertions | reference {unit} |
+| split | language | {record.rate}, % | substitutions | deletions | insertions | reference {unit} |
 |---|---|---|---|---|---|---|
 {_error_rows(record)}
 

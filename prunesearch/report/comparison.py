@@ -101,9 +101,8 @@ class Comparison:
 
     @property
     def rate(self) -> str:
-        """What the study's error rate is called: WER, or CER or MER (mixed) if characters count as words in some languages."""
-        decoded = next((r.dev for r in (*self.complete, *self.pruned) if r.dev is not None), None)
-        return "WER" if decoded is None else decoded.metric.upper()
+        """What the study's error rate is called: see `RunRecord.rate`."""
+        return next((r.rate for r in (*self.complete, *self.pruned) if r.dev is not None), "WER")
 
     @property
     def front_and_baselines(self) -> tuple[RunRecord, ...]:

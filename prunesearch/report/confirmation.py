@@ -136,7 +136,7 @@ def confirmation_table(found: Confirmation) -> Table:
         ),
         f"Rank correlation of short and long runs over systems: {correlations}. Choosing by the short runs loses at most "
         f"{100 * found.regret:.2f} points of dev WER at any parameter budget.",
-    ).about(found.systems[0].short.dev.metric.upper() if found.systems and found.systems[0].short.dev else "WER")
+    ).about(next((s.short.rate for s in found.systems), "WER"))
 
 
 def _complete(config: StudyConfig) -> list[RunRecord]:

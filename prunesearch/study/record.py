@@ -292,6 +292,11 @@ class RunRecord(_Frozen):
         return Candidate(self.removed_layers, self.lora_rank, self.repeat)
 
     @property
+    def rate(self) -> str:
+        """What the study's error rate is called: WER, or CER or MER (mixed) if characters count as words in some languages."""
+        return "WER" if self.dev is None else self.dev.metric.upper()
+
+    @property
     def share(self) -> float | None:
         """The share of the way from the start to the trained weights that was kept; None if that was not asked."""
         return min(self.interpolation, key=lambda tried: tried.loss).share if self.interpolation else None

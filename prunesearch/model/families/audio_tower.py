@@ -215,13 +215,13 @@ class TowerReader(Reader):
 
     def _marked(self, audio: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
         """(B, A, width), lengths (B,), with the tokens that the processor puts among the audio embeddings, if it does."""
-        if (ids := self.system.marked(audio.shape[1])) is None:
+        if not (rows := self.system.marked_rows(audio.shape[1])):
             return audio, heard
-        tokens = torch.tensor(ids, device=audio.device)
+        tokens = torch.tensor(rows[-1], device=audio.device)
         is_audio = tokens == self.system.audio_token
         source = audio[:, (is_audio.cumsum(0) - 1).clamp(min=0)]
         marks = self.base.get_input_embeddings()(tokens).to(audio.dtype)
-        bounds = torch.tensor(self.system.marked_lengths(audio.shape[1]), device=audio.device)
+        bounds = torch.tensor([len(row) for row in rows], device=audio.device)
         return torch.where(is_audio[:, None], source, marks), bounds[heard]
 
     def logits(self, states: Tensor, lengths: Tensor, tokens: Tensor, languages: Sequence[str | None]) -> Tensor:
@@ -275,7 +275,7 @@ class TowerSystem(TrainedSystem):
     processor: Any
     ways: Ways
     _prompts: dict[str | None, tuple[list[int], list[int]]] = field(default_factory=dict)
-    _marked_lengths: list[int] = field(default_factory=list)
+    _marked_rows: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def from_source(cls, source: str, config: ModelConfig, dtype: torch.dtype) -> Self:
@@ -360,16 +360,15 @@ class TowerSystem(TrainedSystem):
             )
         return ids[:first], ids[first + count :]
 
-    def marked(self, count: int) -> list[int] | None:
-        """The tokens of so many audio embeddings; None if they are nothing but audio."""
-        marked = self.ways.marked
-        return None if marked is None or self.processor is None else marked(self.processor, count)
-
-    def marked_lengths(self, most: int) -> list[int]:
-        """The number of these tokens for 0, 1, … `most` audio embeddings. Each is the beginning of the next one."""
-        lengths = self._marked_lengths
-        lengths += [len(self.marked(count) or ()) for count in range(len(lengths), most + 1)]
-        return lengths
+    def marked_rows(self, most: int) -> list[list[int]]:
+        """The tokens of 0, 1, … `most` audio embeddings, each row the beginning of the next one; empty if they are nothing but
+        audio.
+        """
+        if self.ways.marked is None or self.processor is None:
+            return []
+        rows = self._marked_rows
+        rows += [self.ways.marked(self.processor, count) for count in range(len(rows), most + 1)]
+        return rows[: most + 1]
 
     @cached_property
     def format_tokens(self) -> int:
